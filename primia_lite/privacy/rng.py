@@ -1,0 +1,86 @@
+"""A cryptographic generator for everything that differential privacy rests on: who is sampled, and the noise.
+
+The stream is ChaCha20 (RFC 8439) under a 256-bit key from the operating system. Opacus's ``secure_mode`` serves the same end
+but needs torchcsprng, which no longer installs. The normal samples are floating-point numbers: Mironov (CCS 2012) shows
+that their low bits can give the noiseless value away to an attacker who sees the noisy sum in full precision; a
+discrete mechanism is the remedy, and this generator doesn't claim to be one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import math
+import os
+
+import numpy as np
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
+
+_BLOCK = 1 << 16
+
+
+class SecureGenerator:
+    """ChaCha20 keystream turned into uniforms, coin flips and normal samples.
+
+    Parameters
+    ----------
+    key
+        32 bytes. Left out, the operating system draws them, and nobody can repeat the stream. A generator made by
+        :meth:`from_seed` repeats, for teaching and tests: its ``seeded`` is true and results must say "seeded: not private".
+    """
+
+    def __init__(self, key: bytes | None = None, *, seeded: bool = False):
+        if key is not None and len(key) != 32:
+            raise ValueError(f"a ChaCha20 key has 32 bytes, got {len(key)}")
+        self._key = key or os.urandom(32)
+        self.seeded = seeded
+        self._stream = Cipher(algorithms.ChaCha20(self._key, bytes(16)), mode=None).encryptor()
+
+    @classmethod
+    def from_seed(cls, seed: int) -> SecureGenerator:
+        """A generator that repeats: not private."""
+        return cls(hashlib.sha256(f"primia_lite seed {seed}".encode()).digest(), seeded=True)
+
+    @classmethod
+    def for_seed(cls, seed: int | None) -> SecureGenerator:
+        """From the operating system for ``None``, else :meth:`from_seed`."""
+        return cls() if seed is None else cls.from_seed(seed)
+
+    def child(self, *labels: object) -> SecureGenerator:
+        """An independent generator for one purpose, the same one for the same labels (HMAC-SHA256 of the key)."""
+        name = "/".join(str(label) for label in labels).encode()
+        return SecureGenerator(hmac.digest(self._key, name, "sha256"), seeded=self.seeded)
+
+    def __reduce__(self):
+        # The state would let whoever reads the file subtract the noise.
+        raise TypeError("a SecureGenerator is never written to disk or sent to another process")
+
+    def bytes(self, n: int) -> bytes:
+        return self._stream.update(bytes(n))
+
+    def words(self, n: int) -> np.ndarray:
+        """Uniform uint64 [n]."""
+        return np.frombuffer(self.bytes(8 * n), dtype="<u8")
+
+    def uniform(self, n: int) -> np.ndarray:
+        """float64 [n], uniform on (0, 1], multiples of 2^-53."""
+        return ((self.words(n) >> np.uint64(11)).astype(np.float64) + 1.0) * 2.0**-53
+
+    def bernoulli(self, n: int, probability: float) -> np.ndarray:
+        """bool [n], each true with ``probability``, up to 2^-53."""
+        return self.uniform(n) <= probability
+
+    def normal(self, n: int) -> np.ndarray:
+        """float64 [n], standard normal by Box and Muller (1958)."""
+        out = np.empty(n + n % 2)
+        for start in range(0, len(out), _BLOCK):
+            half = (min(start + _BLOCK, len(out)) - start) // 2
+            radius = np.sqrt(-2.0 * np.log(self.uniform(half)))
+            angle = (2.0 * math.pi) * self.uniform(half)
+            out[start : start + half] = radius * np.cos(angle)
+            out[start + half : start + 2 * half] = radius * np.sin(angle)
+        return out[:n]
+
+    def seed(self) -> int:
+        """A 63-bit seed for a generator where privacy doesn't rest on it (shuffling, augmentation, initialisation)."""
+        return int(self.words(1)[0] >> np.uint64(1))

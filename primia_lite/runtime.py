@@ -1,0 +1,152 @@
+"""Seeds, threads, atomic writes, and the origin that every result carries."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import IO
+
+from primia_lite.config import UserError, results_dir
+
+_STARTED = time.time()
+_REPORTED_PACKAGES = ("torch", "opacus", "dp-accounting", "numpy", "scikit-learn", "kymatio", "monai", "tenseal", "syft")
+
+
+def seed_for(seed: int, *labels: object) -> int:
+    """A 63-bit seed for one purpose, so that two purposes never share a random stream."""
+    text = "/".join(str(part) for part in (seed, *labels))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def setup(seed: int = 0, threads: int | None = None) -> int:
+    """Prepare a session: figure style, seeds of numpy and torch (never of the DP noise), number of threads.
+
+    Returns the number of threads that torch uses.
+    """
+    import numpy as np
+    import torch
+
+    from primia_lite.plotting import use_style
+
+    use_style()
+    np.random.seed(seed_for(seed, "numpy") % 2**32)
+    torch.manual_seed(seed_for(seed, "torch"))
+    torch.set_num_threads(threads or cores())
+    return torch.get_num_threads()
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def in_notebook() -> bool:
+    """Whether a person is watching: a live Jupyter front end, not papermill or nbval."""
+    if os.environ.get("PRIMIA_LITE_HEADLESS") or "ipykernel" not in sys.modules:
+        return False
+    from IPython import get_ipython
+
+    return get_ipython() is not None
+
+
+def write_atomic(path: str | Path, content: bytes | Callable[[IO[bytes]], object]) -> Path:
+    """Write a file so that a reader sees the old content or the new, never a part, whatever kills the process.
+
+    Parameters
+    ----------
+    content
+        The bytes, or a function that writes them to an open binary file.
+
+    Raises
+    ------
+    UserError
+        The disk is full or the folder can't be written; an existing file is left as it was.
+    """
+    path = Path(path)
+    partial = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            partial = file.name
+            file.write(content) if isinstance(content, bytes) else content(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        partial = None
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise UserError(
+            f"could not write {path.name} in {path.parent}: {error.strerror or error}. Free space or choose another "
+            "folder, then start again: what was saved before is intact."
+        ) from error
+    finally:
+        if partial:
+            Path(partial).unlink(missing_ok=True)
+    return path
+
+
+def _sync_folder(folder: Path) -> None:
+    # Without this a power cut can undo the rename on some file systems.
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def summary(values: Iterable[float], unit: str = "1") -> dict:
+    """Mean, sample standard deviation, n and unit, as a metric of a results file."""
+    values = [float(v) for v in values]
+    mean = math.fsum(values) / len(values)
+    std = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1)) if len(values) > 1 else 0.0
+    return {"mean": mean, "std": std, "n": len(values), "unit": unit}
+
+
+def origin(*, data_source: str, data_fingerprint: str, seeds: Iterable[int], command: str, **extra: object) -> dict:
+    """Where a result comes from: data, seeds, versions, machine, time, command."""
+    versions = {"python": platform.python_version()}
+    for name in ("primia_lite", *_REPORTED_PACKAGES):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "data_source": data_source,
+        "data_fingerprint": data_fingerprint,
+        "seeds": list(seeds),
+        "command": command,
+        "versions": versions,
+        "machine": f"{platform.machine()} {platform.system()}",
+        "cores": cores(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "seconds_since_start": round(time.time() - _STARTED, 1),
+        **extra,
+    }
+
+
+def write_results(name: str, origin: dict, metrics: dict[str, dict]) -> Path:
+    """Write ``results/<profile>/<name>.json``.
+
+    Raises
+    ------
+    UserError
+        A metric lacks its ``unit``, its ``n`` or a value, or a value is not finite.
+    """
+    for metric, entry in metrics.items():
+        if not {"unit", "n"} <= entry.keys() or not {"mean", "median"} & entry.keys():
+            raise UserError(f"metric {metric!r} needs mean or median, n and unit; it has {sorted(entry)}")
+        bad = [key for key, value in entry.items() if isinstance(value, float) and not math.isfinite(value)]
+        if bad:
+            raise UserError(f"metric {metric!r} is not finite: {bad}")
+    text = json.dumps({"origin": origin, "metrics": metrics}, indent=1, allow_nan=False) + "\n"
+    return write_atomic(results_dir() / f"{name}.json", text.encode())
