@@ -73,9 +73,10 @@ def load(
         raise DataError(f"n_films={n_films}: give a positive number, or None for all films")
     if source == "phantom" and n_films is None:
         n_films = DEFAULT_PHANTOM_FILMS
-    common = dict(
-        size=size, root=root, n_films=n_films, seed=seed, skip_bad=skip_bad, validation_fraction=validation_fraction
-    )
+    common = {
+        "size": size, "root": root, "n_films": n_films, "seed": seed, "skip_bad": skip_bad,
+        "validation_fraction": validation_fraction,
+    }  # fmt: skip
     accepted = inspect.signature(loader).parameters
     for name in options:
         if name not in accepted:

@@ -49,6 +49,8 @@ def split_by_patient(
     patient_id: np.ndarray,
     fractions: Mapping[str, float] | Sequence[float] = (0.7, 0.1, 0.2),
     seed: int = 0,
+    *,
+    class_names: Sequence[str] | None = None,
 ) -> np.ndarray:
     """Split films into train, val and test: no patient in two, and each class in the same proportions.
 
@@ -57,6 +59,7 @@ def split_by_patient(
     labels : int [N]
     patient_id : str [N]
     fractions : ``{"train": 0.8, "test": 0.2}`` or (train, val, test); of the films, to within a patient; sum 1
+    class_names : for messages; default the labels
 
     Returns
     -------
@@ -82,7 +85,7 @@ def split_by_patient(
         these = of_class == label
         if these.sum() < len(shares):
             raise DataError(
-                f"class {label} has {these.sum()} patients, too few for {', '.join(fractions)}: add patients or make "
+                f"class {class_names[label] if class_names else label} has {these.sum()} patients, too few for {', '.join(fractions)}: add patients or make "
                 "fewer splits"
             )
         part[these] = _deal(n_films[these], shares, _rng(seed, f"split{label}"), fill=True)

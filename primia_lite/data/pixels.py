@@ -1,0 +1,139 @@
+"""From files to square 8-bit films: decoding in parallel, colour check, resizing. Shared by the file-based sources."""
+
+from __future__ import annotations
+
+import io
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from PIL import Image, ImageChops, ImageOps
+
+from primia_lite.config import DataError
+from primia_lite.runtime import cores, in_notebook
+
+ASPECTS = ("stretch", "crop", "pad")
+# Grey saved as RGB comes back from JPEG within 1 or 2 levels of grey; a coloured marker is far beyond this.
+COLOUR_TOLERANCE = 8
+
+
+def decode(content: bytes, name: str) -> Image.Image:
+    """An 8-bit grey image from the bytes of a JPEG or PNG file.
+
+    Raises
+    ------
+    DataError
+        Truncated or otherwise unreadable, in colour (channels differ by more than 8 levels), or not 8 bits deep.
+    """
+    try:
+        image = Image.open(io.BytesIO(content))
+        image.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(
+            f"{name} can't be read ({_reason(error)}): get the file again, or leave it out with skip_bad=True (--skip-bad)"
+        ) from error
+    if image.mode in ("L", "LA", "1"):
+        return image.convert("L")
+    if image.mode not in ("RGB", "RGBA", "P", "PA", "CMYK", "YCbCr"):
+        raise DataError(
+            f"{name} has pixels of type {image.mode}, not 8-bit grey: convert it, or leave it out with skip_bad=True (--skip-bad)"
+        )
+    rgb = image.convert("RGB")
+    red, green, blue = rgb.split()
+    spread = max(ImageChops.difference(green, other).getextrema()[1] for other in (red, blue))
+    if spread > COLOUR_TOLERANCE:
+        raise DataError(
+            f"{name} is in colour (its channels differ by up to {spread} of 255): X-ray films are grey. Check the file, "
+            "convert it to grey, or leave it out with skip_bad=True (--skip-bad)"
+        )
+    return rgb.convert("L")
+
+
+def to_square(image: Image.Image, size: int, aspect: str = "stretch") -> np.ndarray:
+    """Resize with antialiasing to uint8 [size, size].
+
+    ``aspect``: ``stretch`` the sides to a square, ``crop`` the middle square, or ``pad`` with black bars.
+    """
+    method = Image.Resampling.BICUBIC
+    if aspect == "crop":
+        image = ImageOps.fit(image, (size, size), method)
+    elif aspect == "pad":
+        image = ImageOps.pad(image, (size, size), method, color=0)
+    elif image.size != (size, size):
+        image = image.resize((size, size), method)
+    return np.asarray(image, dtype=np.uint8)
+
+
+def check_aspect(aspect: str) -> None:
+    if aspect not in ASPECTS:
+        raise DataError(f"aspect={aspect!r}: choose one of {', '.join(ASPECTS)}")
+
+
+def show_progress(progress: bool | None) -> bool:
+    """Whether to draw a bar: as asked, else in a terminal or a live notebook only."""
+    return progress if progress is not None else in_notebook() or sys.stderr.isatty()
+
+
+def parallel(function: Callable, items: Sequence, *, label: str, progress: bool | None = None) -> list:
+    """``function`` of each item, in order, by a thread per core (Pillow and hashlib release the interpreter lock)."""
+    from tqdm.auto import tqdm
+
+    with ThreadPoolExecutor(cores()) as pool:
+        results = pool.map(function, items)
+        return list(tqdm(results, total=len(items), desc=label, unit="film", disable=not show_progress(progress)))
+
+
+def read_films(
+    read_one: Callable[[object], np.ndarray],
+    items: Sequence,
+    names: Sequence[str],
+    size: int,
+    *,
+    skip_bad: bool,
+    progress: bool | None = None,
+) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    """Read films in parallel.
+
+    Returns
+    -------
+    images : uint8 [M, size, size] of the M good films
+    good : int64 [M], their indices in ``items``
+    skipped : names of the others; empty unless ``skip_bad``
+
+    Raises
+    ------
+    DataError
+        What ``read_one`` raised for the first bad film; with ``skip_bad`` only if no film is good.
+    """
+
+    def attempt(item: object) -> np.ndarray | DataError:
+        try:
+            return read_one(item)
+        except DataError as error:
+            if not skip_bad:
+                raise
+            return error
+
+    results = parallel(attempt, items, label="reading films", progress=progress)
+    good = np.array([i for i, film in enumerate(results) if not isinstance(film, DataError)], dtype=np.int64)
+    skipped = tuple(name for name, film in zip(names, results, strict=True) if isinstance(film, DataError))
+    if not len(good):
+        raise DataError(f"none of the {len(items)} films can be used; the first: {results[0] if results else 'no file'}")
+    images = np.empty((len(good), size, size), dtype=np.uint8)
+    for k, i in enumerate(good):
+        images[k] = results[i]
+    return images, good, skipped
+
+
+def warn_skipped(skipped: Sequence[str], n_films: int) -> None:
+    """Say how many films were left out, and which."""
+    if skipped:
+        shown = ", ".join(skipped[:5]) + (f" and {len(skipped) - 5} more" if len(skipped) > 5 else "")
+        warnings.warn(f"skipped {len(skipped)} of {n_films} films: {shown}", stacklevel=3)
+
+
+def _reason(error: Exception) -> str:
+    # Pillow's message for an unknown format prints the address of the buffer, which says nothing to the reader.
+    return "not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error) or type(error).__name__
