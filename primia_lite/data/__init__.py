@@ -18,7 +18,7 @@ __all__ = [
     "split_by_patient",
 ]  # fmt: skip
 
-# Source -> (module, function). Imported on use: `import primia_lite.data` needs neither Pillow nor medmnist nor pydicom.
+# Source -> (module, function). Imported on use: `import primia_lite.data` needs no Pillow, medmnist or pydicom.
 _LOADERS = {
     "phantom": ("primia_lite.data.phantom", "generate"),
     "kermany": ("primia_lite.data.kermany", "read"),
@@ -64,7 +64,8 @@ def load(
     Raises
     ------
     DataError
-        Unknown source or option, missing folder, unreadable or colour film, class without a film, patient in two splits.
+        Unknown source or option, missing folder, unreadable or colour film, a class without a training film, a patient
+        in two splits.
     """
     loader = _loader(source)
     if not isinstance(size, int) or size < 8:

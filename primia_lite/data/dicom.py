@@ -51,28 +51,28 @@ def read(
     aspect: str = "stretch",
     progress: bool | None = None,
 ) -> ChestXrays:
-    """Read the films that a CSV lists: columns ``file``, ``label``, ``patient_id`` and, if you like, ``site``, ``split``.
+    """Read the films that a CSV lists: columns ``file``, ``label``, ``patient_id``, and at will ``site`` and ``split``.
 
     Labels are ``normal``, ``bacterial`` and ``viral``, or ``normal`` and ``pneumonia``. Pixels go through the modality
     rescale and the first VOI window or table of the header (without one, from the film's 0.5th to its 99.5th
     percentile), MONOCHROME1 is inverted, and the result is 8-bit grey.
 
     Patients are renamed ``patient-0001``, ``patient-0002``, ... in the order of the CSV; ids from the CSV never leave
-    the loader, nor anything else of a header, and skipped films are told by their row, since file names may hold a name.
+    the loader, nor does any header, and skipped films are told by their row, since a file name may hold a patient's.
 
     Parameters
     ----------
     root : the folder with the CSV, or the one above ``dicom/``; default ``PRIMIA_LITE_DATA``
-    test_fraction, validation_fraction : where there is no ``split`` column: share of all films that test gets, and share
-        of the others that validation gets; whole patients, stratified, by ``seed``
+    test_fraction, validation_fraction : where there is no ``split`` column: test's share of all films, and validation's
+        of the others; whole patients, stratified, by ``seed``
     labels_csv : its name in the folder; ``file`` is relative to that folder
     n_films, skip_bad, aspect, progress : as for ``kermany``
 
     Raises
     ------
     DataError
-        No folder, column, file or such label; a film of several frames, in colour, unreadable, or with text burned in; a
-        patient in two splits.
+        No folder, column, file or such label; a film of several frames, in colour, unreadable, or with text burned in;
+        a patient in two splits.
     """
     check_aspect(aspect)
     for name, value in (("validation_fraction", validation_fraction), ("test_fraction", test_fraction)):
@@ -92,8 +92,8 @@ def read(
     if rows[0].split:
         split = np.array([row.split for row in rows], dtype=str)
     else:
-        rest = 1 - test_fraction
-        fractions = {"train": rest * (1 - validation_fraction), "val": rest * validation_fraction, "test": test_fraction}
+        validation = (1 - test_fraction) * validation_fraction
+        fractions = {"train": 1 - test_fraction - validation, "val": validation, "test": test_fraction}
         split = split_by_patient(labels, patients, fractions, seed, class_names=class_names)
     chosen = np.arange(len(rows)) if n_films is None else choose_films(labels, patients, split, n_films, seed)
     rows, labels, patients, split = [rows[i] for i in chosen], labels[chosen], patients[chosen], split[chosen]
@@ -128,15 +128,18 @@ def _read_csv(path: Path) -> list[_Row]:
             reader.fieldnames = columns
             missing = [column for column in _COLUMNS if column not in columns]
             if missing:
-                raise DataError(f"{path} lacks the column {', '.join(missing)}: its first line must be file,label,patient_id")
-            lines = [(reader.line_num, {key: (value or "").strip() for key, value in line.items() if key}) for line in reader]
+                raise DataError(
+                    f"{path} lacks the column {', '.join(missing)}: its first line must be {','.join(_COLUMNS)}"
+                )
+            lines = [(reader.line_num, {k: (value or "").strip() for k, value in line.items() if k}) for line in reader]
     except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path} can't be read as a CSV in UTF-8 ({type(error).__name__}): save it again as one") from None
+        raise DataError(f"{path} is not a CSV in UTF-8 ({type(error).__name__}): save it again as one") from None
     if not lines:
         raise DataError(f"{path} lists no film: add one line per film")
     rows: list[_Row] = []
     pseudonyms: dict[str, str] = {}
     seen: dict[str, int] = {}
+    first: dict[str, _Row] = {}  # of each patient
     for number, line in lines:
         for column in (*_COLUMNS, *(c for c in ("site", "split") if c in columns)):
             if not line[column]:
@@ -148,13 +151,15 @@ def _read_csv(path: Path) -> list[_Row]:
             raise DataError(f"{path}, row {number}: the file of row {seen[line['file']]} again, remove one of them")
         seen[line["file"]] = number
         patient = pseudonyms.setdefault(line["patient_id"], f"patient-{len(pseudonyms) + 1:04d}")
-        same = next((row for row in rows if row.patient == patient and row.split != split), None)
-        if same:
+        site = line.get("site", "dicom")
+        row = _Row(number, path.parent / line["file"], line["label"].lower(), patient, site, split)
+        other = first.setdefault(patient, row)
+        if other.split != split:
             raise DataError(
-                f"{path}, row {number}: the patient of row {same.number} ({same.split}) again, in split {split!r}: move all "
-                "films of a patient to one split, or drop the split column"
+                f"{path}, row {number}: the patient of row {other.number} ({other.split}) again, in split {split!r}: "
+                "move all films of a patient to one split, or drop the split column"
             )
-        rows.append(_Row(number, path.parent / line["file"], line["label"].lower(), patient, line.get("site", "dicom"), split))
+        rows.append(row)
     return rows
 
 
@@ -194,9 +199,9 @@ def _film(row: _Row, size: int, aspect: str) -> np.ndarray:
         raise DataError(f"{name} has {header.NumberOfFrames} frames, not one: export the single film, {advice}")
     photometric = header.get("PhotometricInterpretation", "missing")
     if photometric not in ("MONOCHROME1", "MONOCHROME2") or int(header.get("SamplesPerPixel") or 1) != 1:
-        raise DataError(f"{name} is in colour (photometric interpretation {photometric}): X-ray films are grey, {advice}")
+        raise DataError(f"{name} is in colour ({photometric}): X-ray films are grey. Export it as grey, {advice}")
     if str(header.get("BurnedInAnnotation", "")).upper() == "YES":
-        raise DataError(f"{name} has text burned into its pixels (BurnedInAnnotation YES), perhaps a name: blank it, {advice}")
+        raise DataError(f"{name} has text burned in (BurnedInAnnotation YES), perhaps a name: blank it, {advice}")
     try:
         grey = _grey(header)
     except Exception as error:  # as above; decoders of compressed pixels add their own
@@ -211,7 +216,8 @@ def _grey(header) -> np.ndarray:
     from pydicom.pixels import apply_modality_lut, apply_voi_lut
 
     values = apply_modality_lut(header.pixel_array, header)
-    if header.get("VOILUTSequence") or (header.get("WindowWidth") is not None and header.get("WindowCenter") is not None):
+    windowed = header.get("WindowWidth") is not None and header.get("WindowCenter") is not None
+    if windowed or header.get("VOILUTSequence"):
         values = apply_voi_lut(values, header).astype(np.float64)
         low, high = _voi_range(header)
     else:

@@ -60,7 +60,7 @@ def read(
 ) -> ChestXrays:
     """Read the films, resized to ``size`` px, with the three classes and the patients that their names tell.
 
-    Test is the original test folder (624 films). The original ``val`` folder has 16 films, too few to choose anything by.
+    Test is the original test folder (624 films). The original ``val`` folder has 16 films, too few to choose by.
 
     Parameters
     ----------
@@ -68,10 +68,10 @@ def read(
     n_films : about this many, whole patients, in the same proportions of splits and classes; default all
     validation
         ``from_train``: the original train and val folders are pooled, and ``validation_fraction`` of their films is cut
-        off by patient, stratified, with ``seed``. ``original``: the folders as they are (Kaggle's layout only; no patient
-        of its ``val`` is in its ``train``; where one is, that is an error).
+        off by patient, stratified, with ``seed``. ``original``: the folders as they are (Kaggle's layout only; none of
+        the patients in its ``val`` is in its ``train``; if one were, that would be an error).
     aspect : ``stretch`` (default: the common 224 px copies have lost the aspect ratio already), ``crop`` or ``pad``
-    cache : keep the resized films in ``cache_dir()``, under a hash of the files' names and bytes, the size and ``aspect``
+    cache : keep the resized films in ``cache_dir()``, under a hash of names, bytes, ``size`` and ``aspect``
     progress : draw a bar; default in a terminal or a notebook only
 
     Raises
@@ -138,7 +138,7 @@ def _list_files(folder: Path, skip_bad: bool) -> tuple[list[_File], list[str]]:
                 try:
                     label, patient = label_and_patient(path.name)
                     if (label > 0) != (class_folder == "PNEUMONIA"):
-                        raise DataError(f"{name} lies in {class_folder}, but its name says otherwise: move or remove it")
+                        raise DataError(f"{name} lies in {class_folder}, its name says otherwise: move or remove it")
                 except DataError as error:
                     if not skip_bad:
                         raise DataError(f"{error} (or leave it out with skip_bad=True, --skip-bad)") from None
@@ -196,7 +196,7 @@ def _splits(
 def _images(
     files: list[_File], size: int, aspect: str, skip_bad: bool, cache: bool, progress: bool | None
 ) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-    """Images [M, size, size], the indices of the M good files, and the names of the others; from the cache if it has them."""
+    """Images [M, size, size] (cached or decoded), indices of the M good files, and the names of the others."""
     names = [f.name for f in files]
     path = cache_dir() / f"kermany-{_key(files, size, aspect, progress)}.npz" if cache else None
     cached = _read_cache(path, names, size) if path else None

@@ -17,6 +17,7 @@ from primia_lite.runtime import cores, in_notebook
 ASPECTS = ("stretch", "crop", "pad")
 # Grey saved as RGB comes back from JPEG within 1 or 2 levels of grey; a coloured marker is far beyond this.
 COLOUR_TOLERANCE = 8
+_OR_SKIP = "or leave it out with skip_bad=True (--skip-bad)"
 
 
 def decode(content: bytes, name: str) -> Image.Image:
@@ -31,22 +32,18 @@ def decode(content: bytes, name: str) -> Image.Image:
         image = Image.open(io.BytesIO(content))
         image.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(
-            f"{name} can't be read ({_reason(error)}): get the file again, or leave it out with skip_bad=True (--skip-bad)"
-        ) from error
+        raise DataError(f"{name} can't be read ({_reason(error)}): get the file again, {_OR_SKIP}") from error
     if image.mode in ("L", "LA", "1"):
         return image.convert("L")
     if image.mode not in ("RGB", "RGBA", "P", "PA", "CMYK", "YCbCr"):
-        raise DataError(
-            f"{name} has pixels of type {image.mode}, not 8-bit grey: convert it, or leave it out with skip_bad=True (--skip-bad)"
-        )
+        raise DataError(f"{name} has pixels of type {image.mode}, not 8-bit grey: convert it, {_OR_SKIP}")
     rgb = image.convert("RGB")
     red, green, blue = rgb.split()
     spread = max(ImageChops.difference(green, other).getextrema()[1] for other in (red, blue))
     if spread > COLOUR_TOLERANCE:
         raise DataError(
-            f"{name} is in colour (its channels differ by up to {spread} of 255): X-ray films are grey. Check the file, "
-            "convert it to grey, or leave it out with skip_bad=True (--skip-bad)"
+            f"{name} is in colour (its channels differ by up to {spread} of 255): X-ray films are grey. Check it, "
+            f"convert it to grey, {_OR_SKIP}"
         )
     return rgb.convert("L")
 
@@ -120,7 +117,7 @@ def read_films(
     good = np.array([i for i, film in enumerate(results) if not isinstance(film, DataError)], dtype=np.int64)
     skipped = tuple(name for name, film in zip(names, results, strict=True) if isinstance(film, DataError))
     if not len(good):
-        raise DataError(f"none of the {len(items)} films can be used; the first: {results[0] if results else 'no file'}")
+        raise DataError(f"none of the {len(items)} films can be used. {results[0] if results else ''}")
     images = np.empty((len(good), size, size), dtype=np.uint8)
     for k, i in enumerate(good):
         images[k] = results[i]

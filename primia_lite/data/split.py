@@ -15,7 +15,7 @@ def _rng(seed: int, purpose: str) -> np.random.Generator:
 
 
 def _patients(labels: np.ndarray, patient_id: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Index of each film's patient [N], each patient's number of films [P] and class [P]: the commonest of its labels."""
+    """Each film's patient [N], each patient's number of films [P], and class [P]: the commonest of its labels."""
     names, of_film, n_films = np.unique(patient_id, return_inverse=True, return_counts=True)
     votes = np.zeros((len(names), int(labels.max()) + 1), dtype=np.int64)
     np.add.at(votes, (of_film, labels), 1)
@@ -78,14 +78,15 @@ def split_by_patient(
     if not set(fractions) <= set(SPLITS) or not np.all(shares > 0) or not np.isclose(shares.sum(), 1):
         raise DataError(f"fractions {fractions} must be positive, add up to 1 and name {', '.join(SPLITS)}")
     if len(labels) != len(patient_id) or not len(labels):
-        raise DataError(f"split_by_patient() got {len(labels)} labels and {len(patient_id)} patient ids: give one per film")
+        raise DataError(f"got {len(labels)} labels and {len(patient_id)} patient ids: give one of each per film")
     of_film, n_films, of_class = _patients(labels, patient_id)
     part = np.empty(len(n_films), dtype=np.int64)
     for label in np.unique(of_class):
         these = of_class == label
         if these.sum() < len(shares):
+            name = class_names[label] if class_names else label
             raise DataError(
-                f"class {class_names[label] if class_names else label} has {these.sum()} patients, too few for {', '.join(fractions)}: add patients or make "
+                f"class {name} has {these.sum()} patients, too few for {', '.join(fractions)}: add patients or make "
                 "fewer splits"
             )
         part[these] = _deal(n_films[these], shares, _rng(seed, f"split{label}"), fill=True)
@@ -104,6 +105,8 @@ def choose_films(labels: np.ndarray, patient_id: np.ndarray, split: np.ndarray, 
         for label in np.unique(of_class):
             these = np.flatnonzero(of_class == label)
             part = _deal(count[these], np.array([share, 1 - share]), _rng(seed, f"choose{name}{label}"), fill=True)
+            if not np.any(part == 0):
+                part[0] = 0  # the only patient of a class is kept
             chosen.append(films[np.isin(of_film, these[part == 0])])
     return np.sort(np.concatenate(chosen))
 
@@ -120,9 +123,9 @@ def partition(
     n_hospitals : with ``by_site``, None means one per site
     scheme
         ``iid``: equal parts, equal class shares. ``dirichlet``: for each class the hospitals' shares are drawn from
-        Dirichlet(``alpha``) (Hsu et al. 2019): smaller ``alpha``, more skew. ``by_site``: the source's sites; with fewer
-        hospitals than sites they share them out, largest first; a patient seen at two sites goes whole to the one with
-        more of the films.
+        Dirichlet(``alpha``) (Hsu et al. 2019): smaller ``alpha``, more skew. ``by_site``: the source's sites; fewer
+        hospitals than sites share them out, largest first; a patient seen at two sites goes whole to the one with more
+        of the films.
 
     Raises
     ------

@@ -57,7 +57,7 @@ class ChestXrays:
     def _check_arrays(self) -> None:
         images, labels = self.images, self.labels
         if not (isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.ndim == 3):
-            raise DataError(f"images must be a uint8 array [N, H, W], not {_describe(images)}: convert them to 8-bit grey")
+            raise DataError(f"images must be uint8 [N, H, W], not {_describe(images)}: convert them to 8-bit grey")
         if images.shape[1] != images.shape[2]:
             raise DataError(f"films must be square, not {images.shape[1]} x {images.shape[2]}: resize them")
         if not (isinstance(labels, np.ndarray) and labels.dtype == np.int64 and labels.ndim == 1):
@@ -197,14 +197,16 @@ class ChestXrays:
 
 def check_patient_disjoint(patient_id: np.ndarray, split: np.ndarray) -> None:
     """Raise DataError, naming the first patient, if a patient's films lie in more than one split."""
-    pairs = np.unique(np.stack([patient_id, split], axis=1).astype(str), axis=0) if len(split) else np.empty((0, 2), str)
+    if not len(split):
+        return
+    pairs = np.unique(np.stack([patient_id, split], axis=1).astype(str), axis=0)
     patients, n_splits = np.unique(pairs[:, 0], return_counts=True)
     if np.any(n_splits > 1):
         patient = patients[n_splits > 1][0]
         where = " and ".join(str(s) for s in pairs[pairs[:, 0] == patient, 1])
         raise DataError(
-            f"patient {str(patient)!r} has films in {where} ({np.sum(n_splits > 1)} such patients in all): move all films of a "
-            "patient to one split, or make new splits with split_by_patient()"
+            f"patient {str(patient)!r} has films in {where} ({np.sum(n_splits > 1)} such patients in all): move all "
+            "films of a patient to one split, or make new splits with split_by_patient()"
         )
 
 
