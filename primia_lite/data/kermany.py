@@ -19,6 +19,7 @@ from primia_lite.config import DataError, UserError, cache_dir, data_root
 from primia_lite.data.pixels import check_aspect, decode, parallel, read_films, to_square, warn_skipped
 from primia_lite.data.split import choose_films, split_by_patient
 from primia_lite.data.types import CLASSES_3, SPLITS, ChestXrays, check_patient_disjoint
+from primia_lite.runtime import write_atomic
 
 _FOLDERS = (
     ".", "chest_xray", "chest_xray/chest_xray", "CellData/chest_xray", "ZhangLabData/CellData/chest_xray", "kermany",
@@ -247,8 +248,6 @@ def _read_cache(path: Path, names: list[str], size: int) -> tuple[np.ndarray, np
 
 
 def _write_cache(path: Path, **arrays: np.ndarray) -> None:
-    from primia_lite.runtime import write_atomic
-
     try:
         write_atomic(path, lambda file: np.savez(file, **arrays))
     except UserError as error:

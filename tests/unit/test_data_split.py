@@ -55,7 +55,7 @@ def test_split_is_patient_disjoint_stratified_and_repeatable(n_patients, seed, f
     for label in range(3):
         of_label = split[films.labels == label]
         for name, fraction in wanted.items():
-            # A part is off by at most one patient (6 films) at each of its borders, or by the one that kept it from being empty.
+            # Off by at most a patient (6 films) at each border, or by the one that keeps a part from being empty.
             assert abs(np.sum(of_label == name) - fraction * len(of_label)) <= 12
             assert np.any(of_label == name)
 

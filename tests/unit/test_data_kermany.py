@@ -1,0 +1,297 @@
+from __future__ import annotations
+
+import io
+import shutil
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from primia_lite.config import UserError
+from primia_lite.data import CLASSES_3, DataError, kermany, load
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("PRIMIA_LITE_CACHE", str(tmp_path / "cache"))
+
+
+def jpeg(seed: int, mode: str = "L", size: tuple[int, int] = (60, 40)) -> bytes:
+    grey = np.random.default_rng(seed).integers(0, 256, (6, 6)).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(grey).resize(size).convert(mode).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+def kaggle_names(start: int, n: int, films: int = 2) -> dict[str, list[str]]:
+    numbers = range(start, start + n)
+    normal = [f"{'NORMAL2-' if i % 2 else ''}IM-{i:04d}-000{k}.jpeg" for i in numbers for k in range(1, films + 1)]
+    pneumonia = [f"person{i}_{d}_{10 * i + k}.jpeg" for i in numbers for d in ("bacteria", "virus") for k in range(films)]
+    return {"NORMAL": normal, "PNEUMONIA": pneumonia}
+
+
+def write_set(root: Path, folders: dict[str, dict[str, list[str]]], mode: str = "L") -> Path:
+    for split, classes in folders.items():
+        for name, files in classes.items():
+            (root / split / name).mkdir(parents=True, exist_ok=True)
+            for i, file in enumerate(files):
+                (root / split / name / file).write_bytes(jpeg(hash_of(file) + i, mode))
+    return root
+
+
+def hash_of(name: str) -> int:
+    return sum(name.encode())
+
+
+@pytest.fixture
+def kaggle(tmp_path) -> Path:
+    """Kaggle's layout: 10 patients of each class in train, 1 of each kind in val, 3 in test; 2 films each."""
+    folders = {"train": kaggle_names(1, 10), "val": kaggle_names(50, 1), "test": kaggle_names(100, 3)}
+    return write_set(tmp_path / "chest_xray", folders)
+
+
+def test_classes_patients_and_splits_of_kaggles_layout(kaggle):
+    films = load("kermany", 32, root=kaggle)
+    assert films.class_names == CLASSES_3 and films.source == "kermany" and films.sites == ("kermany",)
+    assert films.images.shape == (84, 32, 32) and films.n_patients == 42
+    assert films.counts()["test"] == {"normal": 6, "bacterial": 6, "viral": 6}
+    # 22 films of each class are pooled, 10 % of them in whole patients is one patient.
+    assert films.counts()["val"] == {"normal": 2, "bacterial": 2, "viral": 2}
+    assert {"person3_virus", "person3_bacteria", "IM-0002", "NORMAL2-IM-0001"} <= set(films.patient_id)
+    assert films.skipped == () and films.lung_mask is None
+    virus = np.char.endswith(films.patient_id, "virus")
+    assert set(films.labels[virus]) == {2} and set(films.labels[~virus]) == {0, 1}
+
+
+def test_original_validation_is_kept_on_demand(kaggle):
+    films = load("kermany", 32, root=kaggle, validation="original")
+    assert films.counts()["val"] == {"normal": 2, "bacterial": 2, "viral": 2}
+    assert set(films.of_split("val").patient_id) == {"IM-0050", "person50_bacteria", "person50_virus"}
+    shutil.rmtree(kaggle / "val")
+    with pytest.raises(DataError, match=r"no val folder .*validation='from_train'"):
+        load("kermany", 32, root=kaggle, validation="original")
+    assert len(load("kermany", 32, root=kaggle)) == 78
+
+
+def test_validation_fraction_and_seed(kaggle):
+    assert "val" not in load("kermany", 32, root=kaggle, validation_fraction=0).counts()
+    half = load("kermany", 32, root=kaggle, validation_fraction=0.5)
+    assert sum(half.counts()["val"].values()) == pytest.approx(33, abs=3)
+    other = load("kermany", 32, root=kaggle, validation_fraction=0.5, seed=1)
+    assert np.any(other.split != half.split) and np.array_equal(other.images, half.images)
+    for options in ({"validation_fraction": 1.0}, {"validation": "none"}, {"aspect": "tall"}):
+        name, value = next(iter(options.items()))
+        with pytest.raises(DataError, match=f"{name}={value!r}"):
+            load("kermany", 32, root=kaggle, **options)
+
+
+@pytest.mark.parametrize("inside", ["", "chest_xray", "chest_xray/chest_xray", "ZhangLabData/CellData/chest_xray", "kermany"])
+def test_the_root_may_be_the_folder_or_one_above_it(tmp_path, inside):
+    write_set(tmp_path / "data" / inside, {"train": kaggle_names(1, 4), "test": kaggle_names(100, 1)})
+    assert len(load("kermany", 16, root=tmp_path / "data")) == 30
+    assert kermany.find(tmp_path / "data") == ((tmp_path / "data" / inside).resolve(), 30)
+
+
+def test_mendeleys_names(tmp_path):
+    train = {
+        "NORMAL": [f"NORMAL-{i}-000{k}.jpeg" for i in (11419, 28501, 1003233) for k in (1, 2)],
+        "PNEUMONIA": [f"{d}-{i}-0001.jpeg" for d in ("BACTERIA", "VIRUS") for i in (7422, 8000, 1018860)],
+    }
+    test = {"NORMAL": ["NORMAL-115218-0001.jpeg"], "PNEUMONIA": ["VIRUS-355597-0002.jpeg", "BACTERIA-40699-0001.jpeg"]}
+    write_set(tmp_path / "chest_xray", {"train": train, "test": test}, mode="RGB")
+    films = load("kermany", 16, root=tmp_path, validation_fraction=0.3)
+    assert films.n_patients == 12 and len(films) == 15
+    assert films.counts()["test"] == {"normal": 1, "bacterial": 1, "viral": 1}
+    assert films.labels[films.patient_id == "VIRUS-7422"].tolist() == [2]
+
+
+def test_files_of_macos_are_ignored(kaggle):
+    (kaggle / "__MACOSX" / "train" / "NORMAL").mkdir(parents=True)
+    (kaggle / "__MACOSX" / "train" / "NORMAL" / "._IM-0001-0001.jpeg").write_bytes(b"x")
+    (kaggle / "train" / "NORMAL" / "._IM-0002-0001.jpeg").write_bytes(b"x")
+    (kaggle / "train" / ".DS_Store").write_bytes(b"x")
+    (kaggle / "train" / "NORMAL" / ".DS_Store").write_bytes(b"x")
+    assert len(load("kermany", 16, root=kaggle)) == 84
+
+
+def test_missing_folders_say_what_to_do(tmp_path):
+    with pytest.raises(DataError, match="rscbjbr9sj") as error:
+        load("kermany", 64, root=tmp_path / "nowhere")
+    assert str(tmp_path / "nowhere") in str(error.value) and "PRIMIA_LITE_DATA" in str(error.value)
+    write_set(tmp_path, {"train": kaggle_names(1, 2)})
+    with pytest.raises(DataError, match=r"test/NORMAL has no film"):
+        load("kermany", 64, root=tmp_path)
+
+
+def test_a_class_without_a_film_is_named(kaggle):
+    for file in (kaggle / "train" / "PNEUMONIA").glob("*virus*"):
+        file.unlink()
+    for file in (kaggle / "val" / "PNEUMONIA").glob("*virus*"):
+        file.unlink()
+    with pytest.raises(DataError, match="class 'viral' has no film in split 'train'"):
+        load("kermany", 16, root=kaggle)
+
+
+def test_one_patient_in_train_and_test_is_named(kaggle):
+    (kaggle / "test" / "PNEUMONIA" / "person4_virus_99.jpeg").write_bytes(jpeg(1))
+    with pytest.raises(DataError, match="patient 'person4_virus' has films in test and train"):
+        load("kermany", 16, root=kaggle, validation_fraction=0)
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.02, 0.5, 0.9])
+def test_a_truncated_jpeg_is_named(kaggle, kept):
+    file = kaggle / "train" / "PNEUMONIA" / "person4_virus_40.jpeg"
+    file.write_bytes(file.read_bytes()[: int(kept * file.stat().st_size)])
+    with pytest.raises(DataError, match=r"train/PNEUMONIA/person4_virus_40.jpeg can't be read .*--skip-bad") as error:
+        load("kermany", 16, root=kaggle)
+    assert "BytesIO" not in str(error.value)
+
+
+def test_skip_bad_counts_and_names_what_it_skips(kaggle):
+    (kaggle / "train" / "NORMAL" / "IM-0002-0001.jpeg").write_bytes(b"no film")
+    (kaggle / "test" / "NORMAL" / "holiday.jpeg").write_bytes(jpeg(0))
+    shutil.copy(kaggle / "train" / "NORMAL" / "IM-0004-0001.jpeg", kaggle / "train" / "PNEUMONIA" / "IM-0090-0001.jpeg")
+    expected = ("train/PNEUMONIA/IM-0090-0001.jpeg", "test/NORMAL/holiday.jpeg", "train/NORMAL/IM-0002-0001.jpeg")
+    for _ in range(2):  # the second time from the cache
+        with pytest.warns(UserWarning, match=r"skipped 3 of 86 films: .*IM-0002-0001.jpeg"):
+            films = load("kermany", 16, root=kaggle, skip_bad=True)
+        assert films.skipped == expected and len(films) == 83
+    # What was skipped once must not be forgotten by the cache.
+    (kaggle / "test" / "NORMAL" / "holiday.jpeg").unlink()
+    (kaggle / "train" / "PNEUMONIA" / "IM-0090-0001.jpeg").unlink()
+    with pytest.raises(DataError, match="IM-0002-0001"):
+        load("kermany", 16, root=kaggle)
+
+
+def test_nothing_but_bad_films(tmp_path):
+    write_set(tmp_path, {"train": kaggle_names(1, 2), "test": kaggle_names(100, 1)})
+    for file in tmp_path.rglob("*.jpeg"):
+        file.write_bytes(b"")
+    with pytest.raises(DataError, match="none of the 18 films can be used"):
+        load("kermany", 16, root=tmp_path, skip_bad=True, validation_fraction=0)
+
+
+def test_a_name_in_the_wrong_folder_and_an_unknown_name(kaggle):
+    wrong = kaggle / "train" / "NORMAL" / "person1_virus_1.jpeg"
+    wrong.write_bytes(jpeg(0))
+    with pytest.raises(DataError, match=r"train/NORMAL/person1_virus_1.jpeg lies in NORMAL"):
+        load("kermany", 16, root=kaggle)
+    wrong.rename(wrong.with_name("scan.jpeg"))
+    with pytest.raises(DataError, match=r"scan.jpeg tells neither class nor patient"):
+        load("kermany", 16, root=kaggle)
+
+
+def test_grey_coded_as_rgb_is_grey_and_colour_is_named(kaggle):
+    file = kaggle / "test" / "NORMAL" / "IM-0100-0001.jpeg"
+    grey = load("kermany", 32, root=kaggle).of_split("test").images[0]
+    file.write_bytes(jpeg(hash_of(file.name), "RGB"))
+    np.testing.assert_array_equal(load("kermany", 32, root=kaggle).of_split("test").images[0], grey)
+    # JPEG noise of the chroma channels, as when a grey film is saved again with a tint of two levels.
+    near = np.repeat(np.asarray(Image.open(file).convert("L"))[..., None], 3, axis=2).astype(np.int16)
+    near[..., 0] += 2
+    Image.fromarray(near.clip(0, 255).astype(np.uint8)).save(file, "PNG")
+    load("kermany", 32, root=kaggle)
+    near[:4, :4, 0] = 255 - near[:4, :4, 1]
+    Image.fromarray(near.clip(0, 255).astype(np.uint8)).save(file, "PNG")
+    with pytest.raises(DataError, match=r"test/NORMAL/IM-0100-0001.jpeg is in colour .*convert it to grey"):
+        load("kermany", 32, root=kaggle)
+    Image.fromarray(np.zeros((9, 9), np.uint16)).save(file, "PNG")
+    with pytest.raises(DataError, match=r"IM-0100-0001.jpeg has pixels of type I;16, not 8-bit grey"):
+        load("kermany", 32, root=kaggle)
+
+
+def test_resizing_is_antialiased_and_keeps_the_aspect_on_demand(kaggle):
+    file = kaggle / "test" / "NORMAL" / "IM-0100-0001.jpeg"
+    columns = np.tile(np.array([0, 255], np.uint8), (64, 64))  # 64 x 128: stripes of one pixel
+    Image.fromarray(columns).save(file, "PNG")
+    films = {a: load("kermany", 16, root=kaggle, aspect=a).of_split("test").images[0] for a in ("stretch", "crop", "pad")}
+    assert np.abs(films["stretch"].astype(int) - 128).max() <= 8, "stripes must average out to grey"
+    assert np.abs(films["crop"].astype(int) - 128).max() <= 8
+    assert films["pad"][:4].max() == 0 and films["pad"][6:10].min() > 100
+
+
+def test_the_cache_gives_the_same_films_and_follows_the_content(kaggle, tmp_path, monkeypatch):
+    first = load("kermany", 16, root=kaggle)
+    (path,) = (tmp_path / "cache").iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(kermany, "decode", lambda *_: pytest.fail("decoded although cached"))
+        again = load("kermany", 16, root=kaggle)
+        assert again.fingerprint() == first.fingerprint()
+        shutil.copytree(kaggle, tmp_path / "elsewhere")
+        assert load("kermany", 16, root=tmp_path / "elsewhere").fingerprint() == first.fingerprint()
+    file = kaggle / "train" / "NORMAL" / "IM-0002-0001.jpeg"
+    file.write_bytes(jpeg(999))
+    assert load("kermany", 16, root=kaggle).fingerprint() != first.fingerprint()
+    load("kermany", 24, root=kaggle)
+    load("kermany", 24, root=kaggle, aspect="pad")
+    assert len(list((tmp_path / "cache").iterdir())) == 4 and path.exists()
+    before = set((tmp_path / "cache").iterdir())
+    load("kermany", 28, root=kaggle, cache=False)
+    assert set((tmp_path / "cache").iterdir()) == before
+
+
+def damaged(path: Path, kind: str) -> None:
+    content = path.read_bytes()
+    if kind == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "garbage":
+        path.write_bytes(b"\x00" * 1000)
+    elif kind == "one byte":
+        middle = len(content) // 2
+        path.write_bytes(content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :])
+    elif kind == "another array":
+        np.savez(path.open("wb"), images=np.zeros((3, 16, 16), np.uint8), good=np.arange(3), skipped=np.array([], str))
+    else:
+        np.savez(path.open("wb"), other=np.zeros(3))
+
+
+@pytest.mark.parametrize("kind", ["truncated", "empty", "garbage", "one byte", "another array", "another key"])
+def test_a_damaged_cache_is_made_again(kaggle, tmp_path, kind):
+    first = load("kermany", 16, root=kaggle)
+    (path,) = (tmp_path / "cache").iterdir()
+    whole = path.read_bytes()
+    damaged(path, kind)
+    assert load("kermany", 16, root=kaggle).fingerprint() == first.fingerprint()
+    with np.load(path) as stored, np.load(io.BytesIO(whole)) as original:
+        np.testing.assert_array_equal(stored["images"], original["images"])
+
+
+def test_a_cache_that_cannot_be_written_costs_only_time(kaggle, monkeypatch):
+    def full(*_):
+        raise UserError("could not write: No space left on device")
+
+    monkeypatch.setattr("primia_lite.data.kermany.write_atomic", full)
+    with pytest.warns(UserWarning, match="films are not cached: could not write: No space left"):
+        assert len(load("kermany", 16, root=kaggle)) == 84
+
+
+def test_n_films_takes_whole_patients_of_every_class_and_split(kaggle):
+    films = load("kermany", 16, root=kaggle, n_films=40)
+    everything = load("kermany", 16, root=kaggle)
+    assert abs(len(films) - 40) <= 9
+    assert all(n > 0 for counts in films.counts().values() for n in counts.values()) and len(films.counts()) == 3
+    for patient in np.unique(films.patient_id):
+        assert np.sum(films.patient_id == patient) == np.sum(everything.patient_id == patient)
+    assert films.fingerprint() == load("kermany", 16, root=kaggle, n_films=40).fingerprint()
+    # A smaller set keeps the split of the whole set: no film of its train is in the whole set's test or val.
+    of_whole = dict(zip(everything.patient_id, everything.split, strict=True))
+    assert all(of_whole[patient] == split for patient, split in zip(films.patient_id, films.split, strict=True))
+    assert len(load("kermany", 16, root=kaggle, n_films=10_000)) == 84
+
+
+def test_progress_is_silent_by_default_and_drawn_on_demand(kaggle, capsys):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load("kermany", 16, root=kaggle)
+        assert capsys.readouterr().err == ""
+        load("kermany", 17, root=kaggle, progress=True)
+    assert "reading films" in capsys.readouterr().err
+
+
+def test_the_default_root_is_the_data_folder(kaggle, monkeypatch):
+    monkeypatch.setenv("PRIMIA_LITE_DATA", str(kaggle.parent))
+    assert len(load("kermany", 16)) == 84
