@@ -1,0 +1,104 @@
+# primia_lite: `make run` and `make test` need git, make and Python 3.11 or newer; the rest comes from the package index.
+#
+#   make run                               every notebook on the embedded phantom films
+#   make run PROFILE=paper DATA=kermany    the paper's experiments on real films (PRIMIA_LITE_DATA: where they lie)
+#   make run ONLY=00,02 OUT=somewhere      some notebooks, written elsewhere
+#   make test                              the tests, then every notebook checked against its committed outputs
+#   make test-browser                      the notebooks' widgets in a real JupyterLab and chromium
+#   make lab                               JupyterLab, opened at the first notebook
+#   make setup | doctor | lint | format | clean
+#
+# PYTHON=python3.12         which Python makes .venv
+# TORCH_INDEX=<address>     an index to take torch from, such as the CPU index that pytorch.org/get-started shows
+
+PROFILE ?= smoke
+DATA ?=
+ONLY ?=
+OUT ?=
+PYTHON ?=
+TORCH_INDEX ?=
+TESTS ?= tests
+
+VENV := .venv
+BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
+PIP := $(BIN)/python -m pip
+# What .venv was made from, and where: scripts in a .venv name its folder, so a moved checkout is set up afresh.
+KEY := $(shell (cat requirements.lock pyproject.toml; pwd) | cksum)
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_USER := no
+ifneq ($(PRIMIA_LITE_DATA),)
+  # Notebooks run in their own folder.
+  export PRIMIA_LITE_DATA := $(abspath $(PRIMIA_LITE_DATA))
+endif
+# Two kernels side by side on two cores: one thread each. Nothing that a test makes is found by a user's run.
+TEST_ENV := OMP_NUM_THREADS=1 MPLBACKEND= PRIMIA_LITE_HEADLESS=1
+
+.PHONY: run test test-unit test-notebooks test-browser lab doctor setup install lint format clean help
+
+run: setup
+	@$(BIN)/primia-lite run --profile $(PROFILE) $(if $(DATA),--data $(DATA)) $(if $(ONLY),--only $(ONLY)) $(if $(OUT),--out "$(OUT)")
+
+test: setup
+	@status=0; \
+	$(MAKE) --no-print-directory test-unit || status=1; \
+	$(MAKE) --no-print-directory test-notebooks || status=1; \
+	exit $$status
+
+test-unit: setup
+	@$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
+
+# nbval compares the outputs of cells tagged nbval-check-output and fails on any error.
+test-notebooks: setup
+	@rm -rf runs/test && PRIMIA_LITE_RUNS="$(CURDIR)/runs/test" PRIMIA_LITE_FIGURES="$(CURDIR)/runs/test/figures" \
+	PRIMIA_LITE_RESULTS="$(CURDIR)/runs/test/results" $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile \
+	--nbval-lax --nbval-current-env --nbval-cell-timeout 300 -p no:cacheprovider notebooks
+
+test-browser: setup
+	@$(TEST_ENV) $(BIN)/python -m pytest -m browser tests/browser
+
+lab: setup
+	@$(BIN)/jupyter lab notebooks/00_start_here.ipynb
+
+doctor: setup
+	@$(BIN)/primia-lite doctor
+
+lint: setup
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+format: setup
+	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+
+setup:
+	@[ "$$(cat $(VENV)/.stamp 2>/dev/null)" = "$(KEY)" ] && $(BIN)/python -c "" 2>/dev/null \
+	|| $(MAKE) --no-print-directory install
+
+install:
+	@python=; \
+	for candidate in $(if $(PYTHON),"$(PYTHON)",python3 python3.14 python3.13 python3.12 python3.11 python); do \
+	  if $$candidate -c "import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))" 2>/dev/null; \
+	  then python=$$candidate; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+	  echo "make: no Python 3.11 or newer with venv and ensurepip found$(if $(PYTHON), at PYTHON=$(PYTHON))." >&2; \
+	  echo "Install one (Debian, Ubuntu: apt install python3 python3-venv), or name it: make PYTHON=/path/to/python3.11 ..." >&2; \
+	  exit 1; \
+	fi; \
+	echo "Setting up $(VENV) with $$($$python --version) (once, some minutes)"; \
+	rm -f $(VENV)/.stamp; \
+	$(PIP) --version >/dev/null 2>&1 && [ "$$(cat $(VENV)/.place 2>/dev/null)" = "$$(pwd)" ] \
+	|| { $$python -m venv --clear $(VENV) && pwd > $(VENV)/.place; }
+ifneq ($(TORCH_INDEX),)
+	@$(PIP) install --quiet --no-compile --index-url "$(TORCH_INDEX)" "$$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.lock)"
+else
+	@$(PIP) install --quiet --no-compile -c requirements.lock "$$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.lock)"
+endif
+	@$(PIP) install --quiet --no-compile --no-deps --only-binary :all: -r requirements.lock
+	@$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	@echo "$(KEY)" > $(VENV)/.stamp
+
+clean:
+	rm -rf $(VENV) runs .cache
+
+help:
+	@sed -n '2,/^$$/s/^# \{0,1\}//p' Makefile
