@@ -218,8 +218,11 @@ def _grey(header) -> np.ndarray:
     values = apply_modality_lut(header.pixel_array, header)
     windowed = header.get("WindowWidth") is not None and header.get("WindowCenter") is not None
     if windowed or header.get("VOILUTSequence"):
-        values = apply_voi_lut(values, header).astype(np.float64)
         low, high = _voi_range(header)
+        if header.get("VOILUTSequence"):
+            # pydicom 3.0 indexes a table of 8-bit entries by 8-bit numbers: one of more than 256 entries wraps around.
+            header.VOILUTSequence[0].LUTDescriptor[2] = max(header.VOILUTSequence[0].LUTDescriptor[2], 10)
+        values = apply_voi_lut(values, header).astype(np.float64)
     else:
         low, high = np.percentile(values, (0.5, 99.5))
     scaled = (values - low) / max(high - low, 1e-9)

@@ -28,7 +28,9 @@ def jpeg(seed: int, mode: str = "L", size: tuple[int, int] = (60, 40)) -> bytes:
 def kaggle_names(start: int, n: int, films: int = 2) -> dict[str, list[str]]:
     numbers = range(start, start + n)
     normal = [f"{'NORMAL2-' if i % 2 else ''}IM-{i:04d}-000{k}.jpeg" for i in numbers for k in range(1, films + 1)]
-    pneumonia = [f"person{i}_{d}_{10 * i + k}.jpeg" for i in numbers for d in ("bacteria", "virus") for k in range(films)]
+    pneumonia = [
+        f"person{i}_{d}_{10 * i + k}.jpeg" for i in numbers for d in ("bacteria", "virus") for k in range(films)
+    ]
     return {"NORMAL": normal, "PNEUMONIA": pneumonia}
 
 
@@ -87,7 +89,9 @@ def test_validation_fraction_and_seed(kaggle):
             load("kermany", 32, root=kaggle, **options)
 
 
-@pytest.mark.parametrize("inside", ["", "chest_xray", "chest_xray/chest_xray", "ZhangLabData/CellData/chest_xray", "kermany"])
+@pytest.mark.parametrize(
+    "inside", ["", "chest_xray", "chest_xray/chest_xray", "ZhangLabData/CellData/chest_xray", "kermany"]
+)
 def test_the_root_may_be_the_folder_or_one_above_it(tmp_path, inside):
     write_set(tmp_path / "data" / inside, {"train": kaggle_names(1, 4), "test": kaggle_names(100, 1)})
     assert len(load("kermany", 16, root=tmp_path / "data")) == 30
@@ -206,7 +210,9 @@ def test_resizing_is_antialiased_and_keeps_the_aspect_on_demand(kaggle):
     file = kaggle / "test" / "NORMAL" / "IM-0100-0001.jpeg"
     columns = np.tile(np.array([0, 255], np.uint8), (64, 64))  # 64 x 128: stripes of one pixel
     Image.fromarray(columns).save(file, "PNG")
-    films = {a: load("kermany", 16, root=kaggle, aspect=a).of_split("test").images[0] for a in ("stretch", "crop", "pad")}
+    films = {
+        a: load("kermany", 16, root=kaggle, aspect=a).of_split("test").images[0] for a in ("stretch", "crop", "pad")
+    }
     assert np.abs(films["stretch"].astype(int) - 128).max() <= 8, "stripes must average out to grey"
     assert np.abs(films["crop"].astype(int) - 128).max() <= 8
     assert films["pad"][:4].max() == 0 and films["pad"][6:10].min() > 100

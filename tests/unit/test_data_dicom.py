@@ -1,0 +1,260 @@
+from __future__ import annotations
+
+import dataclasses
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import DigitalXRayImageStorageForPresentation, ExplicitVRLittleEndian, generate_uid
+
+from primia_lite.data import CLASSES_2, CLASSES_3, DataError, dicom, load
+
+NAME, NUMBER = "DOE^SECRET", "MRN-4711"
+
+
+def write_dicom(path: Path, pixels: np.ndarray, **tags) -> Path:
+    header = Dataset()
+    header.file_meta = FileMetaDataset()
+    header.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    header.file_meta.MediaStorageSOPClassUID = header.SOPClassUID = DigitalXRayImageStorageForPresentation
+    header.file_meta.MediaStorageSOPInstanceUID = header.SOPInstanceUID = generate_uid()
+    header.PatientName, header.PatientID, header.PatientBirthDate = NAME, NUMBER, "20190101"
+    header.Rows, header.Columns = pixels.shape[:2]
+    header.SamplesPerPixel, header.PhotometricInterpretation = 1, "MONOCHROME2"
+    bits = 8 * pixels.dtype.itemsize
+    header.BitsAllocated, header.BitsStored, header.HighBit = bits, bits, bits - 1
+    header.PixelRepresentation = int(pixels.dtype.kind == "i")
+    for name, value in tags.items():
+        setattr(header, name, value)
+    header.add_new("PixelData", "OB" if header.BitsAllocated == 8 else "OW", pixels.tobytes())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header.save_as(path, enforce_file_format=True)
+    return path
+
+
+def ramp(dtype=np.uint16, low: int = 0, high: int = 4095, side: int = 32) -> np.ndarray:
+    """From ``low`` at the top to ``high`` at the bottom."""
+    return np.tile(np.linspace(low, high, side)[:, None], (1, side)).astype(dtype)
+
+
+def write_csv(folder: Path, lines: list[str], header: str = "file,label,patient_id,split") -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "labels.csv").write_text("\n".join([header, *lines]) + "\n")
+
+
+def one_film(tmp_path: Path, pixels: np.ndarray, **tags) -> np.ndarray:
+    """The film [32, 32] that the loader makes of these pixels; one of the other class stands beside it."""
+    write_dicom(tmp_path / "a.dcm", pixels, **tags)
+    write_dicom(tmp_path / "b.dcm", ramp())
+    write_csv(tmp_path, [f"a.dcm,normal,{NUMBER},train", "b.dcm,pneumonia,other,train"])
+    return load("dicom", 32, root=tmp_path).images[0]
+
+
+def cohort(folder: Path, n: int = 12, header: str = "file,label,patient_id", more: str = "") -> Path:
+    lines = []
+    for i in range(n):
+        for k in range(2):
+            write_dicom(folder / "films" / f"{i}_{k}.dcm", ramp(high=1000 + 100 * i + k))
+            lines.append(f"films/{i}_{k}.dcm,{CLASSES_3[i % 3]},{NUMBER}-{i}{more}")
+    write_csv(folder, lines, header)
+    return folder
+
+
+EXPECTED = np.linspace(0, 255, 32)
+
+
+def test_12_bits_are_stretched_over_the_range_of_the_film_without_a_window(tmp_path):
+    film = one_film(tmp_path, ramp(low=500, high=3500), BitsStored=12, HighBit=11)
+    assert film.dtype == np.uint8 and film[0, 0] == 0 and film[-1, 0] == 255
+    assert np.abs(film[:, 0] - EXPECTED).max() <= 6
+
+
+@pytest.mark.parametrize(
+    ("pixels", "bits"),
+    [(ramp(np.uint8, high=255), 8), (ramp(high=1023), 10), (ramp(high=65535), 16), (ramp(np.int16, -99, 99), 12)],
+)
+def test_depths_and_signs(tmp_path, pixels, bits):
+    film = one_film(tmp_path, pixels, BitsStored=bits, HighBit=bits - 1)
+    assert np.abs(film[:, 0] - EXPECTED).max() <= 6
+
+
+def test_window(tmp_path):
+    film = one_film(tmp_path, ramp(), BitsStored=12, HighBit=11, WindowCenter=2048, WindowWidth=1024)[:, 0].astype(
+        float
+    )
+    values = np.linspace(0, 4095, 32)
+    np.testing.assert_allclose(film, np.clip((values - 2047.5) / 1023 + 0.5, 0, 1) * 255, atol=1)
+    assert film[0] == 0 and film[-1] == 255
+
+
+def test_the_window_decides_not_the_range_of_the_film(tmp_path):
+    film = one_film(tmp_path, ramp(high=1000), BitsStored=12, HighBit=11, WindowCenter=2048, WindowWidth=4096)
+    assert film.max() == pytest.approx(1000 / 4095 * 255, abs=1)
+
+
+def test_rescale_comes_before_the_window(tmp_path):
+    tags = {"BitsStored": 12, "HighBit": 11, "RescaleSlope": 2, "RescaleIntercept": -1000}
+    film = one_film(tmp_path, ramp(), **tags, WindowCenter=1000, WindowWidth=2000)[:, 0].astype(float)
+    values = np.linspace(0, 4095, 32) * 2 - 1000
+    np.testing.assert_allclose(film, np.clip((values - 999.5) / 1999 + 0.5, 0, 1) * 255, atol=1)
+
+
+def test_the_first_of_several_windows_is_used(tmp_path):
+    tags = {"BitsStored": 12, "HighBit": 11, "WindowCenter": [2048, 100], "WindowWidth": [1024, 10]}
+    single = {**tags, "WindowCenter": 2048, "WindowWidth": 1024}
+    np.testing.assert_array_equal(one_film(tmp_path / "1", ramp(), **tags), one_film(tmp_path / "2", ramp(), **single))
+
+
+@pytest.mark.parametrize("bits", [8, 12])
+def test_voi_table(tmp_path, bits):
+    table = Dataset()
+    entries = (np.arange(4096) // (16 if bits == 8 else 1))[::-1]
+    table.add_new("LUTDescriptor", "US", [4096, 0, bits])
+    table.add_new("LUTData", "US", entries.tolist())
+    film = one_film(tmp_path, ramp(), BitsStored=12, HighBit=11, VOILUTSequence=[table])
+    assert np.abs(film[:, 0] - EXPECTED[::-1]).max() <= 1
+
+
+def test_monochrome1_is_inverted(tmp_path):
+    plain = one_film(tmp_path / "2", ramp(), BitsStored=12, HighBit=11)
+    inverted = one_film(tmp_path / "1", ramp(), BitsStored=12, HighBit=11, PhotometricInterpretation="MONOCHROME1")
+    np.testing.assert_array_equal(inverted, 255 - plain)
+
+
+def test_a_film_of_one_grey_and_an_oblong_film(tmp_path):
+    assert one_film(tmp_path / "1", np.full((32, 32), 7, np.uint16)).std() == 0
+    assert one_film(tmp_path / "2", ramp(side=64)[:, :20].copy()).shape == (32, 32)
+
+
+def test_patients_get_pseudonyms_and_splits(tmp_path):
+    films = load("dicom", 16, root=cohort(tmp_path / "dicom", 30).parent)
+    assert films.class_names == CLASSES_3 and films.source == "dicom" and films.sites == ("dicom",)
+    assert (
+        films.n_patients == 30
+        and films.patient_id[0] == "patient-0001"
+        and set(films.counts()) == {"train", "val", "test"}
+    )
+    assert sum(films.counts()["test"].values()) == 12
+    assert films.fingerprint() == load("dicom", 16, root=tmp_path).fingerprint()
+
+
+def test_site_and_split_columns_are_kept(tmp_path):
+    header = "file,label,patient_id,site,split"
+    films = load("dicom", 16, root=cohort(tmp_path, 6, header, ",north,train"))
+    assert films.sites == ("north",) and set(films.split) == {"train"}
+    # Spaces, a byte order mark as Excel writes it, capital letters and a further column do no harm.
+    (tmp_path / "labels.csv").write_text(
+        "\ufefffile, label, patient_id, remark\n" + "".join(f"films/{i}_0.dcm, Normal , p{i}, x\n" for i in (0, 1, 2))
+        + "".join(f"films/{i}_0.dcm,pneumonia,p{i},\n" for i in (3, 4, 5)), encoding="utf-8",
+    )  # fmt: skip
+    films = load("dicom", 16, root=tmp_path)
+    assert films.class_names == CLASSES_2 and films.labels.tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_fractions_and_n_films(tmp_path):
+    cohort(tmp_path, 12)
+    films = load("dicom", 16, root=tmp_path, test_fraction=0, validation_fraction=0.25)
+    assert set(films.counts()) == {"train", "val"} and sum(films.counts()["val"].values()) == 6
+    assert len(load("dicom", 16, root=tmp_path, test_fraction=0.5, validation_fraction=0, n_films=12)) == 12
+    with pytest.raises(DataError, match="test_fraction=1"):
+        load("dicom", 16, root=tmp_path, test_fraction=1)
+
+
+def bad_films(folder: Path) -> dict[str, Path]:
+    """One film of each kind that can't be used."""
+    colour = np.zeros((8, 8, 3), np.uint8)
+    whole = write_dicom(folder / "truncated.dcm", ramp())
+    whole.write_bytes(whole.read_bytes()[:-500])
+    (folder / "text.dcm").write_text(f"{NAME} {NUMBER}")
+    return {
+        "frames, not one": write_dicom(folder / "frames.dcm", ramp(), NumberOfFrames=2, Rows=16),
+        "in colour": write_dicom(
+            folder / "colour.dcm", colour, SamplesPerPixel=3, PhotometricInterpretation="RGB", PlanarConfiguration=0
+        ),
+        "in colour .PALETTE": write_dicom(
+            folder / "palette.dcm", ramp(np.uint8), PhotometricInterpretation="PALETTE COLOR"
+        ),
+        "text burned in": write_dicom(folder / "burned.dcm", ramp(), BurnedInAnnotation="YES"),
+        "pixels can't be decoded": whole,
+        "negative|pixels can't": write_dicom(
+            folder / "slope.dcm", ramp(), RescaleSlope=-1, RescaleIntercept=0, WindowCenter=1, WindowWidth=9
+        ),
+        "not a DICOM file": folder / "text.dcm",
+        "no such file": folder / "missing.dcm",
+    }
+
+
+def test_films_that_cannot_be_used_are_named_or_skipped(tmp_path):
+    cohort(tmp_path, 6)
+    good = [f"films/{i}_0.dcm,{CLASSES_3[i % 3]},p{i},train" for i in range(6)]
+    bad = bad_films(tmp_path)
+    for message, path in bad.items():
+        write_csv(tmp_path, [*good, f"{path.name},normal,{NUMBER},train"])
+        with pytest.raises(DataError, match=rf"{path.name} \(row 8\).*({message}).*--skip-bad") as error:
+            load("dicom", 16, root=tmp_path)
+        assert NAME not in chain(error.value) and NUMBER not in chain(error.value)
+    write_csv(tmp_path, [*good, *(f"{path.name},normal,{NUMBER}-{path.name},train" for path in bad.values())])
+    with pytest.warns(UserWarning, match=f"skipped {len(bad)} of {6 + len(bad)} films: row 8 of labels.csv") as caught:
+        films = load("dicom", 16, root=tmp_path, skip_bad=True)
+    assert len(films) == 6 and films.skipped == tuple(f"row {i}" for i in range(8, 8 + len(bad)))
+    assert not any(NAME in str(warning.message) or NUMBER in str(warning.message) for warning in caught)
+
+
+def chain(error: BaseException | None) -> str:
+    """What a traceback would print of an error and the errors behind it."""
+    text = ""
+    while error is not None:
+        text += repr(error)
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return text
+
+
+def test_names_and_ids_never_leave_the_loader(tmp_path, caplog, capfd):
+    caplog.set_level("DEBUG")
+    films = load("dicom", 16, root=cohort(tmp_path, 30))
+    content = pickle.dumps({field.name: getattr(films, field.name) for field in dataclasses.fields(films)})
+    said = repr(films) + caplog.text + "".join(capfd.readouterr())
+    for secret in (NAME, NUMBER, "DOE", "20190101"):
+        assert secret not in said
+        assert secret.encode() not in content and secret.encode("utf-32-le") not in content
+    # The header's name and number aren't even parsed.
+    assert not {"PatientName", "PatientID", "PatientBirthDate"} & set(dicom._TAGS)
+
+
+@pytest.mark.parametrize(
+    ("lines", "header", "message"),
+    [
+        (["a.dcm,normal"], "file,label", "lacks the column patient_id"),
+        ([], "file,label,patient_id", "lists no film"),
+        (["a.dcm,normal,"], "file,label,patient_id", "row 2: patient_id is empty"),
+        (["a.dcm"], "file,label,patient_id", "row 2: label is empty"),
+        (["a.dcm,covid,p"], "file,label,patient_id", "row 2: unknown label 'covid', use normal, bacterial, viral"),
+        (["a.dcm,viral,p", "b.dcm,pneumonia,q"], "file,label,patient_id", "mixes 'pneumonia'"),
+        (["a.dcm,viral,p", "a.dcm,normal,q"], "file,label,patient_id", "row 3: the file of row 2 again"),
+        (["a.dcm,viral,p,dev"], "file,label,patient_id,split", "row 2: split 'dev'"),
+        (["a.dcm,viral,p,"], "file,label,patient_id,split", "row 2: split is empty"),
+        (["a.dcm,viral,p,train,"], "file,label,patient_id,split,site", "row 2: site is empty"),
+        (["a.dcm,normal,p", "b.dcm,viral,q"], "file,label,patient_id", "class normal has 1 patients, too few"),
+    ],
+)
+def test_a_wrong_csv_is_explained(tmp_path, lines, header, message):
+    write_csv(tmp_path, lines, header)
+    with pytest.raises(DataError, match=message):
+        load("dicom", 16, root=tmp_path)
+
+
+def test_one_patient_in_two_splits_is_told_by_row_not_by_id(tmp_path):
+    write_csv(tmp_path, [f"a.dcm,normal,{NUMBER},train", "b.dcm,viral,q,train", f"c.dcm,normal,{NUMBER},test"])
+    with pytest.raises(DataError, match=r"row 4: the patient of row 2 \(train\) again, in split 'test'") as error:
+        load("dicom", 16, root=tmp_path)
+    assert NUMBER not in str(error.value)
+
+
+def test_a_csv_that_is_none(tmp_path):
+    (tmp_path / "labels.csv").write_bytes(b"file,label,patient_id\n\xff\xfe\x00,normal,p\n")
+    with pytest.raises(DataError, match="not a CSV in UTF-8"):
+        load("dicom", 16, root=tmp_path)
+    with pytest.raises(DataError, match=r"no films.csv in .* columns file,label,patient_id"):
+        load("dicom", 16, root=tmp_path, labels_csv="films.csv")
