@@ -168,3 +168,16 @@ def test_importing_the_package_loads_nothing_heavy():
 
 def test_two_class_names():
     assert make(labels=np.arange(12) % 2, class_names=CLASSES_2).counts()["train"] == {"normal": 3, "pneumonia": 3}
+
+
+def test_the_phantom_needs_nothing_and_ignores_what_is_only_for_folders(tmp_path):
+    films = load("phantom", 28, n_films=60, seed=1, root=tmp_path, skip_bad=True)
+    assert films.source == "phantom" and len(films) == 60 and films.size == 28
+    assert set(films.counts()) == {"train", "val", "test"} and films.lung_mask is not None
+
+
+def test_every_source_of_the_configuration_has_a_loader_and_a_way_to_get_it():
+    import primia_lite.data as data
+    from primia_lite.config import DATA_SOURCES
+
+    assert tuple(data._LOADERS) == tuple(data.HOW_TO_GET) == DATA_SOURCES
