@@ -46,9 +46,9 @@ class Scanner:
 
 
 SCANNERS = (
-    Scanner(1.72, 1.90, 248, 0, 0.030, 0.0022, 0.010, 0.05, "R", (0.03, 0.28), 0.045, 0.10, 1.00),
-    Scanner(1.45, 1.65, 232, 6, 0.055, 0.0034, 0.016, 0.09, "R", (0.05, 0.09), 0.060, 0.25, 1.06),
-    Scanner(2.00, 2.25, 255, 0, 0.022, 0.0016, 0.013, 0.07, "L", (0.93, 0.12), 0.050, 0.60, 0.96),
+    Scanner(1.42, 2.10, 244, 0, 0.030, 0.0027, 0.005, 0.08, "R", (0.03, 0.28), 0.036, 0.05, 1.00),
+    Scanner(1.28, 1.90, 232, 6, 0.050, 0.0038, 0.008, 0.12, "R", (0.05, 0.09), 0.046, 0.10, 1.06),
+    Scanner(1.54, 2.45, 250, 0, 0.022, 0.0022, 0.006, 0.10, "L", (0.93, 0.12), 0.040, 0.25, 0.96),
 )
 
 
@@ -206,7 +206,7 @@ def _film(canvas: Canvas, factor: int, patient: Patient, pose: Pose, scanner: Sc
     # the photons: primary beam, scatter, detector
     signal = np.exp(-maps.attenuation)
     signal = canvas.blur(signal, scanner.blur)
-    glare = canvas.blur(signal, 0.12)
+    glare = canvas.glare(signal)
     signal = signal + (scanner.scatter * float(np.exp(0.3 * z[0]))) * (0.25 + 0.75 * glare)
     size = canvas.n // factor
     signal = _shrink(signal, factor)
@@ -240,7 +240,15 @@ def _masks(maps: Maps, factor: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 _LETTERS = {  # strokes in a unit box, y down
-    "R": ((0, 1, 0, 0), (0, 0, 0.6, 0), (0.6, 0, 0.6, 0.5), (0.6, 0.5, 0, 0.5), (0.3, 0.5, 0.65, 1)),
+    "R": (
+        (0, 1, 0, 0),
+        (0, 0, 0.40, 0),
+        (0.40, 0, 0.58, 0.14),
+        (0.58, 0.14, 0.58, 0.36),
+        (0.58, 0.36, 0.40, 0.5),
+        (0.40, 0.5, 0, 0.5),
+        (0.3, 0.5, 0.62, 1),
+    ),
     "L": ((0, 0, 0, 1), (0, 1, 0.6, 1)),
 }
 
@@ -250,7 +258,7 @@ def _burn_in(grey: np.ndarray, scanner: Scanner, z: np.ndarray, u: np.ndarray) -
     n = grey.shape[0]
     axis = (np.arange(n) + 0.5) / n
     if u[0] < scanner.border:
-        edges = [0.01 + 0.04 * e for e in u[1:5]]
+        edges = [0.06 * (e - 0.5) if e > 0.5 else -1.0 for e in u[1:5]]
         soft = max(0.004, 0.7 / n)
         fade_x = step((axis - edges[0]) / soft) * step((1 - edges[1] - axis) / soft)
         fade_y = step((axis - edges[2]) / soft) * step((1 - edges[3] - axis) / soft)

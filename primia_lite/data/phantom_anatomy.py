@@ -27,15 +27,24 @@ class Patient:
     bulk: float  # attenuation of the whole trunk, relative
     rib_spacing: float
     rib_drop: float  # how far a posterior rib falls from spine to side
+    rib_slope: float  # how far it falls along the back
+    rib_front_drop: float
+    rib_front: float  # where the bony front end stops, 0 at the spine, 1 at the side
     rib_width: float
     rib_density: float
     rib_jitter: np.ndarray  # [14] offsets of single ribs
     heart_size: float
     heart_shift: float
+    heart_round: float
+    knob: float
     thymus: float
     dome_shape: tuple[float, float]  # height of the dome above the costophrenic angle, right and left
     dome_offset: float  # left dome lower than the right one
+    dome_peak: float  # where the dome is highest, 0 at the spine, 1 at the side
     vessel_gain: float
+    gas: float
+    clavicle: float
+    clavicle_rise: float
     stomach: tuple[float, float, float]  # x, radius, contrast of the gas bubble
     arms_up: bool
     shoulder: tuple[float, float, float]
@@ -105,29 +114,38 @@ def sample_patient(rng: np.random.Generator, label: int) -> Patient:
         streaks = 0.12 * u[5] + (0.35 * u[6] if u[7] < 0.15 else 0.0)
         cuffs = 0.25 * u[8]
         haze = 0.08 * u[9] if u[10] < 0.2 else 0.0
-    spacing = 0.062 + 0.004 * z[1]
+    spacing = 0.077 + 0.004 * z[1]
     return Patient(
         label=label,
         age=age,
-        half_width=0.355 + 0.022 * z[2] - 0.01 * age + 0.010 * hyper,
-        height=0.56 + 0.05 * (age - 0.5) + 0.03 * z[3],
-        wall=0.035 + 0.012 * abs(z[4]),
-        bulk=1.0 + 0.08 * z[5],
+        half_width=0.368 + 0.018 * z[2] - 0.01 * age + 0.012 * hyper,
+        height=0.555 + 0.05 * (age - 0.5) + 0.03 * z[3],
+        wall=0.055 + 0.018 * abs(z[4]),
+        bulk=1.0 + 0.07 * z[5],
         rib_spacing=spacing,
-        rib_drop=max(0.05, 0.115 + 0.03 * (age - 0.5) + 0.018 * z[6] - 0.03 * hyper),
-        rib_width=spacing * (0.21 + 0.02 * z[7]),
-        rib_density=1.0 + 0.18 * z[8],
-        rib_jitter=(0.05 * spacing * rng.standard_normal(14)),
-        heart_size=1.0 + 0.07 * z[9] - 0.10 * (age - 0.5) - 0.05 * hyper,
-        heart_shift=0.012 * z[10],
-        thymus=max(0.0, 0.5 - age) * 2 * u[11],
-        dome_shape=(0.115 + 0.02 * z[11] - 0.05 * hyper, 0.115 + 0.02 * z[12] - 0.05 * hyper),
-        dome_offset=0.018 + 0.012 * z[13],
+        rib_drop=max(0.03, 0.075 + 0.02 * (age - 0.5) + 0.015 * z[6] - 0.02 * hyper),
+        rib_slope=max(0.02, 0.125 + 0.03 * z[20] + 0.02 * (age - 0.5) - 0.015 * hyper),
+        rib_front_drop=max(0.04, 0.11 + 0.03 * z[26]),
+        rib_front=0.50 + 0.05 * z[21],
+        rib_width=spacing * (0.270 + 0.025 * z[7]),
+        rib_density=1.0 + 0.15 * z[8],
+        rib_jitter=0.05 * spacing * rng.standard_normal(14),
+        heart_size=1.0 + 0.10 * z[9] - 0.10 * (age - 0.5) - 0.06 * hyper,
+        heart_shift=0.010 * z[10],
+        heart_round=u[16],
+        knob=u[17],
+        thymus=max(0.0, 0.6 - age) * 1.6 * u[11],
+        dome_shape=(0.13 + 0.025 * z[11] - 0.05 * hyper, 0.13 + 0.025 * z[12] - 0.05 * hyper),
+        dome_offset=0.02 + 0.02 * z[13],
+        dome_peak=min(max(0.50 + 0.08 * z[22], 0.3), 0.7),
         vessel_gain=float(np.exp(0.25 * z[14])) * (1.0 + 0.25 * cuffs),
-        stomach=(0.16 + 0.03 * z[15], 0.05 + 0.05 * u[12], 0.9 * u[13] if u[14] < 0.7 else 0.0),
-        arms_up=bool(u[15] < 0.65),
-        shoulder=(0.075 + 0.02 * z[16], 0.02 * z[17], 0.15 * z[18]),
-        head=0.03 + 0.05 * z[19],
+        gas=0.35 * z[23],
+        clavicle=-0.015 + 0.02 * z[24],
+        clavicle_rise=0.02 + 0.03 * z[25] + (0.03 if u[15] < 0.78 else 0.0),
+        stomach=(0.16 + 0.03 * z[15], 0.03 + 0.05 * u[12], 0.8 * u[13] if u[14] < 0.6 else 0.0),
+        arms_up=bool(u[15] < 0.78),
+        shoulder=(0.05 + 0.02 * z[16], 0.012 * z[17], 0.15 * z[18]),
+        head=0.085 + 0.05 * z[19],
         seed=int(rng.integers(2**31)),
         hyperinflation=float(hyper),
         haze=float(haze),
@@ -151,7 +169,7 @@ def _consolidations(rng: np.random.Generator, severity: float) -> tuple[list[tup
     lesions = []
     for number, lobe in enumerate(chosen):
         side, across, down = lobes[lobe]
-        size = (0.18 + 0.26 * severity * next(w)) * (1.0 if number == 0 else 0.7)
+        size = (0.20 + 0.32 * severity * next(w)) * (1.0 if number == 0 else 0.7)
         lesions.append(
             (
                 float(side),
@@ -160,7 +178,7 @@ def _consolidations(rng: np.random.Generator, severity: float) -> tuple[list[tup
                 size * (0.8 + 0.5 * next(w)),
                 size * (0.6 + 0.4 * next(w)),
                 0.5 * next(z),
-                (0.25 + 0.65 * severity) * (0.7 + 0.3 * next(w)),
+                (0.30 + 0.65 * severity) * (0.7 + 0.3 * next(w)),
             )
         )
     return lesions, 1.0 if chosen[0] == 0 and rng.random() < 0.6 else 0.0
@@ -173,10 +191,10 @@ def sample_pose(rng: np.random.Generator, patient: Patient, base: Pose | None) -
         return Pose(
             x=0.5 + 0.018 * z[0],
             apex=0.165 + 0.03 * z[1],
-            scale=1.0 + 0.04 * z[2],
+            scale=float(np.exp(0.07 * z[2])),
             lean=0.025 * z[3],
-            tilt=0.02 * z[4],
-            rotation=0.06 * z[5],
+            tilt=0.03 * z[4],
+            rotation=0.07 * z[5],
             # one film in seven is taken in expiration: crowded vessels, high diaphragm
             inspiration=0.02 * z[6] - (0.09 if rng.random() < 0.14 else 0.0),
             arm=0.15 * z[7],
@@ -196,14 +214,14 @@ def sample_pose(rng: np.random.Generator, patient: Patient, base: Pose | None) -
 
 def _grow_vessels(rng: np.random.Generator) -> tuple[np.ndarray, ...]:
     """Two branching trees as points (side, x, y, level, weight) around the hilum; lungs span about 1 unit."""
-    stems = 7
+    stems = 6
     side = np.repeat((-1.0, 1.0), stems)
     angle = np.tile(np.linspace(-1.45, 1.4, stems), 2) + 0.15 * rng.standard_normal(2 * stems)
     x = np.zeros(2 * stems)
     y = np.tile(np.linspace(-0.08, 0.10, stems), 2)
     length = 0.17 * np.exp(0.2 * rng.standard_normal(2 * stems))
-    width = 0.022 * np.exp(0.15 * rng.standard_normal(2 * stems))
-    t = np.linspace(0.0, 1.0, 14, endpoint=False)
+    width = 0.016 * np.exp(0.15 * rng.standard_normal(2 * stems))
+    t = np.linspace(0.0, 1.0, 10, endpoint=False)
     out: list[list[np.ndarray]] = [[], [], [], [], []]
     for level in range(5):
         bend = angle[:, None] + (0.35 * rng.standard_normal(angle.size))[:, None] * t
@@ -235,7 +253,7 @@ class Canvas:
         axis = ((np.arange(n) + 0.5) / n).astype(F32)
         self.x = axis[None, :]
         self.y = axis[:, None]
-        self._spline = {g: _spline_matrix(n, g) for g in (5, 9, 17, 33, 65)}
+        self._spline = {g: _spline_matrix(n, g) for g in (9, 17, 33, 65, 129)}
         self._blur: dict[float, np.ndarray] = {}
 
     def noise(self, rng: np.random.Generator, cells: int) -> np.ndarray:
@@ -257,6 +275,12 @@ class Canvas:
             matrix[:, -1] += wide[:, -pad:].sum(axis=1)
             matrix = self._blur[sigma] = matrix.astype(F32)
         return matrix @ image @ matrix.T
+
+    def glare(self, image: np.ndarray) -> np.ndarray:
+        """Very wide blur (about an eighth of the film), for scattered light."""
+        a = self._spline[9] / self._spline[9].sum(axis=1, keepdims=True)
+        down = a / a.sum(axis=0, keepdims=True)
+        return a @ (down.T @ image @ down) @ a.T
 
     def splat(self, x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> np.ndarray:
         """Add points to the grid bilinearly; the result is a density (weight per unit area)."""
@@ -283,25 +307,22 @@ def _spline_matrix(n: int, cells: int) -> np.ndarray:
 
 def step(z: np.ndarray) -> np.ndarray:
     """Smooth step from 0 (z <= -1) to 1 (z >= 1)."""
-    t = np.clip(z * 0.5 + 0.5, 0.0, 1.0)
-    return t * t * (3.0 - 2.0 * t)
+    t = np.minimum(np.maximum(z, -1.0), 1.0)
+    return 0.5 + t * (0.75 - 0.25 * t * t)
 
 
-def chord(q: np.ndarray) -> np.ndarray:
-    """Depth of an ellipsoid whose implicit function is q (1 on the outline)."""
-    return np.sqrt(np.maximum(1.0 - q, 0.0))
-
-
-_BONE = np.linspace(0.0, 2.0, 257)
+_BONE = np.linspace(-2.0, 2.0, 513)
 _BONE_PROFILE = (
-    0.55 * np.clip((1.12 - _BONE) / 0.24, 0, 1) ** 1.5 + 0.45 * np.exp(-(((_BONE - 0.80) / 0.22) ** 2))
+    0.74 * np.clip((1.18 - np.abs(_BONE)) / 0.36, 0, 1)
+    + 0.30 * np.exp(-(((_BONE - 0.82) / 0.20) ** 2))
+    + 0.18 * np.exp(-(((_BONE + 0.82) / 0.20) ** 2))
 ).astype(F32)
-_BONE_PROFILE[-1] = 0.0
+_BONE_PROFILE[[0, -1]] = 0.0
 
 
 def bone(z: np.ndarray) -> np.ndarray:
-    """Cross-section of a tubular bone: brighter cortex at |z| = 0.8, nothing beyond about 1.3."""
-    return _BONE_PROFILE[np.minimum(np.abs(z) * 128.0, 256.0).astype(np.int32)]
+    """Cross-section of a tubular bone: brighter cortex at |z| = 0.8 (more below), nothing beyond about 1.3."""
+    return _BONE_PROFILE.take((z * 128.0 + 256.5).astype(np.int32), mode="clip")
 
 
 def capsule(dx: np.ndarray, dy: np.ndarray, direction: tuple[float, float], length: float) -> np.ndarray:
@@ -317,268 +338,329 @@ def capsule(dx: np.ndarray, dy: np.ndarray, direction: tuple[float, float], leng
 def attenuate(canvas: Canvas, patient: Patient, pose: Pose, rng: np.random.Generator) -> Maps:
     """Attenuation of a patient in a pose on a canvas.
 
-    `rng` must start from the same state for each film of a patient that should show the same textures.
+    `rng` must start from the same state for each film of a patient: it draws the textures that the films share.
     """
     p, c = patient, canvas
-    x, y, px = c.x, c.y, c.px
-    s = pose.scale
-    width = p.half_width * s
-    apex = pose.apex
-    depth = (p.height + pose.inspiration + 0.055 * p.hyperinflation) * s  # apex to the right dome
-    shape_r, shape_l = (max(0.03, d - 0.25 * pose.inspiration) * s for d in p.dome_shape)
-    dome_r, dome_l = apex + depth, apex + depth + p.dome_offset * s
-    floor = max(dome_r + shape_r, dome_l + shape_l)
-
-    # coordinates relative to the spine; a lean moves the spine with height
-    sx = x - (pose.x + pose.lean * (y - 0.5) + 0.012 * pose.lean * np.sin(7 * y))
-    ax = np.abs(sx)
-    right = sx < 0
-    yt = y + pose.tilt * sx  # height with the tilt of the shoulders
-    v = np.clip((y - apex) / (floor - apex), 0.0, 1.3)  # 0 at the apex, 1 at the costophrenic angle
-    rise = (1.0 - np.maximum(1.0 - v, 0.0) ** 3.0) ** 0.62
-    cage = width * (0.36 + 0.64 * rise) * (1.0 + 0.05 * (v - 0.6))  # [n, 1]
-    side_gain = np.where(right, F32(1.0 - pose.rotation), F32(1.0 + pose.rotation))
-    u = ax / (cage * side_gain)
-    c2 = np.maximum(1.0 - u * u, 0.0)
-    cu = np.sqrt(c2)
-
-    # trunk, shoulders, neck, arms: soft tissue
-    trunk_half = width * (1.0 + p.wall / 0.36) * (0.80 + 0.20 * np.clip(v * 2.2, 0, 1)) + 0.02 * np.clip(v - 0.7, 0, 1)
-    q = (ax / trunk_half) ** 2
-    trunk = chord(q) ** 0.8
-    neck = (0.115 + 0.03 * (1 - p.age)) * s
-    top = apex - 0.055 * s + p.shoulder[1] + 0.35 * np.maximum(ax - neck, 0.0) ** 1.2  # outline of the trapezius
-    cover = np.clip((yt - top) / (0.13 * s), 0.0, 1.0) ** 0.6
-    column = chord((ax / (neck * 1.1)) ** 2) * (0.80 - 0.0 * y)
-    tissue = p.bulk * np.maximum(2.55 * trunk * cover, 2.0 * column * (y < floor))
-    arms, limb_bones = _arms(c, p, pose, sx, yt, width, apex, s)
-    tissue = np.maximum(tissue, arms) + 0.25 * np.minimum(tissue, arms)
-    if p.head > 0:
-        hq = (sx / (0.17 * s)) ** 2 + ((y - (p.head - 0.16)) / 0.17) ** 2
-        tissue = tissue + 0.9 * chord(hq) + 0.5 * np.exp(-(((hq - 0.88) / 0.10) ** 2))
-
-    # diaphragm and lungs
-    uw = ax / width
-    centre = 0.48
-    lateral = np.maximum(uw - centre, 0.0) / (1.0 - centre)
-    medial = np.maximum(centre - uw, 0.0) / centre
-    curve = lateral**2.4 + 0.30 * medial**2
-    roof = np.where(right, dome_r + shape_r * curve, dome_l + shape_l * curve) + 0.5 * pose.tilt * sx
-    below = y - roof
-    soft_d = max(0.006, 0.7 * px)
-    air_d = step(below / -soft_d)
-    recess = 0.16 * np.exp(np.minimum(-below / 0.045, 0.0))
-    inner = width * (0.145 + 0.02 * np.sin(9 * v + 1.0) + 0.10 * p.thymus * np.exp(-(((v - 0.2) / 0.14) ** 2)))
-    inner = inner + width * 0.24 * np.exp(-v / 0.035)
-    air_m = step((ax - inner) / max(0.012, 0.7 * px))
-    tip = np.clip((y - apex) / 0.16, 0.0, 1.0) ** 0.5
-    lung_u = u * 1.025
-    hull = np.sqrt(np.maximum(1.0 - lung_u * lung_u, 0.0)) ** 0.8 * tip
-    lung = hull * air_m * np.maximum(air_d, recess)
-
-    # heart and great vessels
-    hs = p.heart_size * s
-    hx = sx - p.heart_shift - 0.08 * pose.rotation
-    hy = y - (min(dome_l, dome_r) - 0.118 * hs)
-    ca, sa = 0.8139, 0.5810  # axis of the heart, 35.5 degrees
-    h1 = hx - 0.060 * hs
-    a1, b1 = h1 * ca + hy * sa, hy * ca - h1 * sa
-    ventricles = (a1 / (0.165 * hs)) ** 2 + (b1 / (0.118 * hs)) ** 2
-    atrium = ((hx + 0.042 * hs) / (0.082 * hs)) ** 2 + ((hy + 0.01) / (0.115 * hs)) ** 2
-    knob = ((hx - 0.035 * hs) / (0.046 * hs)) ** 2 + ((y - apex - 0.33 * depth) / (0.045 * hs)) ** 2
-    trunk_pa = ((hx - 0.045 * hs) / (0.060 * hs)) ** 2 + ((y - apex - 0.48 * depth) / (0.085 * hs)) ** 2
-    hq = np.minimum(np.minimum(ventricles, atrium), np.minimum(knob, trunk_pa))
-    heart = chord(hq)
-    lung = lung * (1.0 - 0.62 * np.minimum(heart * 1.6, 1.0))
-
-    # what is in the lungs
-    vessels, streaks, bronchi = _lung_markings(c, p, sx, y, width, apex, depth, rng)
-    clouds = c.noise(rng, 9) * 0.55 + c.noise(rng, 17) * 0.35 + c.noise(rng, 33) * 0.25
+    f = _Frame(c, p, pose)
+    clouds = 0.60 * c.noise(rng, 9) + 0.40 * c.noise(rng, 17) + 0.30 * c.noise(rng, 33)
     fine = c.noise(rng, 65)
-    lesion = _consolidation_density(p, clouds, sx, y, width, apex, depth, inner, bronchi, u, floor)
-    central = np.exp(-((ax - 0.25 * width) ** 2) / (0.30 * width) ** 2)
-    haze = p.haze * np.clip(0.55 + 0.5 * clouds, 0, 2) * (0.4 + 0.6 * central)
-    base_haze = (0.10 + max(0.0, -1.6 * pose.inspiration)) * np.clip(v * 1.6 - 0.6, 0, 1)
-    air = np.clip(1.0 - haze - base_haze, 0.2, 1.0) * (1.0 - lesion)
-    texture = 0.025 * clouds + 0.02 * fine
+    lung, heart, visible = _lungs_and_heart(c, p, f)
+    vessels, streaks, bronchi = _lung_markings(c, p, f, rng)
+    lesion = _consolidation_density(p, f, clouds, bronchi)
 
-    a = tissue - lung * (1.62 + 0.12 * p.hyperinflation) * p.bulk * air + 0.55 * heart
-    a += (vessels + streaks + texture) * np.minimum(hull * 1.5, 1.0) * air_m * (0.25 + 0.75 * air_d)
-
-    # abdomen
-    belly = step(below / 0.05) * np.clip(1.2 - uw * uw, 0.0, 1.0)
-    a += belly * (0.55 + 0.06 * clouds)
-    if p.stomach[2] > 0:
-        gx, gr, gc = p.stomach
-        gq = ((sx - gx * s) / (1.2 * gr)) ** 2 + ((y - dome_l - 0.03 - gr) / gr) ** 2 + 0.35 * clouds
-        a -= gc * chord(gq)
-    bowel = np.maximum(clouds - 1.0, 0.0) * step((below - 0.14) / 0.06)
-    a -= 0.5 * bowel
-
-    # bones
-    a += _spine(p, ax, y, s, apex)
-    a += _ribs(c, p, sx, yt, u, cu, width, apex, s, pose)
-    a += limb_bones + _clavicles(c, p, pose, sx, yt, width, apex, s)
-
-    # trachea and main bronchi
-    carina = apex + 0.30 * depth
-    tx = sx + 0.012 - 0.05 * pose.rotation
-    a -= 0.42 * chord((tx / (0.021 * s)) ** 2) * step((carina - y) / 0.03) * step((y - apex + 0.12) / 0.08)
-    arm = np.maximum(y - carina, 0.0)
-    for sign, slope in ((-1.0, 0.75), (1.0, 1.05)):
-        a -= 0.22 * chord(((sign * tx - slope * arm) / 0.017) ** 2) * ((y > carina) & (y < carina + 0.075))
-
+    # air that is replaced by fluid: haze of the whole lung, poorly aired bases, consolidations
+    base = (0.06 + max(0.0, -1.8 * pose.inspiration)) * np.clip(f.v * 1.6 - 0.6, 0, 1)
+    air = 0.97 - base - p.haze * (0.62 + 0.28 * clouds)
+    air = np.maximum(air, 0.15) * (1.0 - lesion)
+    markings = vessels + streaks + 0.02 * clouds + 0.035 * fine
+    a = _soft_tissue(c, p, pose, f) + 0.30 * heart * (1.0 + 0.12 * clouds)
+    a -= lung * (1.46 + 0.10 * p.hyperinflation) * p.bulk * air
+    if c.n >= 160:  # grain that smaller films can't show
+        markings += 0.035 * c.noise(rng, 129)
+    a += markings * np.minimum(lung * 2.2, 1.0)
+    a += _abdomen(p, f, clouds)
+    _add_airways(p, pose, f, a)
+    _add_spine(c, p, f, a)
+    a += _ribs(c, p, pose, f)
+    _add_shoulder_bones(c, p, pose, f, a)
     np.maximum(a, 0.0, out=a)
-    visible = air_d * air_m * (lung_u < 1.0) * (hq > 0.8) * (y > apex)
-    diffuse = np.minimum(streaks * 3.0, 1.0) if p.streaks > 0.3 else 0.0
-    return Maps(a, lung, np.maximum(lesion, diffuse) * (hull > 0), visible)
+    if p.streaks > 0.3:
+        lesion = np.maximum(lesion, np.minimum(streaks * 4.0, 1.0))
+    return Maps(a, lung, lesion * visible, visible)
 
 
-def _arms(c, p, pose, sx, yt, width, apex, s):
-    """Upper arms and the shoulder blades: (soft tissue, bone)."""
-    soft = np.zeros((c.n, c.n), F32)
-    bones = np.zeros((c.n, c.n), F32)
-    radius = 0.062 * s + 0.5 * p.wall
-    blur = max(0.01, c.px)
+class _Frame:
+    """Coordinates of a posed patient on a canvas, shared by everything that is drawn.
+
+    sx: distance from the spine, negative on the patient's right (left of the film); ax: |sx|; yt: height with the tilt of
+    the shoulders; v: 0 at the lung apex, 1 at the costophrenic angle; u: 1 at the rib cage.
+    """
+
+    def __init__(self, c: Canvas, p: Patient, pose: Pose):
+        y, s = c.y, pose.scale
+        self.s, self.width, self.apex = s, p.half_width * s, pose.apex
+        self.depth = (p.height + pose.inspiration + 0.050 * p.hyperinflation) * s
+        self.dome = (self.apex + self.depth, self.apex + self.depth + p.dome_offset * s)
+        self.fall = tuple(max(0.03, d - 0.3 * pose.inspiration) * s for d in p.dome_shape)
+        self.floor = max(self.dome[0] + self.fall[0], self.dome[1] + self.fall[1])
+        self.y = y
+        self.sx = c.x - (pose.x + pose.lean * (y - 0.5) + 0.3 * pose.lean * np.sin(7 * y))
+        self.ax = np.abs(self.sx)
+        self.right = self.sx < 0
+        self.yt = y + pose.tilt * self.sx
+        self.v = np.clip((y - self.apex) / (self.floor - self.apex), 0.0, 1.4)
+        rise = (1.0 - np.maximum(1.0 - self.v, 0.0) ** 2.8) ** 0.66
+        self.cage = self.width * (0.33 + 0.67 * rise) * (1.0 + 0.06 * (self.v - 0.6))
+        gain = np.where(self.right, F32(1.0 / (1.0 - pose.rotation)), F32(1.0 / (1.0 + pose.rotation)))
+        self.u = self.ax * gain / self.cage
+        # the diaphragm: height of the domes, highest at `peak` of the way to the side
+        uw = self.ax * (1.0 / self.width)
+        lateral = np.maximum(uw - p.dome_peak, 0.0) * (1.0 / (1.0 - p.dome_peak))
+        medial = np.maximum(p.dome_peak - uw, 0.0) * (1.0 / p.dome_peak)
+        lateral *= lateral
+        curve = lateral * (0.55 + 0.45 * lateral) + (0.35 + 0.1 * p.dome_peak) * medial * medial
+        roof = np.where(self.right, self.dome[0] + self.fall[0] * curve, self.dome[1] + self.fall[1] * curve)
+        self.below = y - roof
+        self.uw = uw
+
+
+def _lungs_and_heart(c: Canvas, p: Patient, f: _Frame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Depth of air (0..1), depth of heart and great vessels (0..1), and the lungs as a reader would outline them."""
+    v, s = f.v, f.s
+    # borders of the mediastinum to the right and left of the spine, as functions of the height
+    h = (f.y - f.apex) / f.depth  # 0 at the apex, 1 at the right dome
+    size, shift = p.heart_size, p.heart_shift / s
+    upper = 0.056 + 0.05 * p.thymus * np.exp(-(((h - 0.25) / 0.16) ** 2))
+    top = 0.018 * np.exp(-np.maximum(h, 0.0) / 0.06)
+    bulge = np.exp(-((np.clip(0.72 - h, 0.0, 1.0) / 0.24) ** 2)) * (1.0 - 0.5 * np.clip(h - 0.75, 0, 1))
+    right = upper + top + (0.068 * size - shift) * bulge
+    knob = 0.020 * p.knob * np.exp(-(((h - 0.27) / 0.07) ** 2)) + 0.016 * np.exp(-(((h - 0.45) / 0.10) ** 2))
+    apex_of_heart = np.clip((h - 0.15) / 0.65, 0.0, 1.0)
+    beyond = np.clip((h - 0.82) / 0.62, 0.0, 1.0)
+    swell = np.sin(0.5 * np.pi * apex_of_heart) ** (1.5 + 0.9 * p.heart_round) * np.sqrt(1.0 - beyond * beyond)
+    left = upper + top + knob + (0.138 * size + shift) * swell
+    border = np.where(f.right, right * s, left * s).astype(F32)
+    edge = max(0.008, 0.7 * c.px)
+    out = f.ax - border
+    air_m = step(out * (1.0 / edge))
+    inside = np.maximum(-out, 0.0)
+    heart = np.minimum(np.sqrt(inside * (1.0 / 0.16)), 1.0) * np.clip(h * 3.0 + 0.3, 0, 1) * (1.0 - 0.5 * np.clip(h - 1.05, 0, 1))
+    air_d = step(f.below * (-1.0 / max(0.007, 0.7 * c.px)))
+    z = np.maximum(f.below, 0.0) * (1.0 / 0.05)
+    recess = 0.15 / (1.0 + z * z)  # lung behind the dome
+    tip = np.sqrt(np.clip((f.y - f.apex) / 0.09, 0.0, 1.0))
+    lu = f.u * 1.03
+    hull = np.sqrt(np.maximum(1.0 - lu * lu, 0.0))
+    hull = np.sqrt(hull) * (0.70 + 0.30 * hull) * tip
+    behind = 0.17 + 0.83 * air_m
+    lung = hull * behind * np.maximum(air_d, recess)
+    visible = (out > 0) & (f.below < 0) & (lu < 1.0) & (f.y > f.apex)
+    return lung, heart, visible
+
+
+def _soft_tissue(c: Canvas, p: Patient, pose: Pose, f: _Frame) -> np.ndarray:
+    """Trunk, shoulders, neck, arms and chin."""
+    s, v, width = f.s, f.v, f.width
+    narrow = 0.84 + 0.16 * np.clip(v * 2.0, 0, 1)
+    trunk_half = (width + p.wall) * narrow
+    q = f.ax * (1.0 / trunk_half)
+    trunk = np.sqrt(np.maximum(1.0 - q * q, 0.0)) * (2.12 + 0.30 * np.clip(v - 0.5, 0, 1))
+    # folds of the armpit and the skin of the chest wall
+    fold_half = (width + p.wall) * (1.06 + (0.30 - 0.16 * p.arms_up) * np.clip(1.0 - 1.25 * v, 0, 1))
+    q = f.ax * (1.0 / fold_half)
+    fold = np.sqrt(np.maximum(1.0 - q * q, 0.0)) * (1.42 + 0.40 * np.clip(1.0 - 1.6 * v, 0, 1))
+    body = np.maximum(trunk, fold)
+    # outline of the shoulders: the trapezius rises to the neck
+    neck = (0.105 + 0.02 * (1 - p.age)) * s
+    out = np.maximum(f.ax - neck, 0.0)
+    top = f.apex - 0.22 * s + p.shoulder[1] + ((0.24 if p.arms_up else 0.48) - 0.3 * out) * out
+    cover = np.sqrt(np.clip((f.yt - top) * (1.0 / (0.20 * s)), 0.0, 1.0))
+    q = f.ax * (1.0 / (neck * 1.45))
+    column = np.maximum(1.0 - q * q, 0.0) * (1.65 * np.clip((f.floor - f.y) * 5.0, 0, 1))
+    body = np.maximum(body * cover, column) * p.bulk
+    radius = (0.092 + 0.8 * (p.wall - 0.05)) * s
     for sign in (-1.0, 1.0):
-        cut = _columns(c, sx, sign, 0.45 * width)
-        lx, ly = sign * sx[:, cut], yt[:, cut]
-        jx, jy = width * 0.93 + p.shoulder[0] * s, apex + 0.035 * s + p.shoulder[1]
-        lean = 0.5 + p.shoulder[2] + pose.arm
-        angle = np.pi - lean if p.arms_up else 0.30 * lean
-        direction = (float(np.sin(angle)), float(np.cos(angle)))
-        d = capsule(lx - jx, ly - jy, direction, 0.5)
-        soft[:, cut] = np.maximum(soft[:, cut], 1.15 * p.bulk * chord((d / radius) ** 2))
-        shaft = 0.018 * s
-        head = np.exp(-((np.maximum(0.0, capsule(lx - jx, ly - jy, direction, 0.0)) / (0.030 * s)) ** 4))
-        bones[:, cut] += 0.42 * bone(d / max(shaft, 1.2 * c.px)) + 0.25 * head
-        # shoulder blade: a thin plate between three lines, thick at its outer border
-        bx, by = lx - width * 0.66, ly - (apex + 0.045 * s)
-        outer = (width * 0.36 - bx) * 0.95 - 0.30 * by
-        inner_edge = bx - 0.28 * by
-        plate = step(outer / blur) * step(inner_edge / blur) * step((by + 0.03) / 0.02)
-        border = np.exp(-((outer / 0.010) ** 2)) * (inner_edge > 0) * step((by + 0.02) / 0.02)
-        ridge = np.exp(-(((by + 0.02 + 0.25 * (bx - 0.1)) / 0.010) ** 2)) * step((bx - 0.02) / 0.03) * (bx < 0.42 * width)
-        bones[:, cut] += (0.13 * plate + 0.20 * border + 0.16 * ridge) * p.rib_density
-    return soft, bones
+        cut = _columns(c, f, sign, 0.62 * width)
+        dx, dy, direction = _upper_arm(p, pose, f, sign, cut)
+        d = capsule(dx, dy, direction, 0.6) * (1.0 / radius)
+        arm = np.sqrt(np.maximum(1.0 - d * d, 0.0)) * (1.02 * p.bulk)
+        here = body[:, cut]
+        body[:, cut] = np.maximum(here, arm) + 0.30 * np.minimum(here, arm)
+    rows = slice(0, max(1, int((p.head + 0.03) * c.n)))
+    if p.head > 0.0:
+        q = (f.sx[rows] * (1.0 / (0.175 * s))) ** 2 + ((f.y[rows] - p.head + 0.16) * (1.0 / 0.16)) ** 2
+        body[rows] += 1.5 * np.sqrt(np.maximum(1.0 - q, 0.0)) + 0.40 * np.exp(-(((q - 0.85) * (1 / 0.16)) ** 2))
+    return body
 
 
-def _columns(c, sx, sign, start):
-    """Slice of columns in which sign * sx can exceed `start`."""
-    reach = (sign * sx).max(axis=0) > start
-    index = np.flatnonzero(reach)
+def _upper_arm(p: Patient, pose: Pose, f: _Frame, sign: float, cut: slice):
+    """Coordinates relative to the shoulder joint of one side, and the direction of the upper arm."""
+    jx = f.width * (0.95 if p.arms_up else 0.88) + p.shoulder[0] * f.s
+    jy = f.apex - 0.03 * f.s + p.shoulder[1] + (0.0 if p.arms_up else 0.02)
+    lean = 0.15 + p.shoulder[2] + pose.arm
+    angle = np.pi - lean if p.arms_up else 0.6 * lean
+    return sign * f.sx[:, cut] - jx, f.yt[:, cut] - jy, (float(np.sin(angle)), float(np.cos(angle)))
+
+
+def _abdomen(p: Patient, f: _Frame, clouds: np.ndarray) -> np.ndarray:
+    """What lies under the diaphragm: liver and spleen, gas in the stomach and the bowel."""
+    belly = np.clip(f.below * 9.0 + 0.25, 0.0, 1.0)
+    a = belly * np.maximum(1.15 - f.uw * f.uw, 0.0) * (0.50 + 0.10 * clouds)
+    gx, gr, gc = p.stomach
+    if gc > 0:
+        q = ((f.sx - gx * f.s) * (1.0 / (1.3 * gr))) ** 2 + ((f.y - f.dome[1] - 0.035 - gr) * (1.0 / gr)) ** 2
+        a -= gc * np.sqrt(np.maximum(1.0 - q - 0.45 * clouds, 0.0)) * belly
+    a -= np.minimum(np.maximum(clouds - 1.0 + p.gas, 0.0) * 0.5, 0.6) * np.clip((f.below - 0.12) * 12.0, 0.0, 1.0)
+    return a
+
+
+def _add_airways(p: Patient, pose: Pose, f: _Frame, a: np.ndarray) -> None:
+    """Trachea and main bronchi: narrow bands of less attenuation."""
+    carina = f.apex + 0.30 * f.depth
+    n = a.shape[0]
+    rows = slice(0, min(n, int((carina + 0.10) * n) + 1))
+    tx, y = f.sx[rows] + (0.006 - 0.08 * pose.rotation), f.y[rows]
+    q = tx * (1.0 / (0.022 * f.s))
+    a[rows] -= 0.40 * np.sqrt(np.maximum(1.0 - q * q, 0.0)) * np.clip((carina - y) * 25.0, 0, 1) * np.clip((y - 0.02) * 20, 0, 1)
+    arm = np.clip(y - carina, 0.0, 0.08)
+    fade = 0.16 * np.clip((y - carina) * 60.0, 0, 1) * np.clip((carina + 0.08 - y) * 30.0, 0, 1)
+    for sign, slope in ((-1.0, 0.75), (1.0, 1.05)):
+        q = (sign * tx - slope * arm) * (1.0 / 0.016)
+        a[rows] -= fade * np.sqrt(np.maximum(1.0 - q * q, 0.0))
+
+
+def _columns(c: Canvas, f: _Frame, sign: float, start: float, stop: float = 9.0) -> slice:
+    """Columns in which start < sign * sx < stop for some row."""
+    ends = sign * f.sx[(0, -1), :]
+    index = np.flatnonzero((ends.max(axis=0) > start - 0.02) & (ends.min(axis=0) < stop + 0.02))
     return slice(int(index[0]), int(index[-1]) + 1) if index.size else slice(0, 0)
 
 
-def _clavicles(c, p, pose, sx, yt, width, apex, s):
-    ax = np.abs(sx)
-    t = (ax - 0.045 * s) / (width * 0.95)  # 0 at the sternum, 1 at the shoulder
-    line = apex + 0.045 * s - 0.075 * s * t + 0.016 * np.sin(6.0 * t - 0.6) + p.shoulder[1] * t
-    half = (0.0125 + 0.003 * np.exp(-((t - 0.0) ** 2) / 0.02)) * s
-    window = step(t / 0.04) * step((1.0 - t) / 0.05)
-    return 0.36 * p.rib_density * bone((yt - line) / np.maximum(half, c.px)) * window
-
-
-def _spine(p, ax, y, s, apex):
+def _add_spine(c: Canvas, p: Patient, f: _Frame, a: np.ndarray) -> None:
     """Vertebral bodies, discs, pedicles and processes below each other."""
-    pitch = p.rib_spacing * 0.86 * s
-    phase = (y - apex) / pitch
+    cut = _columns(c, f, 1.0, -0.11, 0.11)
+    ax, y = f.ax[:, cut], f.y
+    pitch = p.rib_spacing * 0.74 * f.s * (0.85 + 0.3 * np.clip(y, 0, 1))
+    phase = (y - f.apex) / pitch
     ph = phase - np.floor(phase)
-    body = step((0.42 - np.abs(ph - 0.5)) / 0.06)
-    half = 0.040 * s * (0.9 + 0.2 * np.clip(y, 0, 1))
-    out = (0.42 + 0.20 * body) * step((half - ax) / 0.006)
-    out = out + 0.12 * body * np.exp(-(((ax - half * 0.92) / 0.006) ** 2))
-    pedicle = np.exp(-(((ph - 0.38) / 0.16) ** 2)) * np.exp(-(((ax - half * 0.60) / 0.008) ** 2))
-    process = np.exp(-(((ph - 0.45) / 0.14) ** 2)) * step((half * 1.75 - ax) / 0.01)
-    spinous = np.exp(-(((ph - 0.75) / 0.16) ** 2)) * np.exp(-((ax / 0.009) ** 2))
-    return (out + 0.20 * pedicle + 0.12 * process + 0.16 * spinous) * (0.85 + 0.15 * p.rib_density)
+    body = np.clip((0.41 - np.abs(ph - 0.5)) * 7.0 + 0.5, 0, 1)
+    half = 0.043 * f.s * (0.92 + 0.16 * np.clip(y, 0, 1)) * (0.96 + 0.05 * body)
+    below = np.clip((y - f.apex + 0.05) * 6.0, 0.0, 1.0)
+    depth = (0.24 + 0.30 * body) * (0.55 + 0.45 * below)
+    out = depth * step((half - ax) * (1.0 / max(0.005, 0.7 * c.px)))
+    cortex = (ax - half * 0.94) * (1.0 / 0.005)
+    out += (0.10 * body) * np.maximum(1.0 - cortex * cortex, 0.0)
+    rim = np.exp(-(((np.abs(ph - 0.5) - 0.38) / 0.08) ** 2)) * 0.10
+    out += rim * (ax < half)
+    d = (ax - half * 0.62) * (1.0 / 0.011)
+    out += (0.28 * np.exp(-(((ph - 0.36) / 0.17) ** 2))) * np.maximum(1.0 - d * d, 0.0)
+    out += (0.10 * np.exp(-(((ph - 0.42) / 0.16) ** 2))) * step((half * 1.75 - ax) * 70.0)
+    d = ax * (1.0 / 0.011)
+    out += (0.16 * np.exp(-(((ph - 0.78) / 0.17) ** 2))) * np.maximum(1.0 - d * d, 0.0)
+    a[:, cut] += out * (0.7 + 0.3 * p.rib_density)
 
 
-def _ribs(c, p, sx, yt, u, cu, width, apex, s, pose):
+def _ribs(c: Canvas, p: Patient, pose: Pose, f: _Frame) -> np.ndarray:
     """Ribs as tilted ellipses: seen from the front, back and front halves are y0 + k (1 -+ sqrt(1 - u^2))."""
+    s, u = f.s, np.minimum(f.u, 0.985)
+    cu = np.sqrt(1.0 - u * u)
     k = p.rib_drop * s * (1.0 - 0.8 * pose.inspiration)
+    lead = p.rib_slope * s * (0.75 + 0.45 * np.clip(f.v, 0.0, 1.2))  # lower ribs are steeper
     spacing = p.rib_spacing * s
-    half = max(p.rib_width * s, 0.9 * c.px)
-    first = apex - 0.035 * s
+    half = max(p.rib_width * s, 0.8 * c.px)
     # signed distance to the nearest rib, tabulated over the height at the spine
-    centres = first + spacing * (np.arange(13) * (0.90 + 0.012 * np.arange(13))) + p.rib_jitter[:13] * s
-    heights = (np.arange(int(1.9 * TABLE)) / TABLE - 0.5).astype(F32)
-    middles = (centres[1:] + centres[:-1]) / 2
-    nearest = np.searchsorted(middles, heights)
-    table = heights - centres[nearest].astype(F32)
-    table[heights > centres[11] + spacing * 0.5] = 1.0
-    front_table = table.copy()
-    front_table[heights > centres[8] + spacing * 0.5] = 1.0
-    slope = k / width
-    cosine = cu / np.sqrt(cu * cu + slope * slope * u * u + 1e-6)
-    inside = u < 1.0
-    back_y = yt - k * (1.0 - cu) - 0.25 * k * u
-    z = table[np.clip((back_y + 0.5) * TABLE, 0, table.size - 1).astype(np.int32)] * cosine
-    tangent = 1.0 + 0.5 * (1.0 - cu) ** 3
-    out = 0.30 * bone(z / half) * tangent
-    front_y = yt - k * (1.0 + 0.9 * cu) - 0.25 * k * u
-    z = front_table[np.clip((front_y + 0.5) * TABLE, 0, table.size - 1).astype(np.int32)] * cosine
-    out += 0.20 * bone(z / (half * 1.05)) * step((u - 0.52) / 0.12) * tangent
-    return out * inside * p.rib_density
+    order = np.arange(13)
+    centres = f.apex - 0.055 * s + spacing * order * (0.86 + 0.012 * order) + p.rib_jitter[:13] * s
+    heights = np.arange(int(1.9 * TABLE)) / TABLE - 0.5
+    nearest = np.searchsorted((centres[1:] + centres[:-1]) / 2, heights)
+    table = (heights - centres[nearest]).astype(F32)
+    table[heights > centres[11] + 0.5 * spacing] = 1.0
+    front = table.copy()
+    front[heights > centres[7] + 0.5 * spacing] = 1.0
+    slope = (k * u + (2.0 * lead) * u * cu) * (1.0 / f.width)
+    cosine = np.maximum(cu / np.sqrt(cu * cu + slope * slope + 1e-6), 0.80)
+    thick = 1.0 - cu
+    thick = 1.0 + 1.3 * thick * thick * thick  # rays pass along the rib at the side
+    scale = cosine * (1.0 / half)
+    # the back: nearly level beside the spine, then falling; the front goes on falling towards the sternum
+    fall = lead * (u * u * 1.1 - 0.1 * u)
+    at = ((f.yt + (0.5 - k) - fall + k * cu) * TABLE).astype(np.int32)
+    out = 0.52 * bone(table.take(at, mode="clip") * scale)
+    at = ((f.yt + (0.5 - k) - lead - (p.rib_front_drop * s) * cu) * TABLE).astype(np.int32)
+    fade = np.clip((u - p.rib_front) * 6.0, 0.0, 1.0)
+    out += (0.20 * fade) * bone(front.take(at, mode="clip") * scale)
+    out *= thick
+    out *= 0.55 + np.minimum(np.maximum((u - 0.12) * 2.5, 0.0), 0.45)  # thin and steep beside the spine
+    # soft towards the outside; below the diaphragm, ribs drown in scatter
+    edge = np.minimum(np.maximum((1.012 - f.u) * (f.width / max(c.px, 0.004)), 0.0), 1.0)
+    return out * edge * (p.rib_density * (1.0 - 0.70 * np.clip(f.below * 10.0 + 0.1, 0.0, 1.0)))
 
 
-def _lung_markings(c, p, sx, y, width, apex, depth, rng):
+def _add_shoulder_bones(c: Canvas, p: Patient, pose: Pose, f: _Frame, a: np.ndarray) -> None:
+    """Clavicles, shoulder blades and the upper ends of the humeri."""
+    s, width, n = f.s, f.width, c.n
+    rows = slice(max(0, int((f.apex - 0.20 * s) * n)), min(n, int((f.apex + 0.10) * n)))
+    ax, yt = f.ax[rows], f.yt[rows]
+    t = (ax - 0.038 * s) * (1.0 / (width * 0.92))  # 0 at the sternum, 1 at the shoulder
+    ts = np.clip(t, 0.0, 1.2)
+    line = f.apex + p.clavicle * s - p.clavicle_rise * s * ts + 0.020 * s * np.sin(6.2 * ts + 0.9) + p.shoulder[1] * ts
+    line = line + pose.tilt * f.sx[rows]  # shoulders tilt more than the chest
+    t = t + 0.5 * pose.rotation * np.sign(f.sx[rows])
+    half = np.maximum((0.0145 + 0.004 * np.cos(7.0 * ts)) * s, c.px)
+    a[rows] += 0.62 * p.rib_density * bone((yt - line) * (1.0 / half)) * (
+        np.clip((t - 0.06) * 10.0, 0, 1) * np.clip((0.80 - t) * 8.0, 0, 1)
+    )
+    for sign in (-1.0, 1.0):
+        cut = _columns(c, f, sign, 0.55 * width)
+        dx, dy, direction = _upper_arm(p, pose, f, sign, cut)
+        along = np.clip(dx * direction[0] + dy * direction[1], 0.0, 0.6)
+        d = np.sqrt((dx - along * direction[0]) ** 2 + (dy - along * direction[1]) ** 2)
+        shaft = s * (0.017 + 0.017 / (1.0 + (along * (1.0 / 0.035)) ** 2))  # the bone widens towards the joint
+        out = 0.46 * bone(d / np.maximum(shaft, c.px))
+        # shoulder blade: neck and outer border as a bar from the joint inwards, a thin plate behind the upper ribs
+        bar = capsule(dx + 0.03 * s, dy - 0.05 * s, (-0.35, 0.937), 0.09 * s)
+        out += 0.30 * bone(bar * (1.0 / max(0.013 * s, c.px)))
+        spine = capsule(dx + 0.01, dy - 0.005 * s, (-0.97, 0.24), 0.13 * s)
+        out += 0.13 * bone(spine * (1.0 / max(0.013 * s, c.px)))
+        bx, by = dx + 0.17 * s, dy - 0.03 * s
+        plate = np.clip((bx + 0.02 - 0.30 * by) * 40.0, 0, 1) * np.clip((0.13 * s - bx - 0.45 * by) * 40.0, 0, 1)
+        out += 0.15 * plate * np.clip(by * 40.0, 0, 1)
+        a[:, cut] += out * p.rib_density
+
+
+def _lung_markings(c: Canvas, p: Patient, f: _Frame, rng: np.random.Generator):
     """Vessels, interstitial streaks and bronchi (for air bronchograms), as attenuation."""
     side, vx, vy, level, weight = p.vessels
-    # the spine is taken at the height of the hilum: vessels don't follow the lean
-    hilum_y = apex + 0.50 * depth
+    hilum_y = f.apex + 0.46 * f.depth
     row = min(int(hilum_y * c.n), c.n - 1)
-    spine = float(c.x[0, 0] - sx[row, 0])
-    px_ = spine + side * (0.17 * width + vx * width * 0.92)
-    py_ = hilum_y + vy * depth * 0.80
-    out = np.zeros((c.n, c.n), F32)
-    gain = 9.0 * p.vessel_gain
-    for low, high, sigma in ((0, 0, 0.0085), (1, 1, 0.0058), (2, 2, 0.0040), (3, 5, 0.0028)):
-        pick = (level >= low) & (level <= high)
-        w = weight[pick] * gain
-        out += c.blur(c.splat(px_[pick], py_[pick], w), sigma)
-    pick = level <= 1
-    bronchi = c.blur(c.splat(px_[pick] + 0.012, py_[pick] - 0.01, weight[pick] * 9.0), 0.006)
-    streaks = np.zeros((c.n, c.n), F32)
-    count = int(40 + 420 * p.streaks)
-    z = rng.standard_normal((4, 460)).astype(F32)[:, :count]
-    u = rng.random((3, 460), dtype=F32)[:, :count]
-    if p.streaks > 0.02:
+    spine = float(c.x[0, 0] - f.sx[row, 0])  # vessels follow the spine at the height of the hilum
+    root = 0.10 * f.s
+    px_ = spine + side * (root + vx * f.width * 0.92)
+    py_ = hilum_y + vy * f.depth * 0.90
+    weight = weight * (np.where(level <= 1, 3.2, 7.0).astype(F32) * p.vessel_gain)
+    wide = level <= 1
+    coarse = c.splat(px_[wide], py_[wide], weight[wide])
+    out = c.blur(coarse, 0.0065)
+    bronchi = c.blur(c.splat(px_[wide] + 0.010, py_[wide] - 0.008, weight[wide]), 0.005) if p.lesions else None
+    thin = ~wide
+    qx, qy, qw = [px_[thin]], [py_[thin]], [weight[thin]]
+    z = rng.standard_normal((3, 460), dtype=F32)
+    u = rng.random((3, 460), dtype=F32)
+    strength = np.where(np.arange(460) < int(460 * min(1.0, p.streaks)), 0.6 + 0.6 * p.streaks, 0.25).astype(F32)
+    if True:
         sign = np.where(u[0] < 0.5, F32(-1), F32(1))
-        radius = 0.10 + 0.75 * u[1]
+        radius = 0.04 + 0.75 * u[1]
         theta = 1.15 * z[0]
-        cx, cy = radius * np.cos(theta), radius * np.sin(theta)
         heading = theta + 0.75 * z[1]
-        length = 0.05 + 0.05 * np.abs(z[2])
+        length = 0.06 + 0.06 * np.abs(z[2])
         t = np.linspace(-0.5, 0.5, 9, dtype=F32)[:, None]
-        qx = spine + sign * (0.17 * width + (cx + t * length * np.cos(heading)) * width)
-        qy = hilum_y + (cy + t * length * np.sin(heading)) * depth * 0.8
-        w = (2.2e-5 * (0.4 + u[2]) * (0.4 + 0.6 * p.streaks) * (1.2 - radius)) * np.ones_like(t)
-        streaks = c.blur(c.splat(qx.ravel(), qy.ravel(), w.ravel()), 0.0038)
+        sx_ = spine + sign * (root + (radius * np.cos(theta) + t * length * np.cos(heading)) * f.width)
+        sy_ = hilum_y + (radius * np.sin(theta) + t * length * np.sin(heading)) * f.depth * 0.9
+        w = (2.0e-5 * (0.3 + u[2]) * strength * (0.95 - 0.6 * radius)) * np.ones_like(t)
+        streaks = c.blur(c.splat(sx_.ravel(), sy_.ravel(), w.ravel()), 0.0042)
+    out += c.blur(c.splat(qx[0], qy[0], qw[0]), 0.0034)
     if p.cuffs > 0.05:
-        pick = level <= 2
-        streaks = streaks + 0.8 * p.cuffs * c.blur(c.splat(px_[pick], py_[pick], weight[pick] * 9.0), 0.013)
+        streaks = streaks + (0.9 * p.cuffs) * c.blur(coarse, 0.014)
     return out, streaks, bronchi
 
 
-def _consolidation_density(p, clouds, sx, y, width, apex, depth, inner, bronchi, u, floor):
+def _consolidation_density(p: Patient, f: _Frame, clouds: np.ndarray, bronchi: np.ndarray | None) -> np.ndarray:
     """Share of the air that is replaced by fluid, 0..1."""
     out = np.zeros_like(clouds)
-    ax = np.abs(sx)
     for side, across, down, rx, ry, angle, density in p.lesions:
-        here = sx < 0 if side < 0 else sx > 0
-        dx = (ax - across * width) / width
-        dy = (y - apex - down * depth) / depth
+        here = f.right if side < 0 else ~f.right
+        dx = (f.ax - across * f.width) * (1.0 / f.width)
+        dy = (f.y - f.apex - down * f.depth) * (1.0 / f.depth)
         ca, sa = float(np.cos(angle)), float(np.sin(angle))
-        r = np.sqrt(((dx * ca + dy * sa) / rx) ** 2 + ((dy * ca - dx * sa) / ry) ** 2)
-        blob = step((1.0 - r + 0.45 * clouds) / 0.65) * density
+        r = np.sqrt(((dx * ca + dy * sa) * (1 / rx)) ** 2 + ((dy * ca - dx * sa) * (1 / ry)) ** 2)
+        blob = step((1.0 - r + 0.45 * clouds) * (1 / 0.75)) * density
         if p.fissure and side < 0 and down < 0.4:
-            blob = blob * step((0.42 - dy - down + 0.05 * dx) / 0.012)
+            blob = blob * step((0.44 - dy - down + 0.05 * dx) * (1 / 0.015))
         out = np.maximum(out, blob * here)
-    if p.lesions:
-        out = out * (1.0 - np.minimum(2.0 * bronchi, 0.45))
-    for amount, here in zip(p.effusion, (sx < 0, sx > 0)):
+    if bronchi is not None:
+        out = out * (1.0 - np.minimum(1.6 * bronchi, 0.40))
+    for amount, here in zip(p.effusion, (f.right, ~f.right)):
         if amount:
-            level = floor - amount * (0.5 + 0.9 * u * u)
-            out = np.maximum(out, 0.95 * step((y - level) / 0.025) * here)
+            level = f.floor - amount * (0.5 + 0.9 * f.uw * f.uw)
+            out = np.maximum(out, 0.95 * step((f.y - level) * 40.0) * here)
     return out
