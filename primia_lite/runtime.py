@@ -18,6 +18,7 @@ from typing import IO
 from primia_lite.config import UserError, results_dir
 
 _STARTED = time.time()
+os.umask(_UMASK := os.umask(0o022))
 _REPORTED_PACKAGES = ("torch", "opacus", "dp-accounting", "numpy", "scikit-learn", "kymatio", "monai", "tenseal", "syft")
 
 
@@ -80,6 +81,7 @@ def write_atomic(path: str | Path, content: bytes | Callable[[IO[bytes]], object
             file.write(content) if isinstance(content, bytes) else content(file)
             file.flush()
             os.fsync(file.fileno())
+        os.chmod(partial, 0o666 & ~_UMASK)  # temporary files are private; results are as readable as any other file
         os.replace(partial, path)
         partial = None
         _sync_folder(path.parent)

@@ -7,6 +7,7 @@ pessimistically, so that the ε returned is an upper bound.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,10 +15,13 @@ from functools import lru_cache
 import dp_accounting
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
+from scipy.optimize import brentq
 
 from primia_lite.config import UserError
 
-ACCOUNTANTS = {"pld": PLDAccountant, "rdp": RdpAccountant}
+# Integer orders: their moments have a closed form; the fractional ones don't converge at large sample rates.
+_ORDERS = (*range(2, 65), 80, 96, 128, 192, 256, 512, 1024)
+ACCOUNTANTS = {"pld": PLDAccountant, "rdp": lambda: RdpAccountant(_ORDERS)}
 
 
 @dataclass(frozen=True, order=True)
@@ -89,7 +93,9 @@ def _epsilon(releases: tuple[Release, ...], delta: float, accountant: str) -> fl
 
 @lru_cache(maxsize=64)
 def calibrate_noise_multiplier(target_epsilon: float, target_delta: float, sample_rate: float, steps: int) -> float:
-    """The smallest σ (to 1e-3) whose ε over ``steps`` is at most ``target_epsilon``.
+    """The smallest σ, rounded up to 4 decimals, whose ε over ``steps`` is at most ``target_epsilon``.
+
+    RDP brackets the answer in milliseconds; the slower PLD accountant then settles it.
 
     Raises
     ------
@@ -98,18 +104,30 @@ def calibrate_noise_multiplier(target_epsilon: float, target_delta: float, sampl
     """
     if not target_epsilon > 0:
         raise UserError(f"target_epsilon is {target_epsilon}: it must be above 0")
-    try:
-        sigma = dp_accounting.calibrate_dp_mechanism(
-            PLDAccountant,
-            lambda s: Release(s, sample_rate, steps).event(),
-            target_epsilon,
-            target_delta,
-            bracket_interval=dp_accounting.ExplicitBracketInterval(0.05, 500.0),
-            tol=1e-3,
-        )
-    except dp_accounting.mechanism_calibration.NoBracketIntervalFoundError as error:
+
+    def excess(sigma: float, accountant: str) -> float:
+        return epsilon(Release(sigma, sample_rate, steps), target_delta, accountant) - target_epsilon
+
+    low, high = 0.3, 500.0
+    if excess(high, "rdp") > 0:
         raise UserError(
-            f"no noise multiplier in [0.05, 500] reaches epsilon {target_epsilon} over {steps} steps at sample rate "
+            f"no noise multiplier up to {high:g} reaches epsilon {target_epsilon} over {steps} steps at sample rate "
             f"{sample_rate}: take fewer steps, a smaller sample rate, or a larger epsilon"
-        ) from error
-    return float(sigma)
+        )
+    if excess(low, "rdp") > 0:
+        high = brentq(excess, low, high, args=("rdp",), xtol=1e-4) + 1e-4
+        # PLD is slow where σ is small: start from close below, and step down only if need be.
+        low = max(low, 0.85 * high)
+        while excess(low, "pld") < 0 and low > 0.2:
+            low, high = 0.85 * low, low
+    else:
+        high = low
+        low = 0.1
+    if excess(low, "pld") > 0:
+        high = brentq(excess, low, high, args=("pld",), xtol=2e-4)
+    else:
+        high = low
+    sigma = math.ceil(high * 1e4) / 1e4
+    while excess(sigma, "pld") > 0:
+        sigma = round(sigma + 1e-4, 4)
+    return sigma

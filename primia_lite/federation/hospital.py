@@ -1,0 +1,205 @@
+"""One hospital: its films never leave; updates do.
+
+``local_update`` is what every transport calls. :class:`Hospital` puts the order around it that privacy needs: look for a
+stored update, charge the ledger, compute, store, release.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from primia_lite import models
+from primia_lite.config import TrainingError, UserError
+from primia_lite.data import ChestXrays
+from primia_lite.models import Films
+from primia_lite.privacy.accounting import Release
+from primia_lite.privacy.dpsgd import Privacy
+from primia_lite.privacy.ledger import Ledger
+from primia_lite.privacy.rng import SecureGenerator
+from primia_lite.runtime import write_atomic
+from primia_lite.training import Training, train
+
+State = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Update:
+    """What leaves a hospital after a round.
+
+    Attributes
+    ----------
+    delta : new weights minus the global ones, float32, by parameter name
+    steps : local steps taken
+    seeded : whether sampling and noise came from a fixed seed: then nothing is private
+    """
+
+    delta: State
+    steps: int
+    seeded: bool
+
+    def to_bytes(self) -> bytes:
+        buffer = io.BytesIO()
+        torch.save({"delta": self.delta, "steps": self.steps, "seeded": self.seeded}, buffer)
+        return buffer.getvalue()
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> Update:
+        return cls(**torch.load(io.BytesIO(content), weights_only=True))
+
+
+def local_update(
+    global_state: State,
+    films: Films,
+    training: Training,
+    privacy: Privacy | None,
+    rng: SecureGenerator,
+    *,
+    declared_size: int | None = None,
+    observe=None,
+) -> Update:
+    """Train on a hospital's films from the global weights. Pure: the result depends on the arguments alone.
+
+    The caller charges the ledger first.
+
+    Parameters
+    ----------
+    global_state
+        Weights by parameter name; not changed.
+    declared_size
+        The public, rounded number of films; sample rate times this is the denominator of a private step. Required with DP.
+    observe
+        Called with the list of step losses, which are private: a simulation may plot them, a deployment leaves it None.
+
+    Raises
+    ------
+    UserError, TrainingError
+        See :func:`primia_lite.training.train`; also a global state of another shape.
+    """
+    if privacy and declared_size is None:
+        raise UserError("with DP a step's denominator must be public: give the hospital's declared_size")
+    model = models.build(training.model, training.n_classes, films.inputs.shape[2:], **training.model_options)
+    try:
+        model.load_state_dict(global_state)
+    except RuntimeError as error:
+        raise UserError(
+            f"the global weights don't fit {training.model} with {training.n_classes} classes on films of shape "
+            f"{tuple(films.inputs.shape[2:])}: {str(error).splitlines()[-1].strip()}"
+        ) from error
+    losses = train(model, films, training, privacy, rng, training.sample_rate * (declared_size or len(films)))
+    delta = {name: value - global_state[name] for name, value in model.state_dict().items()}
+    if not all(torch.isfinite(value).all() for value in delta.values()):
+        raise TrainingError(f"the update has values that aren't finite: lower learning_rate (now {training.learning_rate})")
+    if observe:
+        observe(losses)
+    return Update(delta, training.steps_per_round, rng.seeded)
+
+
+def declare_size(n_films: int, to: int = 10) -> int:
+    """The cohort size that a hospital makes public: rounded, so that no single film shows in it."""
+    return max(to, to * round(n_films / to))
+
+
+@dataclass
+class Hospital:
+    """A data owner.
+
+    Attributes
+    ----------
+    name : such as ``A``
+    films : its training films; nobody else sees them
+    declared_size : the public, rounded number of its films
+    simulated_losses : step losses by round. Simulation only: private in a deployment
+    """
+
+    name: str
+    films: Films
+    declared_size: int = 0
+    simulated_losses: dict[int, list[float]] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if len(self.films) == 0:
+            raise UserError(f"hospital {self.name} has no films: give it some, or leave it out")
+        if self.films.labels.unique().numel() < 2:
+            only = int(self.films.labels[0])
+            raise UserError(f"hospital {self.name} has films of one class only (label {only}): give it another partition")
+        self.declared_size = self.declared_size or declare_size(len(self.films))
+
+    @classmethod
+    def from_films(cls, name: str, films: ChestXrays, model: str, augmentation: tuple[str, ...] = (), **options) -> Hospital:
+        """A hospital from its films, prepared for a model (see :func:`primia_lite.models.prepare`)."""
+        return cls(name, models.prepare(model, films, augmentation=augmentation, **options))
+
+    def ledger(self, folder: Path, privacy: Privacy) -> Ledger:
+        return Ledger(folder / f"ledger-{self.name}.sqlite", privacy.target_epsilon, privacy.target_delta, privacy.unit)
+
+    def update(
+        self,
+        round_number: int,
+        global_state: State,
+        training: Training,
+        privacy: Privacy | None,
+        rng: SecureGenerator,
+        folder: Path | None = None,
+    ) -> Update:
+        """Take part in a round: resend what was stored, or charge, compute, store and only then release.
+
+        Parameters
+        ----------
+        folder
+            Where update and ledger are kept. None (only without DP) keeps nothing.
+
+        Raises
+        ------
+        BudgetError
+            The hospital's budget doesn't allow it; nothing was computed.
+        """
+        stored = folder / f"update-{self.name}-{round_number:05d}.pt" if folder else None
+        if stored and stored.exists():
+            return Update.from_bytes(stored.read_bytes())
+        if privacy:
+            if folder is None:
+                raise UserError("with DP a hospital keeps a ledger: give a folder")
+            release = privacy.release(training.sample_rate, training.steps_per_round)
+            self.ledger(folder, privacy).charge(f"round {round_number}", release, repeatable=rng.seeded)
+        try:
+            update = local_update(
+                global_state, self.films, training, privacy, rng, declared_size=self.declared_size,
+                observe=lambda losses: self.simulated_losses.__setitem__(round_number, losses),
+            )  # fmt: skip
+        except TrainingError as error:
+            raise TrainingError(f"hospital {self.name}, round {round_number}: {error}") from error
+        if stored:
+            write_atomic(stored, update.to_bytes())
+        return update
+
+
+def mean_and_std_under_dp(
+    hospitals: list[tuple[str, ChestXrays]], noise_multiplier: float, folder: Path, privacy: Privacy, rng: SecureGenerator
+) -> tuple[float, float]:
+    """PriMIA's normalisation: pixel mean and standard deviation of all hospitals' films, shared under DP.
+
+    Each film adds (mean pixel, mean squared pixel), both in [0, 1], so a film changes a hospital's sum by at most √2 in L2 norm;
+    Gaussian noise of standard deviation √2 σ is added by each hospital. Charged to the hospital's ledger before it is computed, as
+    one release with sample rate 1.
+
+    Returns
+    -------
+    mean, std of pixels in [0, 1], for ``prepare(normalisation=...)``
+    """
+    sums = np.zeros(2)
+    for name, films in hospitals:
+        Ledger(folder / f"ledger-{name}.sqlite", privacy.target_epsilon, privacy.target_delta, privacy.unit).charge(
+            "normalisation", Release(noise_multiplier, 1.0, 1), repeatable=rng.seeded
+        )
+        pixels = films.images.reshape(len(films), -1) / 255.0
+        moments = np.stack([pixels.mean(1), (pixels**2).mean(1)]).sum(1)
+        noise = rng.child("normalisation", name).normal(2) * np.sqrt(2.0) * noise_multiplier
+        sums += moments + noise
+    mean, square = sums / sum(declare_size(len(films)) for _, films in hospitals)
+    mean = float(np.clip(mean, 0.05, 0.95))
+    return mean, float(np.sqrt(np.clip(square - mean**2, 0.01, 0.25)))

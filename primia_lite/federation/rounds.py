@@ -1,0 +1,271 @@
+"""Rounds of federated training in one process, with checkpoints that survive a kill at any moment.
+
+With fixed seeds a killed run ends in the same weights, bit for bit. Without them, an update that a hospital stored is sent
+again as it was, and one that wasn't stored is computed with fresh noise and charged anew. The state of a generator is never
+written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from primia_lite import models
+from primia_lite.config import UserError
+from primia_lite.federation.aggregation import Aggregator, WeightedMean
+from primia_lite.federation.hospital import Hospital, State
+from primia_lite.federation.progress import RoundProgress
+from primia_lite.metrics import scores
+from primia_lite.models import Films
+from primia_lite.privacy.accounting import epsilon
+from primia_lite.privacy.dpsgd import Privacy
+from primia_lite.privacy.rng import SecureGenerator
+from primia_lite.runtime import seed_for, write_atomic
+from primia_lite.training import Training, predict
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What the server does.
+
+    Attributes
+    ----------
+    rounds : number of synchronisations
+    server_learning_rate : scales the mean update; 1 is FedAvg
+    server_momentum : of the server's step (FedAvgM, Hsu et al. 2019); post-processing, so it costs no ε
+    average_last : the final model is the mean of the global models after the last so many rounds; 0 takes the last one
+    """
+
+    rounds: int
+    server_learning_rate: float = 1.0
+    server_momentum: float = 0.0
+    average_last: int = 0
+
+    def __post_init__(self):
+        if self.rounds < 1:
+            raise UserError(f"rounds is {self.rounds}: at least one is needed")
+        if not 0 <= self.average_last <= self.rounds:
+            raise UserError(f"average_last is {self.average_last}: it must lie between 0 and rounds ({self.rounds})")
+        if not 0 <= self.server_momentum < 1:
+            raise UserError(f"server_momentum is {self.server_momentum}: it must be in [0, 1)")
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run.
+
+    Attributes
+    ----------
+    state : weights of the final model
+    history : one record a round: ``round`` and validation scores
+    epsilon : ε by hospital (empty without DP), of everything in its ledger
+    seeded : true where a fixed seed made noise and sampling: "seeded: not private"
+    training, in_shape : what :meth:`model` needs
+    hospitals : those that took part
+    """
+
+    state: State
+    history: list[dict]
+    epsilon: dict[str, float]
+    seeded: bool
+    training: Training
+    in_shape: tuple[int, ...]
+    hospitals: tuple[Hospital, ...]
+
+    @property
+    def epsilon_max(self) -> float:
+        """The worst hospital's ε: what holds for every patient whose films lie at one hospital only."""
+        return max(self.epsilon.values(), default=float("inf"))
+
+    @property
+    def label(self) -> str:
+        return "seeded: not private" if self.seeded and self.epsilon else ""
+
+    def model(self) -> torch.nn.Module:
+        model = models.build(self.training.model, self.training.n_classes, self.in_shape, **self.training.model_options)
+        model.load_state_dict(self.state)
+        return model.eval()
+
+    def predict(self, films: Films) -> np.ndarray:
+        """Class probabilities, float64 [N, K]."""
+        return predict(self.model(), films)
+
+
+def federate(
+    hospitals: Sequence[Hospital],
+    training: Training,
+    schedule: Schedule,
+    privacy: Privacy | None = None,
+    *,
+    seed: int = 0,
+    noise_seed: int | None = None,
+    folder: str | Path | None = None,
+    fresh: bool = False,
+    validation: Films | None = None,
+    aggregator: Aggregator | None = None,
+    progress: Callable[[dict], None] | str | None = "rounds",
+) -> Result:
+    """Train one model over several hospitals.
+
+    One hospital is local training, and one hospital that holds all films (:func:`pool`) is training without federation.
+
+    Parameters
+    ----------
+    seed
+        Of the initial weights, and of shuffling and augmentation where DP is off.
+    noise_seed
+        Fixes Poisson sampling and DP noise: for teaching and tests only. None draws them from the operating system.
+    folder
+        Where checkpoint, stored updates and ledgers lie; a run found there goes on where it was. Required with DP.
+    fresh
+        Start anew: what lies in ``folder`` is deleted, its ledgers too. For simulations.
+    validation
+        Scored after each round. Outside ε: validation films aren't protected by the training's DP.
+    progress
+        None, a function of each round's record, or the title of the bar, curve and lines that are shown.
+
+    Raises
+    ------
+    UserError
+        Contradictory options, or a folder that holds another run.
+    BudgetError
+        A hospital's ε is spent. What was reached is in the folder.
+    TrainingError
+        A loss or an update that isn't finite, naming hospital and round.
+    """
+    names = [h.name for h in hospitals]
+    if not hospitals or len(set(names)) < len(names):
+        raise UserError(f"hospitals must have names of their own, got {names or 'none'}")
+    if privacy and folder is None:
+        raise UserError("with DP each hospital keeps a ledger: give federate() a folder")
+    folder = Path(folder) if folder else None
+    if folder and fresh:
+        shutil.rmtree(folder, ignore_errors=True)
+    in_shape = tuple(hospitals[0].films.inputs.shape[2:])
+    if any(tuple(h.films.inputs.shape[2:]) != in_shape for h in hospitals):
+        raise UserError("the hospitals' films differ in size: load them all with one size")
+    aggregator = aggregator or WeightedMean()
+    total = sum(h.declared_size for h in hospitals)
+    weights = {h.name: h.declared_size / total for h in hospitals}
+    rng = SecureGenerator.for_seed(noise_seed) if privacy else SecureGenerator.from_seed(seed)
+
+    server = _Server.start(training, schedule, in_shape, seed)
+    key = _fingerprint(hospitals, training, schedule, privacy, seed, noise_seed, aggregator.name)
+    if folder:
+        server.resume(folder, key)
+    show = RoundProgress(progress, schedule.rounds, server.history) if isinstance(progress, str) else progress
+    for number in range(server.round + 1, schedule.rounds + 1):
+        updates = {
+            h.name: h.update(number, server.state, training, privacy, rng.child("round", number, h.name), folder)
+            for h in hospitals
+        }
+        server.step(aggregator.aggregate(updates, weights))
+        record = {"round": number}
+        if validation is not None:
+            probabilities = predict(server.model(training, in_shape), validation)
+            record |= scores(probabilities, validation.labels.numpy())
+        server.history.append(record)
+        if folder:
+            server.save(folder)
+            for h in hospitals:
+                (folder / f"update-{h.name}-{number:05d}.pt").unlink(missing_ok=True)
+        if show:
+            show(record)
+    if isinstance(show, RoundProgress):
+        show.close()
+    spent = {h.name: h.ledger(folder, privacy).epsilon() for h in hospitals} if privacy else {}
+    return Result(
+        server.final(), server.history, spent, bool(privacy) and rng.seeded, training, in_shape, tuple(hospitals)
+    )
+
+
+def planned_epsilon(training: Training, schedule: Schedule, privacy: Privacy) -> float:
+    """ε of the whole run at each hospital, before a step is taken."""
+    release = privacy.release(training.sample_rate, training.steps_per_round * schedule.rounds)
+    return epsilon(release, privacy.target_delta)
+
+
+def pool(hospitals: Sequence[Hospital], name: str = "pooled") -> Hospital:
+    """All films in one place: what federated training does without."""
+    films = Films(
+        torch.cat([h.films.inputs for h in hospitals]),
+        torch.cat([h.films.labels for h in hospitals]),
+        np.concatenate([h.films.patient_id for h in hospitals]),
+    )
+    return Hospital(name, films)
+
+
+class _Server:
+    """Global weights, momentum, running mean and history: all that a checkpoint holds."""
+
+    def __init__(self, schedule: Schedule, state: State):
+        self.schedule = schedule
+        self.state = state
+        self.velocity = {name: torch.zeros_like(value) for name, value in state.items()}
+        self.sum = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in state.items()}
+        self.round = 0
+        self.history: list[dict] = []
+
+    @classmethod
+    def start(cls, training: Training, schedule: Schedule, in_shape: tuple[int, ...], seed: int) -> _Server:
+        model = models.build(
+            training.model, training.n_classes, in_shape, seed=seed_for(seed, "weights"), **training.model_options
+        )
+        return cls(schedule, {name: value.clone() for name, value in model.state_dict().items()})
+
+    def step(self, delta: State) -> None:
+        self.round += 1
+        averaging = self.round > self.schedule.rounds - self.schedule.average_last
+        for name, change in delta.items():
+            self.velocity[name] = self.schedule.server_momentum * self.velocity[name] + change
+            self.state[name] = self.state[name] + self.schedule.server_learning_rate * self.velocity[name]
+            if averaging:
+                self.sum[name] += self.state[name].double()
+
+    def final(self) -> State:
+        if not self.schedule.average_last:
+            return self.state
+        return {name: (value / self.schedule.average_last).float() for name, value in self.sum.items()}
+
+    def model(self, training: Training, in_shape: tuple[int, ...]) -> torch.nn.Module:
+        model = models.build(training.model, training.n_classes, in_shape, **training.model_options)
+        model.load_state_dict(self.final() if self.round == self.schedule.rounds else self.state)
+        return model
+
+    _SAVED = ("state", "velocity", "sum", "round", "history")
+
+    def save(self, folder: Path) -> None:
+        content = {name: getattr(self, name) for name in self._SAVED}
+        write_atomic(folder / "checkpoint.pt", lambda file: torch.save(content, file))
+
+    def resume(self, folder: Path, key: str) -> None:
+        # The key is written before the first update is stored: a folder never holds updates of an unknown run.
+        if not (folder / "run.json").exists():
+            write_atomic(folder / "run.json", json.dumps({"key": key}).encode())
+        if json.loads((folder / "run.json").read_text())["key"] != key:
+            raise UserError(
+                f"{folder} holds a run with other films, hospitals, training or privacy: choose another folder, go back to "
+                "the old settings, or start anew with fresh=True (which deletes it, ledgers included)"
+            )
+        if (folder / "checkpoint.pt").exists():
+            content = torch.load(folder / "checkpoint.pt", weights_only=True)
+            for name in self._SAVED:
+                setattr(self, name, content[name])
+
+
+def _fingerprint(hospitals, training, schedule, privacy, seed, noise_seed, aggregator) -> str:
+    digest = hashlib.sha256()
+    for h in hospitals:
+        digest.update(f"{h.name} {h.declared_size}".encode())
+        digest.update(np.ascontiguousarray(h.films.inputs.numpy()).data)
+        digest.update(h.films.labels.numpy().tobytes())
+    settings = [training.as_dict(), asdict(schedule), privacy and privacy.as_dict(), seed, noise_seed, aggregator]
+    digest.update(json.dumps(settings).encode())
+    return digest.hexdigest()[:16]

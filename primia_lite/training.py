@@ -1,0 +1,223 @@
+"""What one party does with its own films: mini-batches, augmentation, the local loop, and scoring a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from primia_lite import models
+from primia_lite.config import TrainingError, UserError
+from primia_lite.models import Films
+from primia_lite.privacy.dpsgd import Privacy, private_optimizer
+from primia_lite.privacy.rng import SecureGenerator
+
+AUGMENTATIONS = ("flip", "shift", "mixup")
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a model is trained, the same at every hospital.
+
+    Attributes
+    ----------
+    model : ``litenet``, ``scatternet``, ``ckksnet`` or ``resnet18``
+    n_classes : number of classes
+    learning_rate : step size of SGD
+    sample_rate : q in (0, 1]; a step sees q times the declared number of films, on average under DP, exactly otherwise
+    local_steps : steps between two synchronisations; or
+    local_epochs : passes over the films between two synchronisations (one epoch is round(1 / q) steps)
+    momentum, weight_decay : of local SGD
+    class_weights : None, ``"balanced"`` (from the hospital's own counts: not with DP), or one public number per class
+    augmentation : any of ``flip`` (left to right), ``shift`` (up to 6 % of the side) and ``mixup`` (Zhang et al. 2018;
+        not with DP: it blends films, so that no step's sensitivity to one film is bounded by clipping)
+    """
+
+    model: str = "litenet"
+    n_classes: int = 3
+    learning_rate: float = 1.0
+    sample_rate: float = 0.25
+    local_steps: int | None = 1
+    local_epochs: int | None = None
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    class_weights: str | tuple[float, ...] | None = None
+    augmentation: tuple[str, ...] = ()
+    model_options: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        models.spec(self.model)
+        if not 0 < self.sample_rate <= 1:
+            raise UserError(f"sample_rate is {self.sample_rate}: it must be in (0, 1]")
+        if (self.local_steps is None) == (self.local_epochs is None):
+            raise UserError("give either local_steps or local_epochs, and leave the other None")
+        if self.steps_per_round < 1:
+            raise UserError("local_steps or local_epochs must be at least 1")
+        unknown = set(self.augmentation) - set(AUGMENTATIONS)
+        if unknown:
+            raise UserError(f"unknown augmentation {sorted(unknown)}: choose from {', '.join(AUGMENTATIONS)}")
+        if isinstance(self.class_weights, str) and self.class_weights != "balanced":
+            raise UserError(f"class_weights is {self.class_weights!r}: use None, 'balanced', or one number per class")
+        if isinstance(self.class_weights, (tuple, list)) and len(self.class_weights) != self.n_classes:
+            raise UserError(f"class_weights has {len(self.class_weights)} numbers for {self.n_classes} classes")
+
+    @property
+    def steps_per_round(self) -> int:
+        return self.local_steps if self.local_epochs is None else self.local_epochs * max(1, round(1 / self.sample_rate))
+
+    def changed(self, **changes) -> Training:
+        return replace(self, **changes)
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+
+def train(
+    model: nn.Module, films: Films, training: Training, privacy: Privacy | None, rng: SecureGenerator, expected_batch: float
+) -> list[float]:
+    """Take ``training.steps_per_round`` steps of SGD, or of DP-SGD, in place.
+
+    Parameters
+    ----------
+    expected_batch
+        Public denominator of a step's gradient: sample rate times the declared number of films.
+
+    Returns
+    -------
+    Mean loss of each step (nan for an empty batch). Private: it stays with the hospital.
+
+    Raises
+    ------
+    TrainingError
+        The loss is no longer finite.
+    UserError
+        Options that contradict DP, or a model that DP-SGD can't train.
+    """
+    if privacy and "mixup" in training.augmentation:
+        raise UserError("mixup blends films, so clipping no longer bounds what one film adds: leave it out when DP is on")
+    if privacy and training.class_weights == "balanced":
+        raise UserError("class_weights='balanced' counts private labels: with DP give one public number per class")
+    shuffle = torch.Generator().manual_seed(rng.child("augmentation").seed())
+    weight = _class_weights(training, films.labels)
+    model.train()
+    optimizer = torch.optim.SGD(
+        model.parameters(), training.learning_rate, momentum=training.momentum, weight_decay=training.weight_decay
+    )
+    if privacy:
+        step = private_optimizer(model, optimizer, privacy, expected_batch, rng.child("noise"))
+        batches = poisson_batches(len(films), training.sample_rate, training.steps_per_round, rng.child("sampling"))
+    else:
+        step = _PlainStep(model, optimizer)
+        batches = shuffled_batches(len(films), training.sample_rate, training.steps_per_round, shuffle)
+    losses = []
+    for number, index in enumerate(batches):
+        losses.append(step(_loss_function(films, index, training, weight, shuffle), index))
+        if len(index) and not np.isfinite(losses[-1]):
+            raise TrainingError(
+                f"the loss is {losses[-1]} at local step {number + 1} of {training.steps_per_round}: lower learning_rate "
+                f"(now {training.learning_rate}), or check the films for values that aren't finite"
+            )
+    return losses
+
+
+class _PlainStep:
+    """One step of SGD on the mean loss of a batch."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer):
+        self.model, self.optimizer = model, optimizer
+
+    def __call__(self, losses_of, index: torch.Tensor) -> float:
+        self.optimizer.zero_grad()
+        total = 0.0
+        for part in index.split(self.part_size):
+            loss = losses_of(self.model, part).sum() / len(index)
+            loss.backward()
+            total += float(loss.detach())
+        self.optimizer.step()
+        return total
+
+    part_size = 256
+
+
+def poisson_batches(n: int, sample_rate: float, steps: int, rng: SecureGenerator) -> Iterator[torch.Tensor]:
+    """Each film takes part in each step with probability ``sample_rate``, independently; a batch may be empty."""
+    for _ in range(steps):
+        yield torch.from_numpy(np.flatnonzero(rng.bernoulli(n, sample_rate)))
+
+
+def shuffled_batches(n: int, sample_rate: float, steps: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
+    """Batches of round(q n) films without replacement, shuffled anew each pass. Not for DP: the accounting doesn't hold."""
+    size = max(1, round(n * sample_rate))
+    order = torch.randperm(n, generator=generator)
+    for _ in range(steps):
+        if len(order) < size:
+            order = torch.cat([order, torch.randperm(n, generator=generator)])
+        batch, order = order[:size], order[size:]
+        yield batch
+
+
+def _class_weights(training: Training, labels: torch.Tensor) -> torch.Tensor | None:
+    if training.class_weights is None:
+        return None
+    if training.class_weights == "balanced":
+        counts = torch.bincount(labels, minlength=training.n_classes).clamp(min=1)
+        return len(labels) / (training.n_classes * counts.float())
+    return torch.tensor(training.class_weights, dtype=torch.float32)
+
+
+def _loss_function(films: Films, index: torch.Tensor, training: Training, weight, generator: torch.Generator):
+    """Cross-entropy of each film in a part of the batch, as a function of model and part; mixing is drawn here, once."""
+    mixed = "mixup" in training.augmentation and len(index) > 1
+    if mixed:
+        share = float(np.random.default_rng(int(torch.randint(2**31, (1,), generator=generator))).beta(0.2, 0.2))
+        partner = dict(zip(index.tolist(), index[torch.randperm(len(index), generator=generator)].tolist(), strict=True))
+
+    def losses(model: nn.Module, part: torch.Tensor) -> torch.Tensor:
+        inputs, labels = augment(films, part, training.augmentation, generator)
+        if not mixed:
+            return F.cross_entropy(model(inputs), labels, weight=weight, reduction="none")
+        other = torch.tensor([partner[i] for i in part.tolist()])
+        inputs_2, labels_2 = augment(films, other, training.augmentation, generator)
+        logits = model(share * inputs + (1 - share) * inputs_2)
+        each = [F.cross_entropy(logits, y, weight=weight, reduction="none") for y in (labels, labels_2)]
+        return share * each[0] + (1 - share) * each[1]
+
+    return losses
+
+
+def augment(films: Films, index: torch.Tensor, augmentation: tuple[str, ...], generator: torch.Generator):
+    """Inputs [B, ...] and labels [B] of some films, each flipped and shifted at random as asked.
+
+    Frozen networks see views that were prepared and cached once; one is chosen for each film.
+    """
+    inputs, labels = films.inputs[index], films.labels[index]
+    view = torch.randint(inputs.shape[1], (len(index),), generator=generator)
+    inputs = inputs[torch.arange(len(index)), view]
+    if inputs.dim() == 4:
+        if "flip" in augmentation:
+            flip = torch.rand(len(index), generator=generator) < 0.5
+            inputs = torch.where(flip[:, None, None, None], inputs.flip(-1), inputs)
+        if "shift" in augmentation:
+            reach = max(1, round(0.06 * inputs.shape[-1]))
+            padded = F.pad(inputs, (reach,) * 4, mode="replicate")
+            corner = torch.randint(2 * reach + 1, (len(index), 2), generator=generator).tolist()
+            side = inputs.shape[-1]
+            inputs = torch.stack(
+                [image[:, y : y + side, x : x + side] for image, (y, x) in zip(padded, corner, strict=True)]
+            ) if len(index) else inputs  # fmt: skip
+    return inputs, labels
+
+
+@torch.no_grad()
+def predict(model: nn.Module, films: Films, batch_size: int = 256) -> np.ndarray:
+    """Class probabilities, float64 [N, K]: the mean over a film's views."""
+    model.eval()
+    out = []
+    for batch in films.inputs.split(batch_size):
+        logits = model(batch.flatten(0, 1)).double()
+        out.append(logits.softmax(1).unflatten(0, batch.shape[:2]).mean(1))
+    return torch.cat(out).numpy()
