@@ -1,0 +1,101 @@
+"""The ``primia-lite`` command. Each command imports what it needs when it runs, so ``--help`` is instant."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from primia_lite import __version__
+from primia_lite.config import DATA_SOURCES, UserError
+
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command. Returns 0, 1 (something failed), 2 (wrong use, message on stderr) or 130 (Ctrl-C)."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.call(args)
+    except UserError as error:
+        print(f"primia-lite {args.command}: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # primia-lite data | head
+        sys.stderr.close()
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="primia-lite", description="Privacy-preserving chest X-ray diagnosis.")
+    parser.add_argument("--version", action="version", version=f"primia-lite {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="run the notebooks in order")
+    run.add_argument("--profile", default="smoke", help="configs/<profile>.yaml (default: smoke)")
+    run.add_argument("--data", metavar="SOURCE", help=f"{', '.join(DATA_SOURCES)} (default: what the profile says)")
+    run.add_argument("--only", metavar="NN,NN", help="some notebooks, by number or name: 00,02")
+    run.add_argument("--out", metavar="DIR", help="where everything goes (default: runs/<profile>-<data>)")
+    run.add_argument("--skip-bad", action="store_true", help="leave out films that can't be read")
+    run.add_argument("--fresh", action="store_true", help="don't resume what a killed run left")
+    run.set_defaults(call=_run)
+
+    doctor = commands.add_parser("doctor", help="check this machine and list the data sources")
+    doctor.set_defaults(call=_doctor)
+
+    data = commands.add_parser("data", help="list the data sources, or describe one")
+    data.add_argument("source", nargs="?", help=", ".join(DATA_SOURCES))
+    data.add_argument("--size", type=int, default=64, help="side of a film in px (default: 64)")
+    data.add_argument("--n-films", type=int, help="about this many films (default: all; phantom: 1000)")
+    data.add_argument("--seed", type=int, default=0)
+    data.add_argument("--skip-bad", action="store_true", help="leave out films that can't be read")
+    data.add_argument("--sheet", metavar="PNG", help="save a contact sheet: films of each class, side by side")
+    data.set_defaults(call=_data)
+
+    bench = commands.add_parser("bench", help="list the benchmarks, or run one")
+    bench.add_argument("name", nargs="?")
+    bench.add_argument("arguments", nargs=argparse.REMAINDER, help="given to the benchmark")
+    bench.set_defaults(call=_bench)
+    return parser
+
+
+def _run(args: argparse.Namespace) -> int:
+    from primia_lite.reproduce import run_notebooks
+
+    return run_notebooks(
+        args.profile, source=args.data, only=args.only, out=args.out, skip_bad=args.skip_bad, fresh=args.fresh
+    )
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from primia_lite.doctor import doctor
+
+    return doctor()
+
+
+def _data(args: argparse.Namespace) -> int:
+    from primia_lite import describe
+
+    if args.source is None:
+        print(describe.list_sources())
+        return 0
+    films = describe.load(args.source, args.size, n_films=args.n_films, seed=args.seed, skip_bad=args.skip_bad)
+    print(describe.table(films))
+    if args.sheet:
+        print(f"contact sheet: {describe.save_sheet(films, args.sheet)}")
+    return 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from primia_lite import bench
+
+    if args.name is None:
+        print(bench.listing())
+        return 0
+    return bench.run(args.name, args.arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

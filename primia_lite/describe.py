@@ -1,0 +1,104 @@
+"""``primia-lite data``: which sources there are, what is in one, and how its films look."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+
+from primia_lite.config import UserError, data_root
+from primia_lite.data import SPLITS, ChestXrays, sources
+from primia_lite.data import load as load_films
+from primia_lite.runtime import seed_for, write_atomic
+
+
+def list_sources() -> str:
+    rows = sources()
+    width = max(len(row["name"]) for row in rows)
+    lines = [f"films are looked for in {data_root()} (PRIMIA_LITE_DATA)"]
+    for row in rows:
+        files = f", {row['n_files']:,} files" if row["n_files"] else ""
+        state = f"found  {row['where'] or 'built in'}{files}" if row["found"] else f"absent {row['how_to_get']}"
+        lines.append(f"{row['name']:<{width}}  {state}")
+    return "\n".join(lines)
+
+
+def load(source: str, size: int, **options) -> ChestXrays:
+    """Like :func:`primia_lite.data.load`."""
+    return load_films(source, size, **options)
+
+
+def table(films: ChestXrays) -> str:
+    """Films of each class and patients, by split and by site. For whoever holds the films."""
+    rows = [("split", *films.class_names, "films", "patients")]
+    for split in SPLITS:
+        here = films.split == split
+        by_class = [int((films.labels[here] == k).sum()) for k in range(len(films.class_names))]
+        rows.append((split, *by_class, int(here.sum()), len(np.unique(films.patient_id[here]))))
+    by_class = [int((films.labels == k).sum()) for k in range(len(films.class_names))]
+    rows.append(("all", *by_class, len(films), films.n_patients))
+    sites = [("site", *films.class_names, "films", "patients")]
+    for site in np.unique(films.site):
+        here = films.site == site
+        by_class = [int((films.labels[here] == k).sum()) for k in range(len(films.class_names))]
+        sites.append((str(site), *by_class, int(here.sum()), len(np.unique(films.patient_id[here]))))
+    name = f"{films.source} (procedural, no patients)" if films.source == "phantom" else films.source
+    parts = [f"{name}: {films.size} x {films.size} px, content {films.fingerprint()}", _columns(rows), _columns(sites)]
+    if films.skipped:
+        parts.append(f"left out, unreadable: {len(films.skipped)} ({', '.join(films.skipped[:5])}"
+                     f"{', ...' if len(films.skipped) > 5 else ''})")  # fmt: skip
+    return "\n\n".join(parts)
+
+
+def _columns(rows: list[tuple]) -> str:
+    text = [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*text, strict=True)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+        for row in text
+    )
+
+
+def sheet(films: ChestXrays, per_class: int = 8) -> np.ndarray:
+    """Films of each class, one class a row, different patients first: uint8 [classes * size, per_class * size]."""
+    rng = np.random.default_rng(seed_for(0, "contact sheet"))
+    rows = []
+    for k in range(len(films.class_names)):
+        index = rng.permutation(np.flatnonzero(films.labels == k))
+        # A stable sort on "seen this patient before" puts each patient's first film ahead of their second.
+        _, first = np.unique(films.patient_id[index], return_index=True)
+        repeated = np.ones(len(index), dtype=bool)
+        repeated[first] = False
+        index = index[np.argsort(repeated, kind="stable")][:per_class]
+        row = np.zeros((films.size, per_class * films.size), np.uint8)
+        if len(index):
+            row[:, : len(index) * films.size] = np.hstack(list(films.images[index]))
+        rows.append(row)
+    return np.vstack(rows)
+
+
+def save_sheet(films: ChestXrays, path: str | Path, per_class: int = 8) -> Path:
+    """Save the contact sheet as PNG, a line of text above each row.
+
+    Raises
+    ------
+    UserError
+        The name doesn't end in .png, or the file can't be written.
+    """
+    from PIL import Image, ImageDraw
+
+    path = Path(path).expanduser()
+    if path.suffix.lower() != ".png":
+        raise UserError(f"--sheet {path}: the contact sheet is a PNG, so give a name that ends in .png")
+    pixels, line = sheet(films, per_class), 16
+    canvas = Image.new("L", (pixels.shape[1], pixels.shape[0] + line * len(films.class_names)))
+    draw = ImageDraw.Draw(canvas)
+    for k, name in enumerate(films.class_names):
+        top = k * (films.size + line)
+        count = int((films.labels == k).sum())
+        draw.text((3, top + 2), f"{films.source}: {name} (n = {count})", fill=255)
+        canvas.paste(Image.fromarray(pixels[k * films.size : (k + 1) * films.size]), (0, top + line))
+    buffer = io.BytesIO()
+    canvas.save(buffer, "PNG")
+    return write_atomic(path, buffer.getvalue())

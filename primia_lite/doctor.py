@@ -1,0 +1,203 @@
+"""``primia-lite doctor``: is this machine ready, and where are the films? Reads metadata, imports nothing heavy."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TextIO
+
+from primia_lite.config import cache_dir, data_root, repo_root, runs_dir
+
+MIN_MEMORY_GIB, MIN_DISK_GIB = 4, 2
+SET_UP = "run `make setup` (or the README's lines for a machine without make)"
+_COLOURS = {"ok": "32", "note": "33", "BROKEN": "31"}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the table. ``fix`` says what to do about a ``BROKEN`` line, or how to get what a ``note`` lacks."""
+
+    name: str
+    state: str  # "ok", "note" (works without) or "BROKEN"
+    value: str
+    fix: str = ""
+
+
+def doctor(stream: TextIO | None = None) -> int:
+    """Print the table. Returns 0, or 1 if something is broken."""
+    stream = stream or sys.stdout
+    colour = stream.isatty() and "NO_COLOR" not in os.environ
+    checks = list(examine())
+    width = max(len(c.name) for c in checks)
+    for check in checks:
+        state = f"{check.state:<6}"
+        if colour:
+            state = f"\x1b[{_COLOURS[check.state]}m{state}\x1b[0m"
+        print(f"{check.name:<{width}}  {state}  {check.value}", file=stream)
+        if check.fix:
+            print(f"{'':<{width}}          -> {check.fix}", file=stream)
+    broken = [c.name for c in checks if c.state == "BROKEN"]
+    print(f"\n{'broken: ' + ', '.join(broken) if broken else 'ready'}", file=stream)
+    return 1 if broken else 0
+
+
+def examine() -> Iterator[Check]:
+    """Every check, in the order of the table."""
+    yield check_python(sys.version_info[:3])
+    yield check_packages(repo_root() / "requirements.lock")
+    yield check_torchvision()
+    yield Check("cores", "ok", f"{_cores()}, {platform.machine()}, {platform.system()}")
+    yield check_memory()
+    yield check_disk(repo_root())
+    yield from (check_writable(name, folder) for name, folder in (("runs", runs_dir()), ("cache", cache_dir())))
+    yield check_kernel()
+    yield check_browser()
+    yield check_data_folder()
+    yield from check_sources()
+
+
+def check_python(version: tuple[int, ...]) -> Check:
+    name = f"{'.'.join(map(str, version))} at {sys.executable}"
+    if version < (3, 11):
+        return Check("Python", "BROKEN", name, "install Python 3.11 or newer, then make PYTHON=/path/to/it setup")
+    return Check("Python", "ok", name)
+
+
+def pinned(lock: Path) -> dict[str, str]:
+    """Name -> version of the packages that ``requirements.lock`` pins for this platform and Python."""
+    from packaging.requirements import Requirement
+
+    pins = {}
+    for line in lock.read_text("utf-8").splitlines():
+        line = line.partition("#")[0].strip()
+        if line:
+            requirement = Requirement(line)
+            if requirement.marker is None or requirement.marker.evaluate():
+                pins[requirement.name] = next(iter(requirement.specifier)).version
+    return pins
+
+
+def check_packages(lock: Path) -> Check:
+    """Installed against pinned; a local part such as torch's ``+cpu`` doesn't count."""
+    try:
+        pins = pinned(lock)
+    except OSError:
+        return Check("packages", "note", f"no lock file at {lock}: nothing to compare with")
+    except ImportError as error:
+        return Check("packages", "BROKEN", str(error), SET_UP)
+    wrong = []
+    for name, version in pins.items():
+        try:
+            installed = metadata.version(name).partition("+")[0]
+        except metadata.PackageNotFoundError:
+            installed = "not installed"
+        if installed != version:
+            wrong.append(f"{name} {installed} (pinned {version})")
+    if wrong:
+        more = f" and {len(wrong) - 6} more" if len(wrong) > 6 else ""
+        return Check("packages", "BROKEN", f"{', '.join(wrong[:6])}{more}", SET_UP)
+    return Check("packages", "ok", f"{len(pins)} as pinned, torch {metadata.version('torch')}")
+
+
+def check_torchvision() -> Check:
+    """torchvision isn't needed; one that was built for another torch breaks packages that look for it."""
+    try:
+        installed = metadata.version("torchvision")
+    except metadata.PackageNotFoundError:
+        return Check("torchvision", "ok", "absent, as it should be")
+    fix = "pip uninstall torchvision: it isn't needed, and one built for another torch breaks imports"
+    return Check("torchvision", "note", installed, fix)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check_memory() -> Check:
+    try:
+        import psutil
+    except ImportError as error:
+        return Check("memory", "BROKEN", str(error), SET_UP)
+    memory = psutil.virtual_memory()
+    value = f"{memory.total / 2**30:.1f} GiB, {memory.available / 2**30:.1f} free"
+    if memory.available / 2**30 < MIN_MEMORY_GIB:
+        return Check("memory", "note", value, f"close other programs: a notebook may take {MIN_MEMORY_GIB} GiB")
+    return Check("memory", "ok", value)
+
+
+def check_disk(folder: Path) -> Check:
+    free = shutil.disk_usage(folder).free / 2**30
+    if free < MIN_DISK_GIB:
+        return Check("disk", "BROKEN", f"{free:.1f} GiB free", f"free {MIN_DISK_GIB} GiB (`make clean` deletes runs)")
+    return Check("disk", "ok", f"{free:.1f} GiB free")
+
+
+def check_writable(name: str, folder: Path) -> Check:
+    parent = next(p for p in (folder, *folder.parents) if p.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        fix = f"make it writable, or set PRIMIA_LITE_{name.upper()} to a folder that is"
+        return Check(name, "BROKEN", f"{folder} can't be written", fix)
+    return Check(name, "ok", str(folder))
+
+
+def check_kernel() -> Check:
+    """The kernel that ``jupyter lab`` starts for our notebooks must be this environment's."""
+    try:
+        from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
+    except ImportError as error:
+        return Check("kernel", "BROKEN", str(error), SET_UP)
+    fix = f"{sys.executable} -m ipykernel install --sys-prefix --name python3"
+    try:
+        spec = KernelSpecManager().get_kernel_spec("python3")
+    except NoSuchKernel:
+        return Check("kernel", "BROKEN", "Jupyter has no kernel python3", fix)
+    command = spec.argv[0]
+    # jupyter_client replaces a bare python by the interpreter that runs Jupyter.
+    bare = command in {"python", "python3", f"python{sys.version_info[0]}.{sys.version_info[1]}"}
+    if not bare and Path(command).absolute() != Path(sys.executable).absolute():
+        return Check("kernel", "BROKEN", f"python3 at {spec.resource_dir} starts {command}", fix)
+    return Check("kernel", "ok", f"python3 at {spec.resource_dir}")
+
+
+def find_chromium() -> str | None:
+    """``CHROMIUM``, or a chromium or Chrome on the path."""
+    names = (os.environ.get("CHROMIUM"), "chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    return next((found for name in names if name and (found := shutil.which(name))), None)
+
+
+def check_browser() -> Check:
+    found = find_chromium()
+    if found:
+        return Check("chromium", "ok", found)
+    fix = "only `make test-browser` needs it: apt install chromium, or CHROMIUM=/path/to/chrome"
+    return Check("chromium", "note", "absent", fix)
+
+
+def check_data_folder() -> Check:
+    folder = data_root()
+    if os.environ.get("PRIMIA_LITE_DATA") and not folder.is_dir():
+        return Check("films", "BROKEN", f"PRIMIA_LITE_DATA names {folder}, which isn't a folder", "correct or unset it")
+    return Check("films", "ok", f"looked for in {folder} (PRIMIA_LITE_DATA)")
+
+
+def check_sources() -> Iterator[Check]:
+    """One line for each data source. A source that is absent breaks nothing."""
+    try:
+        from primia_lite.data import sources
+
+        rows = sources()
+    except Exception as error:  # a broken numpy, say: the table must still be printed
+        yield Check("data sources", "BROKEN", f"{type(error).__name__}: {error}", SET_UP)
+        return
+    for row in rows:
+        if row["found"]:
+            files = f", {row['n_files']:,} files" if row["n_files"] else ""
+            yield Check(f"  {row['name']}", "ok", f"{row['where'] or 'built in'}{files}")
+        else:
+            yield Check(f"  {row['name']}", "note", "absent", row["how_to_get"])

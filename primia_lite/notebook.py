@@ -1,0 +1,212 @@
+"""Run one notebook headlessly with papermill: its parameters, its kernel, its progress, its memory, where it failed."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from primia_lite.config import UserError
+
+POLL_S = 0.2
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a notebook ended. ``cell`` counts the notebook's own cells from 1; None where none is to blame."""
+
+    notebook: str
+    status: str  # "ok", "failed" or "interrupted"
+    seconds: float
+    peak_memory_mib: float
+    n_cells: int
+    cell: int | None = None
+    first_line: str | None = None
+    error: str | None = None
+
+
+def parameter_names(path: Path) -> set[str]:
+    """The variables of the notebook's ``parameters`` cell.
+
+    Raises
+    ------
+    UserError
+        The file can't be read as a notebook.
+    """
+    import papermill
+
+    try:
+        return set(papermill.inspect_notebook(str(path)))
+    except Exception as error:
+        raise UserError(f"{path} can't be read as a notebook: {error}") from error
+
+
+def execute(
+    source: Path,
+    target: Path,
+    parameters: dict[str, Any],
+    *,
+    cell_timeout_s: int,
+    kernels: Path,
+    on_cell: Callable[[int, int], None] = lambda cell, n_cells: None,
+) -> Outcome:
+    """Run ``source`` in its own folder and write the executed copy to ``target``, also when a cell fails.
+
+    Parameters
+    ----------
+    cell_timeout_s : a cell that takes longer fails
+    kernels : folder for the kernel's description (see :func:`own_kernel`) and its log
+    on_cell : called with the number of the cell that starts, from 1, and the number of cells
+
+    Raises
+    ------
+    KeyboardInterrupt
+        After the kernel has been stopped.
+    """
+    import nbformat
+    import papermill
+    from papermill.engines import papermill_engines
+    from papermill.exceptions import PapermillExecutionError
+
+    papermill_engines.register("primia-lite", _engine())
+    n_cells = len(nbformat.read(source, as_version=4).cells)
+    running: dict[str, Any] = {"cell": None, "text": ""}
+
+    def cell_started(index: int, cell: Any) -> None:
+        if "injected-parameters" in cell.metadata.get("tags", []):
+            running["injected"] = True
+            return
+        running.update(cell=index + 1 - running.get("injected", False), text=cell.source)
+        on_cell(running["cell"], n_cells)
+
+    started, status, cell, text, message = time.perf_counter(), "ok", None, "", None
+    with own_kernel(kernels) as kernel_name, PeakMemory() as memory:
+        try:
+            papermill.execute_notebook(
+                str(source),
+                str(target),
+                parameters=parameters,
+                engine_name="primia-lite",
+                kernel_name=kernel_name,
+                cwd=str(source.parent),
+                progress_bar=False,
+                execution_timeout=cell_timeout_s,
+                on_cell=cell_started,
+                kernel_log=kernels / "kernel.log",
+            )
+        except PapermillExecutionError as error:
+            # A notebook stops at its first failing cell, so the last one started is the one to name.
+            status, cell, text, message = "failed", running["cell"], running["text"], f"{error.ename}: {error.evalue}"
+        except Exception as error:  # a dead kernel, a timeout, a full disk: the next notebook may still run
+            status, cell, text = "failed", running["cell"], running["text"]
+            message = _explain(error, cell_timeout_s, kernels / "kernel.log")
+    seconds = time.perf_counter() - started
+    return Outcome(source.stem, status, seconds, memory.peak_mib, n_cells, cell, first_line(text) or None, message)
+
+
+def first_line(text: str) -> str:
+    """The first line that is code: not blank, not a comment, not a magic that hides what follows."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    code = [line for line in lines if not line.startswith(("#", "%%"))]
+    return (code or lines or [""])[0][:100]
+
+
+def _explain(error: Exception, cell_timeout_s: int, kernel_log: Path) -> str:
+    name = type(error).__name__
+    if name == "CellTimeoutError":
+        return f"the cell took longer than {cell_timeout_s} s"
+    if name == "DeadKernelError":
+        return f"the kernel died: out of memory? (its last words: {kernel_log})"
+    return f"{name}: {error}"
+
+
+def _engine():
+    from papermill.clientwrap import PapermillNotebookClient
+    from papermill.engines import Engine as PapermillEngine
+
+    class Engine(PapermillEngine):
+        """papermill's own engine, but it says which cell it starts, and keeps the kernel's chatter off the terminal."""
+
+        @classmethod
+        def execute_managed_notebook(
+            cls, nb_man, kernel_name, on_cell, kernel_log, start_timeout, execution_timeout, **unused
+        ):
+            start = nb_man.cell_start
+
+            def cell_start(cell, cell_index=None, **options):
+                on_cell(cell_index, cell)
+                start(cell, cell_index, **options)
+
+            nb_man.cell_start = cell_start
+            client = PapermillNotebookClient(
+                nb_man, kernel_name=kernel_name, startup_timeout=start_timeout, timeout=execution_timeout
+            )
+            with open(kernel_log, "ab") as log:
+                return client.execute(stderr=log)
+
+    return Engine
+
+
+@contextmanager
+def own_kernel(folder: Path) -> Iterator[str]:
+    """Describe a kernel that is this very interpreter and put it first, whatever kernels a user has installed.
+
+    Yields
+    ------
+    its name, ``python3``
+    """
+    spec = folder / "kernels" / "python3"
+    spec.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    (spec / "kernel.json").write_text(
+        json.dumps({"argv": command, "display_name": "Python 3", "language": "python"}), encoding="utf-8"
+    )
+    before = os.environ.get("JUPYTER_PATH")
+    os.environ["JUPYTER_PATH"] = os.pathsep.join([str(folder), *([before] if before else [])])
+    try:
+        yield "python3"
+    finally:
+        if before is None:
+            del os.environ["JUPYTER_PATH"]
+        else:
+            os.environ["JUPYTER_PATH"] = before
+
+
+class PeakMemory:
+    """Resident memory of all child processes together, polled; ``peak_mib`` is the largest sum seen.
+
+    Memory that the children share counts once for each.
+    """
+
+    def __init__(self) -> None:
+        self.peak_mib = 0.0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._poll, daemon=True)
+
+    def __enter__(self) -> PeakMemory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _poll(self) -> None:
+        import psutil
+
+        me = psutil.Process()
+        while not self._stop.wait(POLL_S):
+            total = 0
+            for child in me.children(recursive=True):
+                try:
+                    total += child.memory_info().rss
+                except psutil.Error:  # it ended between the two calls
+                    continue
+            self.peak_mib = max(self.peak_mib, total / 2**20)

@@ -1,0 +1,261 @@
+"""``primia-lite run``: every notebook in order, by a profile, with a summary of how each went."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from primia_lite.config import DATA_SOURCES, UserError, data_root, load_profile, repo_root
+from primia_lite.notebook import Outcome, execute, parameter_names
+from primia_lite.runtime import write_atomic
+
+SOURCE, SKIP_BAD = "source", "skip_bad"  # the notebooks' parameters that the command line sets
+CELL_TIMEOUT_S = {"smoke": 300}  # other profiles train for longer
+LONG_CELL_TIMEOUT_S = 3 * 3600
+CLEAR = "\r\x1b[K"  # back to the start of a terminal's line, and empty it
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One notebook to run. ``publish``: its figures and results go to the committed folders."""
+
+    path: Path
+    parameters: dict[str, Any]
+    publish: bool
+
+
+def run_notebooks(
+    profile: str = "smoke",
+    *,
+    source: str | None = None,
+    only: str | None = None,
+    out: str | Path | None = None,
+    skip_bad: bool = False,
+    fresh: bool = False,
+    notebooks: Path | None = None,
+    cell_timeout_s: int | None = None,
+    stream: TextIO | None = None,
+) -> int:
+    """Run notebooks and return 0, or 1 if one failed. A failing notebook doesn't stop the others.
+
+    ``out`` (default ``runs/<profile>-<source>``) gets the executed notebooks, ``summary.json`` and ``summary.md``,
+    ``figures/``, ``results/`` and ``state/`` (checkpoints; a killed run resumes from them). One exception: profile
+    ``paper`` on real films, with no ``out`` given, writes the repository's ``figures/`` and ``results/paper/``.
+
+    Raises
+    ------
+    UserError
+        Unknown profile, notebook, data source or parameter. Nothing has run then.
+    KeyboardInterrupt
+        After the summary of what ran so far has been written.
+    """
+    stream = stream or sys.stdout
+    plans = plan(profile, source=source, only=only, skip_bad=skip_bad, notebooks=notebooks, publish=out is None)
+    label = source or next((p.parameters[SOURCE] for p in plans if SOURCE in p.parameters), "phantom")
+    folder = Path(out).expanduser().resolve() if out else repo_root() / "runs" / f"{profile}-{label}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {folder} can't be written: {error.strerror}. Name another folder.") from error
+    forget_finished(folder, [p.path.stem for p in plans], everything=fresh)
+    timeout = cell_timeout_s or CELL_TIMEOUT_S.get(profile, LONG_CELL_TIMEOUT_S)
+
+    print(f"profile {profile}, data {label}, {len(plans)} notebooks -> {folder}", file=stream, flush=True)
+    outcomes: list[Outcome] = []
+    progress = Progress(stream, len(plans))
+    for number, todo in enumerate(plans, 1):
+        progress.start(number, todo.path.stem)
+        started = time.perf_counter()
+        try:
+            with environment(folder, profile if todo.publish else None):
+                outcome = execute(
+                    todo.path,
+                    folder / todo.path.name,
+                    todo.parameters,
+                    cell_timeout_s=timeout,
+                    kernels=folder / "state" / "jupyter",
+                    on_cell=progress.cell,
+                )
+        except KeyboardInterrupt:
+            outcomes.append(
+                Outcome(todo.path.stem, "interrupted", time.perf_counter() - started, 0.0, progress.n_cells)
+            )
+            save_summary(folder, profile, label, outcomes)
+            raise
+        outcomes.append(outcome)
+        progress.end(outcome)
+        save_summary(folder, profile, label, outcomes)
+    print(f"\n{summary_table(outcomes)}\n\nexecuted notebooks and summary: {folder}", file=stream, flush=True)
+    return 0 if all(o.status == "ok" for o in outcomes) else 1
+
+
+def plan(
+    profile: str,
+    *,
+    source: str | None = None,
+    only: str | None = None,
+    skip_bad: bool = False,
+    notebooks: Path | None = None,
+    publish: bool = True,
+) -> list[Plan]:
+    """Which notebooks to run, in order, each with its parameters.
+
+    Raises
+    ------
+    UserError
+        Unknown profile, notebook, data source, or a parameter that a notebook doesn't have.
+    """
+    settings = load_profile(profile)
+    if source is not None and source not in DATA_SOURCES:
+        raise UserError(f"unknown data source {source!r}: choose one of {', '.join(DATA_SOURCES)}")
+    plans = []
+    for path in choose(notebooks or repo_root() / "notebooks", only):
+        parameters = dict(settings.get(path.stem, {}))
+        known = parameter_names(path)
+        unknown = sorted(set(parameters) - known)
+        if unknown:
+            raise UserError(
+                f"profile {profile!r} gives {path.name} the parameter {unknown[0]!r}, which its parameters cell "
+                f"doesn't have: {', '.join(sorted(known)) or '(none)'}"
+            )
+        if source is not None and SOURCE in known:
+            parameters[SOURCE] = source
+        if skip_bad and SKIP_BAD in known:
+            parameters[SKIP_BAD] = True
+        # No number of procedural films may land among the published ones.
+        real = parameters.get(SOURCE, "phantom") != "phantom"
+        plans.append(Plan(path, parameters, publish and profile != "smoke" and path.stem in settings and real))
+    return plans
+
+
+def choose(folder: Path, only: str | None) -> list[Path]:
+    """The notebooks in ``folder``, or those that ``only`` names by number, start of name or name."""
+    paths = sorted(folder.glob("*.ipynb"))
+    if not paths:
+        raise UserError(f"no notebooks in {folder}")
+    if only is None:
+        return paths
+    chosen = set()
+    for name in filter(None, (part.strip() for part in only.split(","))):
+        stem = name.removesuffix(".ipynb")
+        found = [p for p in paths if p.stem == stem or p.stem.startswith(f"{stem}_")]
+        if not found:
+            raise UserError(f"no notebook {name!r}: there are {', '.join(p.stem for p in paths)}")
+        chosen.update(found)
+    if not chosen:
+        raise UserError("--only names no notebook: give numbers such as 00,02")
+    return [p for p in paths if p in chosen]
+
+
+def forget_finished(folder: Path, stems: list[str], *, everything: bool = False) -> None:
+    """Delete the state of notebooks that ended well: they start anew, while those that were killed resume.
+
+    A notebook keeps its state in ``runs_dir() / <its name>``.
+    """
+    state, summary = folder / "state", folder / "summary.json"
+    finished = set(stems) if everything else set()
+    try:
+        rows = json.loads(summary.read_text("utf-8"))["notebooks"]
+        finished |= {row["notebook"] for row in rows if row["status"] == "ok"}
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # no run before this one
+    for stem in finished.intersection(stems):
+        shutil.rmtree(state / stem, ignore_errors=True)
+    summary.unlink(missing_ok=True)
+
+
+@contextmanager
+def environment(folder: Path, publish_profile: str | None) -> Iterator[None]:
+    """What a notebook's kernel inherits: where it writes, where films are, that nobody is watching."""
+    figures, results = folder / "figures", folder / "results"
+    if publish_profile is not None:
+        figures, results = repo_root() / "figures", repo_root() / "results" / publish_profile
+    values = {
+        "PRIMIA_LITE_FIGURES": str(figures),
+        "PRIMIA_LITE_RESULTS": str(results),
+        "PRIMIA_LITE_RUNS": str(folder / "state"),
+        "PRIMIA_LITE_DATA": str(data_root()),  # absolute: a kernel runs in the notebooks' folder
+        "PRIMIA_LITE_HEADLESS": "1",
+    }
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+class Progress:
+    """One line a notebook: counting cells on a terminal, plain in a log."""
+
+    def __init__(self, stream: TextIO, n_notebooks: int) -> None:
+        self.stream, self.n_notebooks = stream, n_notebooks
+        self.live = stream.isatty()
+        self.n_cells = 0
+        self.head = ""
+        self.started = 0.0
+
+    def start(self, number: int, name: str) -> None:
+        self.head, self.started = f"[{number}/{self.n_notebooks}] {name}", time.perf_counter()
+        self._write(f"{self.head} ...", end="" if self.live else "\n")
+
+    def cell(self, cell: int, n_cells: int) -> None:
+        self.n_cells = n_cells
+        if self.live:
+            self._write(
+                f"{CLEAR}{self.head}  cell {cell}/{n_cells}  {time.perf_counter() - self.started:.0f} s", end=""
+            )
+
+    def end(self, outcome: Outcome) -> None:
+        took = f"{outcome.seconds:.1f} s, {outcome.peak_memory_mib:,.0f} MiB"
+        self._write(f"{CLEAR if self.live else ''}{self.head}  {outcome.status}  {took}")
+        if outcome.status == "failed":
+            self._write(f"    {blame(outcome)}")
+
+    def _write(self, text: str, end: str = "\n") -> None:
+        self.stream.write(text + end)
+        self.stream.flush()
+
+
+def blame(outcome: Outcome) -> str:
+    """Which cell failed, and with what."""
+    where = f"cell {outcome.cell} ({outcome.first_line}): " if outcome.cell else ""
+    return where + " ".join((outcome.error or "").split())[:500]
+
+
+def summary_table(outcomes: list[Outcome]) -> str:
+    """Markdown: notebook, seconds, peak memory, status."""
+    rows = [("notebook", "seconds", "peak memory (MiB)", "status")]
+    rows += [(o.notebook, f"{o.seconds:.1f}", f"{o.peak_memory_mib:,.0f}", o.status) for o in outcomes]
+    if len(outcomes) > 1:
+        total, peak = sum(o.seconds for o in outcomes), max(o.peak_memory_mib for o in outcomes)
+        n_ok = sum(o.status == "ok" for o in outcomes)
+        rows.append(("all", f"{total:.1f}", f"{peak:,.0f}", f"{n_ok} of {len(outcomes)} ok"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+
+    def line(row: tuple[str, ...]) -> str:
+        cells = [row[0].ljust(widths[0]), row[1].rjust(widths[1]), row[2].rjust(widths[2]), row[3].ljust(widths[3])]
+        return "| " + " | ".join(cells) + " |"
+
+    rule = f"|:{'-' * widths[0]}-|-{'-' * widths[1]}:|-{'-' * widths[2]}:|:{'-' * widths[3]}-|"
+    failed = [f"{o.notebook}: {blame(o)}" for o in outcomes if o.status == "failed"]
+    return "\n".join([line(rows[0]), rule, *map(line, rows[1:]), *(["", *failed] if failed else [])])
+
+
+def save_summary(folder: Path, profile: str, source: str, outcomes: list[Outcome]) -> None:
+    """Write ``summary.json`` and ``summary.md``, after each notebook so that a killed run leaves them too."""
+    content = {"profile": profile, "source": source, "notebooks": [asdict(o) for o in outcomes]}
+    write_atomic(folder / "summary.json", (json.dumps(content, indent=2) + "\n").encode())
+    write_atomic(folder / "summary.md", (summary_table(outcomes) + "\n").encode())

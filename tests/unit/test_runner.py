@@ -1,0 +1,236 @@
+"""``primia-lite run``: what runs, with which parameters, what it says of failures. Real kernels, small notebooks."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import nbformat
+import pytest
+
+from primia_lite import notebook, reproduce
+from primia_lite.config import UserError
+
+
+@pytest.fixture
+def notebooks(tmp_path, monkeypatch, write_notebook):
+    """Three notebooks and a profile that knows two of them."""
+    folder = tmp_path / "notebooks"
+    write_notebook(folder / "00_first.ipynb", 'source = "phantom"\nn_films = 3', "x = n_films * 2\nprint(source, x)")
+    write_notebook(folder / "01_second.ipynb", "rate = 0.5  # 1/s", "import os\nprint(os.getcwd(), rate)")
+    write_notebook(folder / "02_third.ipynb", 'source = "phantom"\nskip_bad = False', "print(source, skip_bad)")
+    profiles = {"smoke": {}, "paper": {"00_first": {"source": "kermany", "n_films": 7}, "01_second": {"rate": 1.5}}}
+
+    def load_profile(name):
+        if name not in profiles:
+            raise UserError(f"unknown profile {name!r}: choose one of paper, smoke")
+        return profiles[name]
+
+    monkeypatch.setattr(reproduce, "load_profile", load_profile)
+    return folder, profiles
+
+
+def outputs(path) -> str:
+    cells = nbformat.read(path, as_version=4).cells
+    return "".join(o.get("text", "") for c in cells if c.cell_type == "code" for o in c.outputs)
+
+
+def test_runs_in_order_with_parameters_and_writes_a_summary(notebooks, tmp_path):
+    folder, _ = notebooks
+    out, log = tmp_path / "out", io.StringIO()
+    assert reproduce.run_notebooks("paper", only="00,01", out=out, notebooks=folder, stream=log) == 0
+    assert "kermany 14" in outputs(out / "00_first.ipynb")
+    assert f"{folder} 1.5" in outputs(out / "01_second.ipynb"), "a notebook runs in its own folder"
+    summary = json.loads((out / "summary.json").read_text())
+    assert [(r["notebook"], r["status"]) for r in summary["notebooks"]] == [("00_first", "ok"), ("01_second", "ok")]
+    assert all(r["peak_memory_mib"] > 20 and r["seconds"] > 0 for r in summary["notebooks"])
+    assert "| 00_first" in (out / "summary.md").read_text()
+    assert "[1/2] 00_first" in log.getvalue() and "\r" not in log.getvalue()
+
+
+def test_a_failing_notebook_is_named_and_does_not_stop_the_next(notebooks, tmp_path, write_notebook):
+    folder, _ = notebooks
+    write_notebook(folder / "01_second.ipynb", "rate = 1", "a = 1", "# comment\nb = a / 0\nprint(b)", "print('never')")
+    out, log = tmp_path / "out", io.StringIO()
+    assert reproduce.run_notebooks("smoke", source="phantom", out=out, notebooks=folder, stream=log) == 1
+    rows = {r["notebook"]: r for r in json.loads((out / "summary.json").read_text())["notebooks"]}
+    assert [r["status"] for r in rows.values()] == ["ok", "failed", "ok"]
+    failed = rows["01_second"]
+    assert (failed["cell"], failed["first_line"]) == (4, "b = a / 0")
+    assert failed["error"] == "ZeroDivisionError: division by zero"
+    assert "cell 4 (b = a / 0): ZeroDivisionError" in log.getvalue()
+    assert "never" not in outputs(out / "01_second.ipynb")
+
+
+def test_cell_numbers_do_not_count_the_injected_parameters(notebooks, tmp_path, write_notebook):
+    folder, profiles = notebooks
+    write_notebook(folder / "00_first.ipynb", 'source = "phantom"', "raise ValueError(source)")
+    profiles["smoke"] = {"00_first": {"source": "dicom"}}
+    reproduce.run_notebooks("smoke", only="00", out=tmp_path / "out", notebooks=folder, stream=io.StringIO())
+    row = json.loads((tmp_path / "out" / "summary.json").read_text())["notebooks"][0]
+    assert (row["cell"], row["error"]) == (3, "ValueError: dicom")
+
+
+@pytest.mark.parametrize(
+    ("cell", "error"), [("import os; os._exit(9)", "kernel died"), ("import time; time.sleep(60)", "longer than 3 s")]
+)
+def test_a_dead_kernel_and_an_endless_cell_are_named(notebooks, tmp_path, write_notebook, cell, error):
+    folder, _ = notebooks
+    write_notebook(folder / "00_first.ipynb", "a = 1", cell)
+    status = reproduce.run_notebooks(
+        "smoke", only="00", out=tmp_path / "out", notebooks=folder, stream=io.StringIO(), cell_timeout_s=3
+    )
+    row = json.loads((tmp_path / "out" / "summary.json").read_text())["notebooks"][0]
+    assert status == 1 and row["cell"] == 3 and error in row["error"], row
+
+
+def test_the_kernel_is_this_interpreter_whatever_is_installed(notebooks, tmp_path, write_notebook, monkeypatch):
+    folder, _ = notebooks
+    decoy = tmp_path / "jupyter" / "kernels" / "python3"
+    decoy.mkdir(parents=True)
+    (decoy / "kernel.json").write_text('{"argv": ["false"], "display_name": "decoy", "language": "python"}')
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    write_notebook(folder / "00_first.ipynb", "a = 1", "import sys; print(sys.executable)")
+    assert reproduce.run_notebooks("smoke", only="00", out=tmp_path / "o", notebooks=folder, stream=io.StringIO()) == 0
+    assert outputs(tmp_path / "o" / "00_first.ipynb").strip() == sys.executable
+    assert os.environ["JUPYTER_PATH"] == str(tmp_path / "jupyter")
+
+
+def test_where_a_notebook_writes(notebooks, tmp_path, write_notebook):
+    folder, _ = notebooks
+    names = ("FIGURES", "RESULTS", "RUNS", "DATA", "HEADLESS")
+    cell = f"import os\nprint([os.environ['PRIMIA_LITE_' + n] for n in {names!r}])"
+    write_notebook(folder / "00_first.ipynb", "a = 1", cell)
+    reproduce.run_notebooks("smoke", only="00", out=tmp_path / "out", notebooks=folder, stream=io.StringIO())
+    figures, results, runs, data, headless = eval(outputs(tmp_path / "out" / "00_first.ipynb"))
+    out = str(tmp_path / "out")
+    assert (figures, results, runs) == (f"{out}/figures", f"{out}/results", f"{out}/state")
+    assert os.path.isabs(data) and headless == "1"
+
+
+def test_only_real_films_of_the_paper_profile_are_published(notebooks):
+    folder, _ = notebooks
+
+    def published(profile, source=None, publish=True):
+        plans = reproduce.plan(profile, source=source, notebooks=folder, publish=publish)
+        return [p.path.stem for p in plans if p.publish]
+
+    assert published("paper") == ["00_first"]
+    assert published("paper", source="kermany") == ["00_first"]
+    assert published("paper", source="phantom") == published("smoke") == published("paper", publish=False) == []
+
+
+def test_command_line_options_reach_the_parameters(notebooks):
+    folder, _ = notebooks
+    plans = reproduce.plan("paper", source="dicom", skip_bad=True, notebooks=folder)
+    assert [p.parameters for p in plans] == [
+        {"source": "dicom", "n_films": 7},
+        {"rate": 1.5},
+        {"source": "dicom", "skip_bad": True},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"profile": "papper"}, "unknown profile 'papper': choose one of paper, smoke"),
+        ({"source": "nope"}, "unknown data source 'nope': choose one of phantom, kermany"),
+        ({"only": "00,07"}, "no notebook '07': there are 00_first, 01_second, 02_third"),
+        ({"only": ","}, "names no notebook"),
+    ],
+)
+def test_wrong_use_names_what_is_valid(notebooks, options, expected):
+    folder, _ = notebooks
+    with pytest.raises(UserError, match=expected):
+        reproduce.run_notebooks(**{"profile": "smoke", "notebooks": folder, **options})
+
+
+def test_a_parameter_that_the_notebook_lacks_is_an_error(notebooks):
+    folder, profiles = notebooks
+    profiles["smoke"] = {"01_second": {"rte": 2.0}}
+    with pytest.raises(UserError, match=r"01_second.ipynb the parameter 'rte', which .* doesn't have: rate"):
+        reproduce.plan("smoke", notebooks=folder)
+
+
+def test_choose_takes_numbers_starts_and_names(notebooks):
+    folder, _ = notebooks
+    assert [p.stem for p in reproduce.choose(folder, "02, 00_first.ipynb,02_third")] == ["00_first", "02_third"]
+    with pytest.raises(UserError, match="no notebooks in"):
+        reproduce.choose(folder / "empty", None)
+
+
+def test_an_output_folder_that_cannot_be_made(notebooks, tmp_path):
+    folder, _ = notebooks
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="can't be written"):
+        reproduce.run_notebooks("smoke", out=tmp_path / "file" / "out", notebooks=folder, stream=io.StringIO())
+
+
+def test_state_is_kept_for_what_was_killed_and_deleted_for_what_ended_well(tmp_path):
+    for stem in ("00_a", "01_b", "02_c"):
+        (tmp_path / "state" / stem).mkdir(parents=True)
+    rows = [{"notebook": "00_a", "status": "ok"}, {"notebook": "01_b", "status": "failed"}]
+    (tmp_path / "summary.json").write_text(json.dumps({"notebooks": rows}))
+    left = lambda: sorted(p.name for p in (tmp_path / "state").iterdir())  # noqa: E731
+    reproduce.forget_finished(tmp_path, ["01_b", "02_c"])
+    assert left() == ["00_a", "01_b", "02_c"], "00_a isn't run now: what it left may be read"
+    (tmp_path / "summary.json").write_text(json.dumps({"notebooks": rows}))
+    reproduce.forget_finished(tmp_path, ["00_a", "01_b", "02_c"])
+    assert left() == ["01_b", "02_c"]
+    reproduce.forget_finished(tmp_path, ["01_b"], everything=True)
+    assert left() == ["02_c"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
+def test_ctrl_c_stops_the_kernel_saves_the_summary_and_exits_130(notebooks, tmp_path, write_notebook):
+    folder, _ = notebooks
+    flag = tmp_path / "pid"
+    cell = f"import os, pathlib, time\npathlib.Path({str(flag)!r}).write_text(str(os.getpid()))\ntime.sleep(100)"
+    write_notebook(folder / "00_first.ipynb", "a = 1", cell)
+    out = tmp_path / "out"
+    code = (
+        "import sys, pathlib; from primia_lite import cli, reproduce\n"
+        "reproduce.load_profile = lambda name: {}\n"
+        f"reproduce.repo_root = lambda: pathlib.Path({str(tmp_path)!r})\n"
+        f"sys.exit(cli.main(['run', '--out', {str(out)!r}]))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 60
+    while not (flag.exists() and flag.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # what a terminal does
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, (stdout, stderr)
+    assert stderr.strip() == "interrupted"
+    row = json.loads((out / "summary.json").read_text())["notebooks"][-1]
+    assert (row["notebook"], row["status"]) == ("00_first", "interrupted")
+    time.sleep(0.5)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(flag.read_text()), 0)
+
+
+def test_live_progress_counts_cells_on_one_line():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    stream = Terminal()
+    progress = reproduce.Progress(stream, 2)
+    progress.start(1, "00_first")
+    progress.cell(3, 9)
+    progress.end(notebook.Outcome("00_first", "ok", 1.5, 100.0, 9))
+    assert stream.getvalue().count("\n") == 1 and "cell 3/9" in stream.getvalue()
+    assert stream.getvalue().endswith("[1/2] 00_first  ok  1.5 s, 100 MiB\n")
+
+
+def test_first_line_is_code():
+    assert notebook.first_line("%%time\n\n# why\n  y = 2\nz") == "y = 2"
+    assert notebook.first_line("# only a comment") == "# only a comment"
+    assert notebook.first_line("") == ""
