@@ -16,6 +16,7 @@ DATA ?=
 ONLY ?=
 OUT ?=
 PYTHON ?=
+CHROMIUM ?=
 TORCH_INDEX ?=
 TESTS ?= tests
 
@@ -27,6 +28,7 @@ KEY := $(shell (cat requirements.lock pyproject.toml; pwd) | cksum)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_USER := no
+export CHROMIUM
 ifneq ($(PRIMIA_LITE_DATA),)
   # Notebooks run in their own folder.
   export PRIMIA_LITE_DATA := $(abspath $(PRIMIA_LITE_DATA))
@@ -34,7 +36,7 @@ endif
 # Two kernels side by side on two cores: one thread each. Nothing that a test makes is found by a user's run.
 TEST_ENV := OMP_NUM_THREADS=1 MPLBACKEND= PRIMIA_LITE_HEADLESS=1
 
-.PHONY: run test test-unit test-notebooks test-browser lab doctor setup install lint format clean help
+.PHONY: run test test-unit test-notebooks test-browser chromium lab doctor setup install lint format clean help
 
 run: setup
 	@$(BIN)/primia-lite run --profile $(PROFILE) $(if $(DATA),--data $(DATA)) $(if $(ONLY),--only $(ONLY)) $(if $(OUT),--out "$(OUT)")
@@ -54,8 +56,22 @@ test-notebooks: setup
 	PRIMIA_LITE_RESULTS="$(CURDIR)/runs/test/results" $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile \
 	--nbval-lax --nbval-current-env --nbval-cell-timeout 300 -p no:cacheprovider notebooks
 
-test-browser: setup
-	@$(TEST_ENV) $(BIN)/python -m pytest -m browser tests/browser
+test-browser: setup chromium
+	@$(TEST_ENV) $(BIN)/python -m pytest -m browser $(if $(filter tests,$(TESTS)),tests/browser,$(TESTS))
+
+# Playwright drives the system's browser; it downloads none of its own.
+chromium:
+	@for name in $(if $(CHROMIUM),"$(CHROMIUM)",chromium chromium-browser google-chrome google-chrome-stable); do \
+	  command -v $$name >/dev/null && exit 0; \
+	done; \
+	if [ -z "$(CHROMIUM)" ] && command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+	  echo "Installing chromium"; \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium >/dev/null; \
+	else \
+	  echo "make: no chromium found$(if $(CHROMIUM), at CHROMIUM=$(CHROMIUM)). Install it (Debian: sudo apt install chromium)," >&2; \
+	  echo "or name a chromium or Chrome: make test-browser CHROMIUM=/path/to/chrome" >&2; \
+	  exit 1; \
+	fi
 
 lab: setup
 	@$(BIN)/jupyter lab notebooks/00_start_here.ipynb

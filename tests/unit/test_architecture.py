@@ -1,0 +1,105 @@
+"""Imports point one way, as docs of the package's layers say; also the imports inside functions."""
+
+from __future__ import annotations
+
+import ast
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+# A module or package may import from its own layer and from those before it.
+LAYERS = (
+    {"__init__", "config", "runtime"},
+    {"data", "models", "metrics", "plotting"},
+    {"training", "privacy"},
+    {"federation", "attacks", "encrypted"},
+    {"widgets", "notebook", "reproduce", "describe", "doctor", "bench", "serve", "cli", "__main__"},
+)
+RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
+# (importer, imported): why
+EXCEPTIONS = {("runtime", "plotting"): "setup() gives a session its figure style"}
+
+
+def imports(source: str, module: str) -> set[str]:
+    """The parts of primia_lite that a module's text imports, wherever in the text, by ``import_module`` too.
+
+    Parameters
+    ----------
+    module : dotted name below primia_lite, such as ``data.split``; ``data.__init__`` for a package
+    """
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:  # from . import x: relative to the module's package
+                package = ["primia_lite", *module.split(".")[:-1]]
+                base = ".".join([*package[: len(package) - node.level + 1], *([base] if base else [])])
+            names = [f"{base}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            text = node.value  # import_module("primia_lite.data.phantom")
+            names = [text] if text.startswith("primia_lite.") and text.replace(".", "").isidentifier() else []
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "primia_lite" and len(parts) > 1:
+                found.add(parts[1])
+    return found
+
+
+def graph(package: Path) -> dict[str, set[str]]:
+    """Part of the package -> the other parts that it imports."""
+    edges: dict[str, set[str]] = {}
+    for path in package.rglob("*.py"):
+        module = ".".join(path.relative_to(package).with_suffix("").parts)
+        part = module.split(".")[0]
+        known = {name for name in imports(path.read_text("utf-8"), module) if name in RANK or (package / name).exists()
+                 or (package / f"{name}.py").exists()}  # fmt: skip
+        edges.setdefault(part, set()).update(known - {part})
+    return edges
+
+
+def violations(edges: dict[str, set[str]]) -> list[str]:
+    return [
+        f"{part} imports {other}, which comes after it"
+        for part, others in sorted(edges.items())
+        for other in sorted(others)
+        if RANK[other] > RANK[part] and (part, other) not in EXCEPTIONS
+    ]
+
+
+@pytest.fixture(scope="module")
+def edges(root) -> dict[str, set[str]]:
+    return graph(root / "primia_lite")
+
+
+def test_every_module_has_its_layer(edges):
+    assert set(edges) <= set(RANK), "add it to LAYERS"
+
+
+def test_imports_point_one_way(edges):
+    assert violations(edges) == []
+
+
+def test_no_import_cycle_between_parts(edges):
+    kept = {part: {o for o in others if (part, o) not in EXCEPTIONS} for part, others in edges.items()}
+    try:
+        list(TopologicalSorter(kept).static_order())
+    except CycleError as error:
+        pytest.fail(f"cycle: {' -> '.join(error.args[1])}")
+
+
+def test_every_exception_is_still_needed(edges):
+    assert [pair for pair in EXCEPTIONS if pair[1] not in edges.get(pair[0], ())] == []
+
+
+def test_the_check_sees_lazy_relative_and_named_imports(tmp_path):
+    text = "def f():\n    from primia_lite import widgets\n    import primia_lite.cli\n"
+    assert imports(text, "models") == {"widgets", "cli"}
+    assert imports("from ..federation import rounds\nfrom . import split", "data.kermany") == {"federation", "data"}
+    assert imports("from . import cli", "data") == {"cli"}
+    assert imports("import_module('primia_lite.attacks.audit')", "data.x") == {"attacks"}
+    (tmp_path / "metrics.py").write_text("def f():\n    from primia_lite.training import evaluate\n")
+    assert violations(graph(tmp_path)) == ["metrics imports training, which comes after it"]

@@ -1,0 +1,195 @@
+"""The ``primia-lite`` command: exit statuses, messages, what it imports."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from primia_lite import __version__, bench, cli, config, doctor
+
+HEAVY = ("torch", "numpy", "matplotlib", "pandas", "scipy", "PIL", "papermill", "IPython", "ipywidgets")
+
+
+def python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.parametrize("module", ["primia_lite", "primia_lite.config", "primia_lite.cli", "primia_lite.doctor"])
+def test_importing_it_imports_nothing_heavy(module):
+    assert python(f"import sys, {module}; print([m for m in {HEAVY!r} if m in sys.modules])").strip() == "[]"
+
+
+def test_help_is_instant_and_names_every_command(capsys):
+    started = time.perf_counter()
+    text = python("from primia_lite import cli\ntry: cli.main(['--help'])\nexcept SystemExit: pass")
+    assert time.perf_counter() - started < 2
+    assert all(name in text for name in ("run", "doctor", "data", "bench"))
+
+
+def test_the_installed_command_and_the_module_are_the_same():
+    for command in ([str(Path(sys.executable).parent / "primia-lite")], [sys.executable, "-m", "primia_lite"]):
+        done = subprocess.run([*command, "--version"], capture_output=True, text=True)
+        assert (done.returncode, done.stdout.strip()) == (0, f"primia-lite {__version__}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["run", "--profile", "papper"], "unknown profile 'papper'"),
+        (["data", "nope"], "unknown data source 'nope'"),
+        (["data", "phantom", "--size", "3"], "size=3"),
+        (["data", "phantom", "--n-films", "60", "--size", "28", "--sheet", "a.jpg"], "ends in .png"),
+        (["bench", "nope"], "unknown benchmark 'nope'"),
+    ],
+)
+def test_wrong_use_is_one_message_and_exit_2(arguments, expected, capsys):
+    assert cli.main(arguments) == 2
+    printed = capsys.readouterr()
+    assert expected in printed.err and "Traceback" not in printed.err
+
+
+def test_unknown_commands_and_options_exit_2(capsys):
+    for arguments in ([], ["nope"], ["run", "--nope"]):
+        with pytest.raises(SystemExit) as exit_:
+            cli.main(arguments)
+        assert exit_.value.code == 2
+
+
+def test_ctrl_c_exits_130(monkeypatch, capsys):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_doctor", interrupted)
+    assert cli.main(["doctor"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_data_lists_every_source(capsys):
+    assert cli.main(["data"]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in config.DATA_SOURCES)
+
+
+def test_data_describes_a_source_and_saves_a_contact_sheet(tmp_path, capsys):
+    from PIL import Image
+
+    sheet = tmp_path / "sheet.png"
+    assert cli.main(["data", "phantom", "--n-films", "90", "--size", "32", "--sheet", str(sheet)]) == 0
+    text = capsys.readouterr().out
+    assert "procedural, no patients" in text and "32 x 32 px" in text
+    rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line.split()}
+    assert rows["split"] == ["normal", "bacterial", "viral", "films", "patients"]
+    counts = np.array([[int(c) for c in rows[s]] for s in ("train", "val", "test")])
+    assert counts.sum(axis=0).tolist() == [int(c) for c in rows["all"]] and (counts[:, 3] == counts[:, :3].sum(1)).all()
+    picture = np.asarray(Image.open(sheet))
+    assert picture.shape == (3 * (32 + 16), 8 * 32) and picture.std() > 20
+
+
+def test_contact_sheet_shows_different_patients_first():
+    from primia_lite.data import ChestXrays
+    from primia_lite.describe import sheet
+
+    # Two classes; patient "a" has four films, of brightness 10, and each other patient one, of brightness 200.
+    patients = np.array(["a"] * 4 + ["b", "c", "d"] + ["n"])
+    films = ChestXrays(
+        images=np.repeat(np.where(patients == "a", 10, 200)[:, None, None], 8, 1).repeat(8, 2).astype(np.uint8),
+        labels=np.array([1] * 7 + [0]),
+        class_names=("normal", "pneumonia"),
+        patient_id=patients,
+        site=np.array(["A"] * 8),
+        split=np.array(["train"] * 8),
+        lung_mask=None,
+        lesion_mask=None,
+        source="phantom",
+    )
+    picture = sheet(films, per_class=4)
+    assert picture.shape == (16, 32)
+    assert sorted(picture[12, 4::8].tolist()) == [10, 200, 200, 200], "one film of each of the four patients"
+    assert picture[4, 4::8].tolist() == [200, 0, 0, 0], "the rest of a short row is black"
+
+
+def test_bench_lists_and_runs_scripts(tmp_path):
+    (tmp_path / "add.py").write_text(
+        '"""Adds numbers.\n\nMore."""\nimport sys\nsys.exit(sum(map(int, sys.argv[1:])))\n'
+    )
+    (tmp_path / "_helper.py").write_text("")
+    assert bench.benchmarks(tmp_path) == {"add": "Adds numbers."}
+    assert bench.listing(tmp_path) == "add  Adds numbers."
+    assert bench.run("add", ["3", "4"], tmp_path) == 7
+    with pytest.raises(config.UserError, match="choose one of add"):
+        bench.run("sub", [], tmp_path)
+
+
+def test_every_benchmark_of_ours_says_what_it_measures():
+    assert all(bench.benchmarks().values()), bench.benchmarks()
+
+
+def test_bench_gives_its_options_to_the_script(monkeypatch):
+    calls = []
+    monkeypatch.setattr(bench, "run", lambda name, arguments: calls.append((name, arguments)) or 0)
+    assert cli.main(["bench", "training", "--films", "3"]) == 0
+    assert calls == [("training", ["--films", "3"])]
+
+
+# doctor
+
+
+def test_doctor_lists_everything_in_under_three_seconds():
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-m", "primia_lite", "doctor"], capture_output=True, text=True)
+    seconds = time.perf_counter() - started
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.rstrip().endswith("ready")
+    for name in ("Python", "packages", "cores", "memory", "disk", "kernel", *config.DATA_SOURCES):
+        assert name in done.stdout
+    assert seconds < 6, "3 s, and as much again for a busy machine"
+
+
+def lines(**options) -> str:
+    stream = io.StringIO()
+    status = doctor.doctor(stream)
+    return f"{status}\n{stream.getvalue()}"
+
+
+def test_doctor_names_a_wrong_package_and_the_fix(monkeypatch, tmp_path):
+    (tmp_path / "requirements.lock").write_text('numpy==0.1\nnot-there==1.0\nsix==9 ; sys_platform == "amiga"\n')
+    monkeypatch.setattr(doctor, "repo_root", lambda: tmp_path)
+    text = lines()
+    assert text.startswith("1\n") and "broken: packages" in text
+    assert f"numpy {np.__version__} (pinned 0.1), not-there not installed (pinned 1.0)" in text
+    assert "make setup" in text and "amiga" not in text and "six" not in text
+
+
+def test_doctor_names_other_breakage(monkeypatch, tmp_path):
+    decoy = tmp_path / "jupyter" / "kernels" / "python3"
+    decoy.mkdir(parents=True)
+    (decoy / "kernel.json").write_text('{"argv": ["/opt/other/python"], "display_name": "x", "language": "python"}')
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("PRIMIA_LITE_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setenv("PRIMIA_LITE_DATA", str(tmp_path / "nowhere"))
+    text = lines()
+    assert "starts /opt/other/python" in text and "ipykernel install --sys-prefix" in text
+    assert "set PRIMIA_LITE_CACHE to a folder" in text
+    assert f"PRIMIA_LITE_DATA names {tmp_path / 'nowhere'}" in text
+    assert "broken: cache, kernel, films" in text
+
+
+def test_doctor_says_how_to_get_films(monkeypatch, tmp_path):
+    monkeypatch.setenv("PRIMIA_LITE_DATA", str(tmp_path))
+    text = lines()
+    assert text.startswith("0\n") and text.count("absent") >= 3 and "https://doi.org/10.17632/rscbjbr9sj" in text
+
+
+def test_doctor_on_an_old_python_a_full_disk_and_little_memory(monkeypatch):
+    assert doctor.check_python((3, 10, 4)).state == "BROKEN"
+    monkeypatch.setattr(doctor, "MIN_DISK_GIB", 10**9)
+    monkeypatch.setattr(doctor, "MIN_MEMORY_GIB", 10**9)
+    assert doctor.check_disk(Path("/")).state == "BROKEN" and "free" in doctor.check_disk(Path("/")).fix
+    assert doctor.check_memory().state == "note"
