@@ -177,6 +177,13 @@ class Square(nn.Module):
         return x * x
 
 
+class Copy(nn.Module):
+    """A copy of its input, which may then be overwritten."""
+
+    def forward(self, x):
+        return x.clone()
+
+
 def ckksnet(n_classes: int, in_shape: tuple[int, ...], channels: int = 8, hidden: int = 64, **_) -> nn.Module:
     """Convolution, square, dense, square, dense: multiplicative depth 5, no norms, no pooling."""
     side = in_shape[-1]
@@ -202,17 +209,22 @@ def ckksnet(n_classes: int, in_shape: tuple[int, ...], channels: int = 8, hidden
 
 def resnet18(n_classes: int, in_shape: tuple[int, ...], **_) -> nn.Module:
     """ResNet-18 (He et al. 2016), the network of the PriMIA paper, from MONAI with GroupNorm in place of BatchNorm."""
+    from monai.networks.nets.resnet import ResNetBlock
     from monai.networks.nets.resnet import resnet18 as monai_resnet18
     from opacus.validators import ModuleValidator
 
     if in_shape[-1] > 224:
         raise UserError(f"resnet18 takes films of at most 224 px, these have {in_shape[-1]}: load them with size=224")
-    return ModuleValidator.fix(
-        # Opacus's hooks can't see past activations that overwrite their input.
-        monai_resnet18(
-            spatial_dims=2, n_input_channels=1, num_classes=n_classes, conv1_t_stride=2, act=("relu", {"inplace": False})
-        )
+    network = ModuleValidator.fix(
+        monai_resnet18(spatial_dims=2, n_input_channels=1, num_classes=n_classes, conv1_t_stride=2)
     )
+    # Opacus's hooks can't see past what is overwritten: the activations, and the sum that ends each residual block.
+    for layer in list(network.modules()):
+        if isinstance(layer, nn.ReLU):
+            layer.inplace = False
+        elif isinstance(layer, ResNetBlock):
+            layer.bn2 = nn.Sequential(layer.bn2, Copy())
+    return network
 
 
 MODELS = {

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from primia_lite.config import DataError
-from primia_lite.data.phantom_anatomy import Canvas, Maps, Patient, Pose, attenuate, sample_patient, sample_pose, step
+from primia_lite.data.phantom_anatomy import Canvas, Maps, Patient, Pose, Textures, attenuate, make_textures, sample_patient, sample_pose, step
 from primia_lite.data.types import ChestXrays
 
 CLASS_NAMES = ("normal", "bacterial", "viral")
@@ -111,8 +111,8 @@ def generate(
     size, n_films = _check(n_films, size, sites)
     classes = _shares(class_fractions, CLASS_FRACTIONS, "class_fractions")
     splits = _shares(split_fractions, SPLIT_FRACTIONS, "split_fractions")
-    factor = max(1, -(-112 // size))  # small films are drawn at 112 px or more and averaged down
-    canvas = Canvas(size * factor)
+    canvas = Canvas(max(size, 96))  # small films are drawn at 96 px and averaged down
+    shrink = _area_average(canvas.n, size)
     images = np.empty((n_films, size, size), np.uint8)
     lung = np.empty((n_films, size, size), bool)
     lesion = np.empty((n_films, size, size), bool)
@@ -122,6 +122,7 @@ def generate(
         number, label, site, split, rng = patients.next()
         patient = sample_patient(rng, label)
         scanner = scanner_for(site)
+        textures = make_textures(canvas, patient)
         base = None
         for _ in range(_films_of(rng)):
             if len(rows) == n_films:
@@ -129,7 +130,7 @@ def generate(
             pose = sample_pose(rng, patient, base)
             base = base or pose
             i = len(rows)
-            images[i], lung[i], lesion[i] = _film(canvas, factor, patient, pose, scanner, rng)
+            images[i], lung[i], lesion[i] = _film(canvas, shrink, patient, textures, pose, scanner, rng)
             rows.append((label, f"phantom-{number:05d}", str(sites[site]), split))
         if progress is not None:
             progress(len(rows), n_films)
@@ -198,18 +199,27 @@ def _films_of(rng: np.random.Generator) -> int:
     return 1 + int(np.searchsorted((0.55, 0.80, 0.93), rng.random()))
 
 
-def _film(canvas: Canvas, factor: int, patient: Patient, pose: Pose, scanner: Scanner, rng: np.random.Generator):
+def _film(
+    canvas: Canvas,
+    shrink: np.ndarray | None,
+    patient: Patient,
+    textures: Textures,
+    pose: Pose,
+    scanner: Scanner,
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """One film (uint8) with its masks, from a patient in a pose."""
-    maps = attenuate(canvas, patient, pose, np.random.default_rng(patient.seed))
+    maps = attenuate(canvas, patient, pose, textures)
     z = rng.standard_normal(6).tolist()
     u = rng.random(6).tolist()
     # the photons: primary beam, scatter, detector
     signal = np.exp(-maps.attenuation)
-    signal = canvas.blur(signal, scanner.blur)
+    if scanner.blur * canvas.n > 0.4:
+        signal = canvas.blur(signal, scanner.blur)
     glare = canvas.glare(signal)
     signal = signal + (scanner.scatter * float(np.exp(0.3 * z[0]))) * (0.25 + 0.75 * glare)
-    size = canvas.n // factor
-    signal = _shrink(signal, factor)
+    signal = _shrink(signal, shrink)
+    size = signal.shape[0]
     # fewer photons behind more tissue; a pixel of a small film gathers more of them
     noise = scanner.noise * float(np.exp(0.25 * z[1])) * (size / 256.0)
     grain = rng.standard_normal((size, size), dtype=F32)
@@ -223,19 +233,26 @@ def _film(canvas: Canvas, factor: int, patient: Patient, pose: Pose, scanner: Sc
     grey = scanner.black + (scanner.white - scanner.black) * (t / (1.0 + t))
     _burn_in(grey, scanner, z, u)
     image = np.clip(grey + 0.5, 0, 255).astype(np.uint8)
-    return image, *_masks(maps, factor)
+    return image, *_masks(maps, shrink)
 
 
-def _shrink(a: np.ndarray, factor: int) -> np.ndarray:
-    if factor == 1:
-        return a
-    rows = sum(a[i::factor] for i in range(factor))
-    return sum(rows[:, i::factor] for i in range(factor)) * F32(1.0 / factor**2)
+def _area_average(n: int, size: int) -> np.ndarray | None:
+    """Matrix [size, n] that averages n pixels into `size`; None where there is nothing to do."""
+    if n == size:
+        return None
+    edges = np.arange(size + 1) * (n / size)
+    pixel = np.arange(n)
+    overlap = np.minimum(edges[1:, None], pixel + 1) - np.maximum(edges[:-1, None], pixel)
+    return (np.maximum(overlap, 0.0) * (size / n)).astype(F32)
 
 
-def _masks(maps: Maps, factor: int) -> tuple[np.ndarray, np.ndarray]:
-    lung = _shrink(maps.visible_lung.astype(F32), factor) > 0.5
-    lesion = _shrink(np.asarray(maps.lesion, F32), factor) > 0.25
+def _shrink(a: np.ndarray, matrix: np.ndarray | None) -> np.ndarray:
+    return a if matrix is None else matrix @ a @ matrix.T
+
+
+def _masks(maps: Maps, shrink: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    lung = _shrink(maps.visible_lung.astype(F32), shrink) > 0.5
+    lesion = _shrink(np.asarray(maps.lesion, F32), shrink) > 0.25
     return lung, lesion
 
 
@@ -267,13 +284,12 @@ def _burn_in(grey: np.ndarray, scanner: Scanner, z: np.ndarray, u: np.ndarray) -
     x0, y0 = scanner.marker_at[0] + 0.01 * z[4], scanner.marker_at[1] + 0.03 * z[5]
     cut_y = slice(max(0, int((y0 - 0.02) * n)), int((y0 + height + 0.02) * n) + 1)
     cut_x = slice(max(0, int((x0 - 0.02) * n)), int((x0 + height + 0.02) * n) + 1)
-    px, py = axis[None, cut_x] - x0, axis[cut_y, None] - y0
-    pen = np.zeros((py.shape[0], px.shape[1]))
-    for ax, ay, bx, by in _LETTERS[scanner.marker]:
-        dx, dy = (bx - ax) * height, (by - ay) * height
-        t = np.clip(((px - ax * height) * dx + (py - ay * height) * dy) / (dx * dx + dy * dy), 0, 1)
-        d = np.hypot(px - ax * height - t * dx, py - ay * height - t * dy)
-        pen = np.maximum(pen, np.clip((0.004 - d) * n + 0.5, 0, 1) * min(1.0, 0.010 * n))
+    px, py = (axis[None, cut_x] - x0) / height, (axis[cut_y, None] - y0) / height
+    ax, ay, bx, by = (v[:, None, None] for v in np.array(_LETTERS[scanner.marker], float).T)
+    dx, dy = bx - ax, by - ay
+    t = np.minimum(np.maximum(((px - ax) * dx + (py - ay) * dy) / (dx * dx + dy * dy), 0), 1)
+    away = np.sqrt((((px - ax - t * dx) ** 2 + (py - ay - t * dy) ** 2).min(axis=0))) * height
+    pen = np.minimum(np.maximum((0.004 - away) * n + 0.5, 0), 1) * min(1.0, 0.010 * n)
     grey[cut_y, cut_x] += (pen * (245.0 - grey[cut_y, cut_x])).astype(F32)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 F32 = np.float32
-TABLE = 2048  # entries per unit length in the look-up tables that are indexed by a coordinate
+TABLE = 1024  # entries per unit length in the look-up tables that are indexed by a coordinate
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,15 @@ class Pose:
     arm: float
 
 
+@dataclass(frozen=True)
+class Textures:
+    """Random fields and points that all films of a patient share."""
+
+    clouds: np.ndarray  # [n, n], coarse, sd about 1
+    fine: np.ndarray  # [n, n], fine, sd about 1
+    streaks: tuple[np.ndarray, ...]  # side, x, y, weight of points in lung coordinates
+
+
 @dataclass
 class Maps:
     """Result of `attenuate`: attenuation [n, n], lung depth without heart [n, n], lesion density [n, n]."""
@@ -89,7 +98,7 @@ def sample_patient(rng: np.random.Generator, label: int) -> Patient:
     u = rng.random(48).tolist()  # Python floats: a numpy scalar would turn the float32 maps into float64
     z = rng.standard_normal(32).tolist()
     age = u[0]
-    severity = 0.35 + 0.65 * u[1] ** 0.8
+    severity = 0.45 + 0.55 * u[1] ** 0.6
     hyper = haze = fissure = streaks = cuffs = 0.0
     lesions: list[tuple[float, ...]] = []
     effusion = (0.0, 0.0)
@@ -129,7 +138,7 @@ def sample_patient(rng: np.random.Generator, label: int) -> Patient:
         rib_front=0.50 + 0.05 * z[21],
         rib_width=spacing * (0.270 + 0.025 * z[7]),
         rib_density=1.0 + 0.15 * z[8],
-        rib_jitter=0.05 * spacing * rng.standard_normal(14),
+        rib_jitter=0.08 * spacing * rng.standard_normal(14),
         heart_size=1.0 + 0.10 * z[9] - 0.10 * (age - 0.5) - 0.06 * hyper,
         heart_shift=0.010 * z[10],
         heart_round=u[16],
@@ -141,9 +150,9 @@ def sample_patient(rng: np.random.Generator, label: int) -> Patient:
         vessel_gain=float(np.exp(0.25 * z[14])) * (1.0 + 0.25 * cuffs),
         gas=0.35 * z[23],
         clavicle=-0.015 + 0.02 * z[24],
-        clavicle_rise=0.02 + 0.03 * z[25] + (0.03 if u[15] < 0.78 else 0.0),
+        clavicle_rise=0.02 + 0.03 * z[25] + (0.03 if u[15] < 0.84 else 0.0),
         stomach=(0.16 + 0.03 * z[15], 0.03 + 0.05 * u[12], 0.8 * u[13] if u[14] < 0.6 else 0.0),
-        arms_up=bool(u[15] < 0.78),
+        arms_up=bool(u[15] < 0.84),
         shoulder=(0.05 + 0.02 * z[16], 0.012 * z[17], 0.15 * z[18]),
         head=0.085 + 0.05 * z[19],
         seed=int(rng.integers(2**31)),
@@ -169,7 +178,7 @@ def _consolidations(rng: np.random.Generator, severity: float) -> tuple[list[tup
     lesions = []
     for number, lobe in enumerate(chosen):
         side, across, down = lobes[lobe]
-        size = (0.20 + 0.32 * severity * next(w)) * (1.0 if number == 0 else 0.7)
+        size = (0.27 + 0.36 * severity * next(w)) * (1.0 if number == 0 else 0.7)
         lesions.append(
             (
                 float(side),
@@ -178,7 +187,7 @@ def _consolidations(rng: np.random.Generator, severity: float) -> tuple[list[tup
                 size * (0.8 + 0.5 * next(w)),
                 size * (0.6 + 0.4 * next(w)),
                 0.5 * next(z),
-                (0.30 + 0.65 * severity) * (0.7 + 0.3 * next(w)),
+                (0.45 + 0.55 * severity) * (0.7 + 0.3 * next(w)),
             )
         )
     return lesions, 1.0 if chosen[0] == 0 and rng.random() < 0.6 else 0.0
@@ -192,8 +201,8 @@ def sample_pose(rng: np.random.Generator, patient: Patient, base: Pose | None) -
             x=0.5 + 0.018 * z[0],
             apex=0.165 + 0.03 * z[1],
             scale=float(np.exp(0.07 * z[2])),
-            lean=0.025 * z[3],
-            tilt=0.03 * z[4],
+            lean=0.04 * z[3],
+            tilt=0.032 * z[3] + 0.02 * z[4],
             rotation=0.07 * z[5],
             # one film in seven is taken in expiration: crowded vessels, high diaphragm
             inspiration=0.02 * z[6] - (0.09 if rng.random() < 0.14 else 0.0),
@@ -213,32 +222,42 @@ def sample_pose(rng: np.random.Generator, patient: Patient, base: Pose | None) -
 
 
 def _grow_vessels(rng: np.random.Generator) -> tuple[np.ndarray, ...]:
-    """Two branching trees as points (side, x, y, level, weight) around the hilum; lungs span about 1 unit."""
-    stems = 6
-    side = np.repeat((-1.0, 1.0), stems)
-    angle = np.tile(np.linspace(-1.45, 1.4, stems), 2) + 0.15 * rng.standard_normal(2 * stems)
-    x = np.zeros(2 * stems)
-    y = np.tile(np.linspace(-0.08, 0.10, stems), 2)
-    length = 0.17 * np.exp(0.2 * rng.standard_normal(2 * stems))
-    width = 0.016 * np.exp(0.15 * rng.standard_normal(2 * stems))
-    t = np.linspace(0.0, 1.0, 10, endpoint=False)
-    out: list[list[np.ndarray]] = [[], [], [], [], []]
-    for level in range(5):
-        bend = angle[:, None] + (0.35 * rng.standard_normal(angle.size))[:, None] * t
-        step = length[:, None] / t.size
-        px = x[:, None] + np.cumsum(np.cos(bend), axis=1) * step
-        py = y[:, None] + np.cumsum(np.sin(bend), axis=1) * step
-        weight = (width[:, None] * (1.0 - 0.25 * t)) ** 2 * step
-        for store, value in zip(out, (np.broadcast_to(side[:, None], px.shape), px, py, np.full(px.shape, level), weight)):
-            store.append(value.ravel())
-        n = angle.size
-        fork = np.abs(0.42 + 0.15 * rng.standard_normal(n))
-        share = 0.35 + 0.3 * rng.random(n)
-        angle = np.concatenate((bend[:, -1] - fork * share, bend[:, -1] + fork * (1 - share)))
-        side, x, y = np.tile(side, 2), np.tile(px[:, -1], 2), np.tile(py[:, -1], 2)
-        length = np.tile(length, 2) * (0.80 * np.exp(0.2 * rng.standard_normal(2 * n)))
-        width = np.tile(width, 2) * np.concatenate((0.66 + 0.2 * share, 0.86 - 0.2 * share))
-    return tuple(np.concatenate(store).astype(F32) for store in out)
+    """Two branching trees around the hila as points: side, x, y (lungs span about 1 unit), level, weight."""
+    stems, levels, points = 8, 4, 8
+    n = 2 * stems
+    z = rng.standard_normal((6, n << (levels - 1)), dtype=F32)
+    grown = np.exp(0.2 * z[:2])
+    share_all = 0.35 + 0.3 * rng.random(n << levels, dtype=F32)
+    side = np.repeat(np.array((-1, 1), F32), stems)
+    first = np.linspace(-1.45, 1.4, stems, dtype=F32)
+    angle = np.concatenate((first, first)) + 0.15 * z[2, :n]
+    x = np.zeros(n, F32)
+    y = 0.07 * angle
+    length = 0.17 * grown[0, :n]
+    width = 0.016 * grown[1, -n:]
+    t = np.arange(points, dtype=F32) / points
+    taper = (1.0 - 0.25 * t) ** 2
+    out: list[tuple[np.ndarray, ...]] = []
+    for level in range(levels):
+        bend = angle[:, None] + (0.35 * z[3, -n:])[:, None] * t
+        pace = (length / points)[:, None]
+        px = x[:, None] + np.cumsum(np.cos(bend) * pace, axis=1)
+        py = y[:, None] + np.cumsum(np.sin(bend) * pace, axis=1)
+        weight = (width * width)[:, None] * pace * taper
+        out.append((np.repeat(side, points), px.ravel(), py.ravel(), np.full(n * points, level, F32), weight.ravel()))
+        if level == levels - 1:
+            break
+        fork = np.abs(0.42 + 0.15 * z[4, :n])
+        share = share_all[n : 2 * n]
+        end, x, y = bend[:, -1], px[:, -1], py[:, -1]
+        left = fork * share
+        angle = np.concatenate((end - left, end - left + fork))
+        grow = 0.80 * grown[0, -n:]
+        length = np.concatenate((length * grow, length * (1.45 - 0.8 * grow)))
+        width = np.concatenate((width * (0.66 + 0.2 * share), width * (0.86 - 0.2 * share)))
+        side, x, y = np.concatenate((side, side)), np.concatenate((x, x)), np.concatenate((y, y))
+        n *= 2
+    return tuple(np.concatenate(column) for column in zip(*out))
 
 
 # ---- small numerical helpers -------------------------------------------------------------------------------------
@@ -311,11 +330,16 @@ def step(z: np.ndarray) -> np.ndarray:
     return 0.5 + t * (0.75 - 0.25 * t * t)
 
 
+def unit(z: np.ndarray) -> np.ndarray:
+    """z limited to 0..1 (np.clip takes three times as long on small arrays)."""
+    return np.minimum(np.maximum(z, 0.0), 1.0)
+
+
 _BONE = np.linspace(-2.0, 2.0, 513)
 _BONE_PROFILE = (
-    0.74 * np.clip((1.18 - np.abs(_BONE)) / 0.36, 0, 1)
-    + 0.30 * np.exp(-(((_BONE - 0.82) / 0.20) ** 2))
-    + 0.18 * np.exp(-(((_BONE + 0.82) / 0.20) ** 2))
+    0.84 * (0.5 - 0.5 * np.cos(np.pi * np.clip((1.40 - np.abs(_BONE)) / 0.75, 0, 1)))
+    + 0.20 * np.exp(-(((_BONE - 0.75) / 0.32) ** 2))
+    + 0.10 * np.exp(-(((_BONE + 0.75) / 0.32) ** 2))
 ).astype(F32)
 _BONE_PROFILE[[0, -1]] = 0.0
 
@@ -325,38 +349,56 @@ def bone(z: np.ndarray) -> np.ndarray:
     return _BONE_PROFILE.take((z * 128.0 + 256.5).astype(np.int32), mode="clip")
 
 
-def capsule(dx: np.ndarray, dy: np.ndarray, direction: tuple[float, float], length: float) -> np.ndarray:
-    """Distance from a segment that starts at the origin of (dx, dy)."""
+def capsule(dx: np.ndarray, dy: np.ndarray, direction: tuple[float, float], length: float = 0.6):
+    """Squared distance from a segment that starts at the origin of (dx, dy), and the position along it."""
     ux, uy = direction
-    along = np.clip(dx * ux + dy * uy, 0.0, length)
-    return np.sqrt((dx - along * ux) ** 2 + (dy - along * uy) ** 2)
+    along = np.minimum(np.maximum(dx * ux + dy * uy, 0.0), length)
+    return dx * dx + dy * dy - along * (2.0 * (dx * ux + dy * uy) - along), along
 
 
 # ---- the maps ----------------------------------------------------------------------------------------------------
 
 
-def attenuate(canvas: Canvas, patient: Patient, pose: Pose, rng: np.random.Generator) -> Maps:
-    """Attenuation of a patient in a pose on a canvas.
+def make_textures(canvas: Canvas, patient: Patient) -> Textures:
+    """Draw the textures of a patient on a canvas."""
+    rng = np.random.default_rng(patient.seed)
+    z = rng.standard_normal((3, 460), dtype=F32)
+    u = rng.random((3, 460), dtype=F32)
+    clouds = 0.60 * canvas.noise(rng, 9) + 0.40 * canvas.noise(rng, 17) + 0.30 * canvas.noise(rng, 33)
+    fine = canvas.noise(rng, 65)
+    if canvas.n >= 160:  # grain that smaller films can't show
+        fine += canvas.noise(rng, 129)
+    # short streaks that run outwards from the hila: many in interstitial disease, a few faint ones in everyone
+    strong = np.arange(460) < int(460 * min(1.0, patient.streaks))
+    strength = np.where(strong, F32(0.6 + 0.6 * patient.streaks), F32(0.25))
+    radius = 0.04 + 0.75 * u[1]
+    theta = 1.15 * z[0]
+    heading = theta + 0.75 * z[1]
+    t = np.linspace(-0.5, 0.5, 7, dtype=F32)[:, None] * (0.06 + 0.06 * np.abs(z[2]))
+    x = radius * np.cos(theta) + t * np.cos(heading)
+    y = radius * np.sin(theta) + t * np.sin(heading)
+    side = np.broadcast_to(np.where(u[0] < 0.5, F32(-1), F32(1)), x.shape)
+    weight = np.broadcast_to(2.6e-5 * (0.3 + u[2]) * strength * (0.95 - 0.6 * radius), x.shape)
+    return Textures(clouds, fine, (side.ravel(), x.ravel(), y.ravel(), weight.ravel()))
 
-    `rng` must start from the same state for each film of a patient: it draws the textures that the films share.
-    """
+
+def attenuate(canvas: Canvas, patient: Patient, pose: Pose, textures: Textures) -> Maps:
+    """Attenuation of a patient in a pose on a canvas."""
     p, c = patient, canvas
     f = _Frame(c, p, pose)
-    clouds = 0.60 * c.noise(rng, 9) + 0.40 * c.noise(rng, 17) + 0.30 * c.noise(rng, 33)
-    fine = c.noise(rng, 65)
+    clouds, fine = textures.clouds, textures.fine
     lung, heart, visible = _lungs_and_heart(c, p, f)
-    vessels, streaks, bronchi = _lung_markings(c, p, f, rng)
+    markings, bronchi = _lung_markings(c, p, f, textures)
     lesion = _consolidation_density(p, f, clouds, bronchi)
 
     # air that is replaced by fluid: haze of the whole lung, poorly aired bases, consolidations
-    base = (0.06 + max(0.0, -1.8 * pose.inspiration)) * np.clip(f.v * 1.6 - 0.6, 0, 1)
-    air = 0.97 - base - p.haze * (0.62 + 0.28 * clouds)
+    base = (0.06 + max(0.0, -1.8 * pose.inspiration)) * unit(f.v * 1.6 - 0.6)
+    air = (0.97 - 0.62 * p.haze) - base - (0.28 * p.haze) * clouds
     air = np.maximum(air, 0.15) * (1.0 - lesion)
-    markings = vessels + streaks + 0.02 * clouds + 0.035 * fine
-    a = _soft_tissue(c, p, pose, f) + 0.30 * heart * (1.0 + 0.12 * clouds)
-    a -= lung * (1.46 + 0.10 * p.hyperinflation) * p.bulk * air
-    if c.n >= 160:  # grain that smaller films can't show
-        markings += 0.035 * c.noise(rng, 129)
+    markings += 0.02 * clouds + 0.035 * fine
+    a = _soft_tissue(c, p, pose, f)
+    a += (0.30 + 0.036 * clouds) * heart
+    a -= lung * air * ((1.46 + 0.10 * p.hyperinflation) * p.bulk)
     a += markings * np.minimum(lung * 2.2, 1.0)
     a += _abdomen(p, f, clouds)
     _add_airways(p, pose, f, a)
@@ -364,8 +406,9 @@ def attenuate(canvas: Canvas, patient: Patient, pose: Pose, rng: np.random.Gener
     a += _ribs(c, p, pose, f)
     _add_shoulder_bones(c, p, pose, f, a)
     np.maximum(a, 0.0, out=a)
-    if p.streaks > 0.3:
-        lesion = np.maximum(lesion, np.minimum(streaks * 4.0, 1.0))
+    if p.streaks > 0.3:  # diffuse disease: the zone around the hila where most streaks are
+        q = ((f.uw - 0.35) * (1.0 / 0.45)) ** 2 + ((f.y - f.apex - 0.46 * f.depth) * (1.0 / (0.42 * f.depth))) ** 2
+        lesion = np.maximum(lesion, (q + 0.35 * clouds < 1.0) * F32(1.0))
     return Maps(a, lung, lesion * visible, visible)
 
 
@@ -399,7 +442,7 @@ class _Frame:
         medial = np.maximum(p.dome_peak - uw, 0.0) * (1.0 / p.dome_peak)
         lateral *= lateral
         curve = lateral * (0.55 + 0.45 * lateral) + (0.35 + 0.1 * p.dome_peak) * medial * medial
-        roof = np.where(self.right, self.dome[0] + self.fall[0] * curve, self.dome[1] + self.fall[1] * curve)
+        roof = np.where(self.right, self.dome[0] + self.fall[0] * curve, self.dome[1] + self.fall[1] * curve) - 0.7 * pose.tilt * self.sx
         self.below = y - roof
         self.uw = uw
 
@@ -412,23 +455,23 @@ def _lungs_and_heart(c: Canvas, p: Patient, f: _Frame) -> tuple[np.ndarray, np.n
     size, shift = p.heart_size, p.heart_shift / s
     upper = 0.056 + 0.05 * p.thymus * np.exp(-(((h - 0.25) / 0.16) ** 2))
     top = 0.018 * np.exp(-np.maximum(h, 0.0) / 0.06)
-    bulge = np.exp(-((np.clip(0.72 - h, 0.0, 1.0) / 0.24) ** 2)) * (1.0 - 0.5 * np.clip(h - 0.75, 0, 1))
+    bulge = np.exp(-((unit(0.72 - h) / 0.24) ** 2)) * (1.0 - 0.5 * unit(h - 0.75))
     right = upper + top + (0.068 * size - shift) * bulge
     knob = 0.020 * p.knob * np.exp(-(((h - 0.27) / 0.07) ** 2)) + 0.016 * np.exp(-(((h - 0.45) / 0.10) ** 2))
-    apex_of_heart = np.clip((h - 0.15) / 0.65, 0.0, 1.0)
-    beyond = np.clip((h - 0.82) / 0.62, 0.0, 1.0)
-    swell = np.sin(0.5 * np.pi * apex_of_heart) ** (1.5 + 0.9 * p.heart_round) * np.sqrt(1.0 - beyond * beyond)
+    apex_of_heart = unit((h - 0.15) / 0.65)
+    beyond = unit((h - 0.82) / 0.62)
+    swell = np.sin(0.5 * np.pi * apex_of_heart) ** (1.05 + 0.8 * p.heart_round) * np.sqrt(1.0 - beyond * beyond)
     left = upper + top + knob + (0.138 * size + shift) * swell
     border = np.where(f.right, right * s, left * s).astype(F32)
     edge = max(0.008, 0.7 * c.px)
     out = f.ax - border
     air_m = step(out * (1.0 / edge))
     inside = np.maximum(-out, 0.0)
-    heart = np.minimum(np.sqrt(inside * (1.0 / 0.16)), 1.0) * np.clip(h * 3.0 + 0.3, 0, 1) * (1.0 - 0.5 * np.clip(h - 1.05, 0, 1))
+    heart = np.minimum(np.sqrt(inside * (1.0 / 0.16)), 1.0) * unit(h * 3.0 + 0.3) * (1.0 - 0.5 * unit(h - 1.05))
     air_d = step(f.below * (-1.0 / max(0.007, 0.7 * c.px)))
     z = np.maximum(f.below, 0.0) * (1.0 / 0.05)
     recess = 0.15 / (1.0 + z * z)  # lung behind the dome
-    tip = np.sqrt(np.clip((f.y - f.apex) / 0.09, 0.0, 1.0))
+    tip = np.sqrt(unit((f.y - f.apex) / 0.09))
     lu = f.u * 1.03
     hull = np.sqrt(np.maximum(1.0 - lu * lu, 0.0))
     hull = np.sqrt(hull) * (0.70 + 0.30 * hull) * tip
@@ -441,31 +484,29 @@ def _lungs_and_heart(c: Canvas, p: Patient, f: _Frame) -> tuple[np.ndarray, np.n
 def _soft_tissue(c: Canvas, p: Patient, pose: Pose, f: _Frame) -> np.ndarray:
     """Trunk, shoulders, neck, arms and chin."""
     s, v, width = f.s, f.v, f.width
-    narrow = 0.84 + 0.16 * np.clip(v * 2.0, 0, 1)
+    narrow = 0.84 + 0.16 * unit(v * 2.0)
     trunk_half = (width + p.wall) * narrow
     q = f.ax * (1.0 / trunk_half)
-    trunk = np.sqrt(np.maximum(1.0 - q * q, 0.0)) * (2.12 + 0.30 * np.clip(v - 0.5, 0, 1))
+    trunk = np.sqrt(np.maximum(1.0 - q * q, 0.0)) * (2.12 + 0.30 * unit(v - 0.5))
     # folds of the armpit and the skin of the chest wall
-    fold_half = (width + p.wall) * (1.06 + (0.30 - 0.16 * p.arms_up) * np.clip(1.0 - 1.25 * v, 0, 1))
+    fold_half = (width + p.wall) * (1.06 + (0.30 - 0.16 * p.arms_up) * unit(1.0 - 1.25 * v))
     q = f.ax * (1.0 / fold_half)
-    fold = np.sqrt(np.maximum(1.0 - q * q, 0.0)) * (1.42 + 0.40 * np.clip(1.0 - 1.6 * v, 0, 1))
+    fold = np.sqrt(np.maximum(1.0 - q * q, 0.0)) * (1.42 + 0.40 * unit(1.0 - 1.6 * v))
     body = np.maximum(trunk, fold)
     # outline of the shoulders: the trapezius rises to the neck
     neck = (0.105 + 0.02 * (1 - p.age)) * s
     out = np.maximum(f.ax - neck, 0.0)
     top = f.apex - 0.22 * s + p.shoulder[1] + ((0.24 if p.arms_up else 0.48) - 0.3 * out) * out
-    cover = np.sqrt(np.clip((f.yt - top) * (1.0 / (0.20 * s)), 0.0, 1.0))
+    cover = np.sqrt(unit((f.yt - top) * (1.0 / (0.20 * s))))
     q = f.ax * (1.0 / (neck * 1.45))
-    column = np.maximum(1.0 - q * q, 0.0) * (1.65 * np.clip((f.floor - f.y) * 5.0, 0, 1))
+    column = np.maximum(1.0 - q * q, 0.0) * (1.65 * unit((f.floor - f.y) * 5.0))
     body = np.maximum(body * cover, column) * p.bulk
     radius = (0.092 + 0.8 * (p.wall - 0.05)) * s
-    for sign in (-1.0, 1.0):
-        cut = _columns(c, f, sign, 0.62 * width)
-        dx, dy, direction = _upper_arm(p, pose, f, sign, cut)
-        d = capsule(dx, dy, direction, 0.6) * (1.0 / radius)
-        arm = np.sqrt(np.maximum(1.0 - d * d, 0.0)) * (1.02 * p.bulk)
-        here = body[:, cut]
-        body[:, cut] = np.maximum(here, arm) + 0.30 * np.minimum(here, arm)
+    rows, dx, dy, direction = _upper_arms(c, p, pose, f)
+    d, _ = capsule(dx, dy, direction)
+    arm = np.sqrt(np.maximum(1.0 - d * (1.0 / (radius * radius)), 0.0)) * (1.02 * p.bulk)
+    here = body[rows]
+    body[rows] = np.maximum(here, arm) + 0.30 * np.minimum(here, arm)
     rows = slice(0, max(1, int((p.head + 0.03) * c.n)))
     if p.head > 0.0:
         q = (f.sx[rows] * (1.0 / (0.175 * s))) ** 2 + ((f.y[rows] - p.head + 0.16) * (1.0 / 0.16)) ** 2
@@ -473,24 +514,26 @@ def _soft_tissue(c: Canvas, p: Patient, pose: Pose, f: _Frame) -> np.ndarray:
     return body
 
 
-def _upper_arm(p: Patient, pose: Pose, f: _Frame, sign: float, cut: slice):
-    """Coordinates relative to the shoulder joint of one side, and the direction of the upper arm."""
-    jx = f.width * (0.95 if p.arms_up else 0.88) + p.shoulder[0] * f.s
+def _upper_arms(c: Canvas, p: Patient, pose: Pose, f: _Frame):
+    """Where the upper arms are: rows, coordinates from the shoulder joint (both sides at once), direction of the arm."""
+    jx = f.width * (0.95 if p.arms_up else 1.02) + p.shoulder[0] * f.s
     jy = f.apex - 0.03 * f.s + p.shoulder[1] + (0.0 if p.arms_up else 0.02)
-    lean = 0.15 + p.shoulder[2] + pose.arm
+    rows = slice(0, min(c.n, int((jy + 0.22 * f.s) * c.n)) if p.arms_up else c.n)
+    lean = min(max(0.15 + p.shoulder[2] + pose.arm, -0.12 if p.arms_up else 0.10), 0.6)
     angle = np.pi - lean if p.arms_up else 0.6 * lean
-    return sign * f.sx[:, cut] - jx, f.yt[:, cut] - jy, (float(np.sin(angle)), float(np.cos(angle)))
+    direction = (float(np.sin(angle)), float(np.cos(angle)))
+    return rows, f.ax[rows] - jx, f.yt[rows] - jy, direction
 
 
 def _abdomen(p: Patient, f: _Frame, clouds: np.ndarray) -> np.ndarray:
     """What lies under the diaphragm: liver and spleen, gas in the stomach and the bowel."""
-    belly = np.clip(f.below * 9.0 + 0.25, 0.0, 1.0)
+    belly = unit(f.below * 9.0 + 0.25)
     a = belly * np.maximum(1.15 - f.uw * f.uw, 0.0) * (0.50 + 0.10 * clouds)
     gx, gr, gc = p.stomach
     if gc > 0:
         q = ((f.sx - gx * f.s) * (1.0 / (1.3 * gr))) ** 2 + ((f.y - f.dome[1] - 0.035 - gr) * (1.0 / gr)) ** 2
         a -= gc * np.sqrt(np.maximum(1.0 - q - 0.45 * clouds, 0.0)) * belly
-    a -= np.minimum(np.maximum(clouds - 1.0 + p.gas, 0.0) * 0.5, 0.6) * np.clip((f.below - 0.12) * 12.0, 0.0, 1.0)
+    a -= np.minimum(np.maximum(clouds - 1.0 + p.gas, 0.0) * 0.5, 0.6) * unit((f.below - 0.12) * 12.0)
     return a
 
 
@@ -501,32 +544,26 @@ def _add_airways(p: Patient, pose: Pose, f: _Frame, a: np.ndarray) -> None:
     rows = slice(0, min(n, int((carina + 0.10) * n) + 1))
     tx, y = f.sx[rows] + (0.006 - 0.08 * pose.rotation), f.y[rows]
     q = tx * (1.0 / (0.022 * f.s))
-    a[rows] -= 0.40 * np.sqrt(np.maximum(1.0 - q * q, 0.0)) * np.clip((carina - y) * 25.0, 0, 1) * np.clip((y - 0.02) * 20, 0, 1)
+    a[rows] -= 0.40 * np.sqrt(np.maximum(1.0 - q * q, 0.0)) * unit((carina - y) * 25.0) * unit((y - 0.02) * 20)
     arm = np.clip(y - carina, 0.0, 0.08)
-    fade = 0.16 * np.clip((y - carina) * 60.0, 0, 1) * np.clip((carina + 0.08 - y) * 30.0, 0, 1)
+    fade = 0.16 * unit((y - carina) * 60.0) * unit((carina + 0.08 - y) * 30.0)
     for sign, slope in ((-1.0, 0.75), (1.0, 1.05)):
         q = (sign * tx - slope * arm) * (1.0 / 0.016)
         a[rows] -= fade * np.sqrt(np.maximum(1.0 - q * q, 0.0))
 
 
-def _columns(c: Canvas, f: _Frame, sign: float, start: float, stop: float = 9.0) -> slice:
-    """Columns in which start < sign * sx < stop for some row."""
-    ends = sign * f.sx[(0, -1), :]
-    index = np.flatnonzero((ends.max(axis=0) > start - 0.02) & (ends.min(axis=0) < stop + 0.02))
-    return slice(int(index[0]), int(index[-1]) + 1) if index.size else slice(0, 0)
-
-
 def _add_spine(c: Canvas, p: Patient, f: _Frame, a: np.ndarray) -> None:
     """Vertebral bodies, discs, pedicles and processes below each other."""
-    cut = _columns(c, f, 1.0, -0.11, 0.11)
+    near = np.flatnonzero(f.ax.min(axis=0) < 0.09)
+    cut = slice(int(near[0]), int(near[-1]) + 1) if near.size else slice(0, 1)
     ax, y = f.ax[:, cut], f.y
-    pitch = p.rib_spacing * 0.74 * f.s * (0.85 + 0.3 * np.clip(y, 0, 1))
+    pitch = p.rib_spacing * 0.74 * f.s * (0.85 + 0.3 * unit(y))
     phase = (y - f.apex) / pitch
     ph = phase - np.floor(phase)
-    body = np.clip((0.41 - np.abs(ph - 0.5)) * 7.0 + 0.5, 0, 1)
-    half = 0.043 * f.s * (0.92 + 0.16 * np.clip(y, 0, 1)) * (0.96 + 0.05 * body)
-    below = np.clip((y - f.apex + 0.05) * 6.0, 0.0, 1.0)
-    depth = (0.24 + 0.30 * body) * (0.55 + 0.45 * below)
+    body = unit((0.41 - np.abs(ph - 0.5)) * 7.0 + 0.5)
+    half = 0.043 * f.s * (0.92 + 0.16 * unit(y)) * (0.96 + 0.05 * body)
+    below = unit((y - f.apex + 0.05) * 6.0)
+    depth = (0.20 + 0.24 * body) * (1.0 + 0.10 * np.sin(2.1 * phase + 7.0 * p.age)) * (0.55 + 0.45 * below)
     out = depth * step((half - ax) * (1.0 / max(0.005, 0.7 * c.px)))
     cortex = (ax - half * 0.94) * (1.0 / 0.005)
     out += (0.10 * body) * np.maximum(1.0 - cortex * cortex, 0.0)
@@ -554,26 +591,27 @@ def _ribs(c: Canvas, p: Patient, pose: Pose, f: _Frame) -> np.ndarray:
     heights = np.arange(int(1.9 * TABLE)) / TABLE - 0.5
     nearest = np.searchsorted((centres[1:] + centres[:-1]) / 2, heights)
     table = (heights - centres[nearest]).astype(F32)
-    table[heights > centres[11] + 0.5 * spacing] = 1.0
+    table[heights > centres[10] + 0.5 * spacing] = 1.0
     front = table.copy()
     front[heights > centres[7] + 0.5 * spacing] = 1.0
     slope = (k * u + (2.0 * lead) * u * cu) * (1.0 / f.width)
     cosine = np.maximum(cu / np.sqrt(cu * cu + slope * slope + 1e-6), 0.80)
     thick = 1.0 - cu
-    thick = 1.0 + 1.3 * thick * thick * thick  # rays pass along the rib at the side
+    thick = 1.0 + 0.8 * thick * thick * thick  # rays pass along the rib at the side
     scale = cosine * (1.0 / half)
     # the back: nearly level beside the spine, then falling; the front goes on falling towards the sternum
     fall = lead * (u * u * 1.1 - 0.1 * u)
     at = ((f.yt + (0.5 - k) - fall + k * cu) * TABLE).astype(np.int32)
-    out = 0.52 * bone(table.take(at, mode="clip") * scale)
+    out = 0.45 * bone(table.take(at, mode="clip") * scale)
     at = ((f.yt + (0.5 - k) - lead - (p.rib_front_drop * s) * cu) * TABLE).astype(np.int32)
-    fade = np.clip((u - p.rib_front) * 6.0, 0.0, 1.0)
-    out += (0.20 * fade) * bone(front.take(at, mode="clip") * scale)
+    fade = unit((u - p.rib_front) * 6.0)
+    out += (0.18 * fade) * bone(front.take(at, mode="clip") * scale)
     out *= thick
-    out *= 0.55 + np.minimum(np.maximum((u - 0.12) * 2.5, 0.0), 0.45)  # thin and steep beside the spine
+    out *= 0.30 + np.minimum(np.maximum((u - 0.12) * 1.8, 0.0), 0.70)  # thin and steep beside the spine
+    out += 0.14 * np.maximum(1.0 - np.abs(f.u - 0.975) * 20.0, 0.0)  # pleura and muscle at the side
     # soft towards the outside; below the diaphragm, ribs drown in scatter
     edge = np.minimum(np.maximum((1.012 - f.u) * (f.width / max(c.px, 0.004)), 0.0), 1.0)
-    return out * edge * (p.rib_density * (1.0 - 0.70 * np.clip(f.below * 10.0 + 0.1, 0.0, 1.0)))
+    return out * edge * (p.rib_density * (1.0 - 0.55 * unit(f.below * 10.0 + 0.1)))
 
 
 def _add_shoulder_bones(c: Canvas, p: Patient, pose: Pose, f: _Frame, a: np.ndarray) -> None:
@@ -588,63 +626,49 @@ def _add_shoulder_bones(c: Canvas, p: Patient, pose: Pose, f: _Frame, a: np.ndar
     t = t + 0.5 * pose.rotation * np.sign(f.sx[rows])
     half = np.maximum((0.0145 + 0.004 * np.cos(7.0 * ts)) * s, c.px)
     a[rows] += 0.62 * p.rib_density * bone((yt - line) * (1.0 / half)) * (
-        np.clip((t - 0.06) * 10.0, 0, 1) * np.clip((0.80 - t) * 8.0, 0, 1)
+        unit((t - 0.06) * 10.0) * unit((0.80 - t) * 8.0)
     )
-    for sign in (-1.0, 1.0):
-        cut = _columns(c, f, sign, 0.55 * width)
-        dx, dy, direction = _upper_arm(p, pose, f, sign, cut)
-        along = np.clip(dx * direction[0] + dy * direction[1], 0.0, 0.6)
-        d = np.sqrt((dx - along * direction[0]) ** 2 + (dy - along * direction[1]) ** 2)
-        shaft = s * (0.017 + 0.017 / (1.0 + (along * (1.0 / 0.035)) ** 2))  # the bone widens towards the joint
-        out = 0.46 * bone(d / np.maximum(shaft, c.px))
-        # shoulder blade: neck and outer border as a bar from the joint inwards, a thin plate behind the upper ribs
-        bar = capsule(dx + 0.03 * s, dy - 0.05 * s, (-0.35, 0.937), 0.09 * s)
-        out += 0.30 * bone(bar * (1.0 / max(0.013 * s, c.px)))
-        spine = capsule(dx + 0.01, dy - 0.005 * s, (-0.97, 0.24), 0.13 * s)
-        out += 0.13 * bone(spine * (1.0 / max(0.013 * s, c.px)))
-        bx, by = dx + 0.17 * s, dy - 0.03 * s
-        plate = np.clip((bx + 0.02 - 0.30 * by) * 40.0, 0, 1) * np.clip((0.13 * s - bx - 0.45 * by) * 40.0, 0, 1)
-        out += 0.15 * plate * np.clip(by * 40.0, 0, 1)
-        a[:, cut] += out * p.rib_density
+    rows, dx, dy, direction = _upper_arms(c, p, pose, f)
+    d, along = capsule(dx, dy, direction)
+    w = along * (1.0 / 0.035)
+    shaft = np.maximum(s * (0.017 + 0.017 / (1.0 + w * w)), c.px)  # the bone widens towards the joint
+    out = 0.42 * bone(np.sqrt(np.maximum(d, 0.0)) / shaft)
+    # shoulder blade: its neck and outer border run from the joint inwards and fade, a thin plate is behind the ribs
+    bx, by = dx + 0.025 * s, dy - 0.02 * s
+    far = unit((by * 0.93 - bx * 0.37) * (1.0 / (0.13 * s)))
+    bar = (bx * 0.93 + by * 0.37) / ((0.020 - 0.010 * far) * s + 0.3 * c.px)
+    out += bone(bar) * (0.40 - 0.26 * far) * unit(by * (1.0 / (0.02 * s))) * (far < 1.0)
+    bx, by = dx + 0.17 * s, dy - 0.03 * s
+    plate = unit((bx + 0.02 - 0.30 * by) * 40.0) * unit((0.13 * s - bx - 0.45 * by) * 40.0)
+    out += 0.16 * plate * unit(by * 40.0)
+    a[rows] += out * p.rib_density
 
 
-def _lung_markings(c: Canvas, p: Patient, f: _Frame, rng: np.random.Generator):
-    """Vessels, interstitial streaks and bronchi (for air bronchograms), as attenuation."""
-    side, vx, vy, level, weight = p.vessels
+def _lung_markings(c: Canvas, p: Patient, f: _Frame, textures: Textures) -> tuple[np.ndarray, np.ndarray]:
+    """Attenuation of vessels and interstitial streaks, and that of the bronchi (for air bronchograms)."""
     hilum_y = f.apex + 0.46 * f.depth
     row = min(int(hilum_y * c.n), c.n - 1)
     spine = float(c.x[0, 0] - f.sx[row, 0])  # vessels follow the spine at the height of the hilum
     root = 0.10 * f.s
-    px_ = spine + side * (root + vx * f.width * 0.92)
-    py_ = hilum_y + vy * f.depth * 0.90
-    weight = weight * (np.where(level <= 1, 3.2, 7.0).astype(F32) * p.vessel_gain)
-    wide = level <= 1
-    coarse = c.splat(px_[wide], py_[wide], weight[wide])
-    out = c.blur(coarse, 0.0065)
-    bronchi = c.blur(c.splat(px_[wide] + 0.010, py_[wide] - 0.008, weight[wide]), 0.005) if p.lesions else None
-    thin = ~wide
-    qx, qy, qw = [px_[thin]], [py_[thin]], [weight[thin]]
-    z = rng.standard_normal((3, 460), dtype=F32)
-    u = rng.random((3, 460), dtype=F32)
-    strength = np.where(np.arange(460) < int(460 * min(1.0, p.streaks)), 0.6 + 0.6 * p.streaks, 0.25).astype(F32)
-    if True:
-        sign = np.where(u[0] < 0.5, F32(-1), F32(1))
-        radius = 0.04 + 0.75 * u[1]
-        theta = 1.15 * z[0]
-        heading = theta + 0.75 * z[1]
-        length = 0.06 + 0.06 * np.abs(z[2])
-        t = np.linspace(-0.5, 0.5, 9, dtype=F32)[:, None]
-        sx_ = spine + sign * (root + (radius * np.cos(theta) + t * length * np.cos(heading)) * f.width)
-        sy_ = hilum_y + (radius * np.sin(theta) + t * length * np.sin(heading)) * f.depth * 0.9
-        w = (2.0e-5 * (0.3 + u[2]) * strength * (0.95 - 0.6 * radius)) * np.ones_like(t)
-        streaks = c.blur(c.splat(sx_.ravel(), sy_.ravel(), w.ravel()), 0.0042)
-    out += c.blur(c.splat(qx[0], qy[0], qw[0]), 0.0034)
-    if p.cuffs > 0.05:
-        streaks = streaks + (0.9 * p.cuffs) * c.blur(coarse, 0.014)
-    return out, streaks, bronchi
+    side, x, y, level, weight = p.vessels
+    x = spine + side * (root + x * (f.width * 0.92))
+    y = hilum_y + y * (f.depth * 0.90)
+    wide = int(np.searchsorted(level, 2))  # levels are in ascending order
+    # thickened walls of the bronchi: the large branches become wider and denser
+    cuff = round(3 * min(p.cuffs, 1.0)) / 3
+    coarse = c.splat(x[:wide], y[:wide], weight[:wide] * (3.2 * p.vessel_gain * (1.0 + 1.5 * cuff)))
+    coarse = c.blur(coarse, 0.0065 + 0.0045 * cuff)
+    s_side, s_x, s_y, s_weight = textures.streaks
+    x = np.concatenate((x[wide:], spine + s_side * (root + s_x * f.width)))
+    y = np.concatenate((y[wide:], hilum_y + s_y * (f.depth * 0.9)))
+    fine = c.blur(c.splat(x, y, np.concatenate((weight[wide:] * (7.0 * p.vessel_gain), s_weight))), 0.0038)
+    shift = max(1, round(0.010 * c.n))
+    bronchi = np.roll(coarse, shift, axis=1)
+    fine += coarse
+    return fine, bronchi
 
 
-def _consolidation_density(p: Patient, f: _Frame, clouds: np.ndarray, bronchi: np.ndarray | None) -> np.ndarray:
+def _consolidation_density(p: Patient, f: _Frame, clouds: np.ndarray, bronchi: np.ndarray) -> np.ndarray:
     """Share of the air that is replaced by fluid, 0..1."""
     out = np.zeros_like(clouds)
     for side, across, down, rx, ry, angle, density in p.lesions:
@@ -657,7 +681,7 @@ def _consolidation_density(p: Patient, f: _Frame, clouds: np.ndarray, bronchi: n
         if p.fissure and side < 0 and down < 0.4:
             blob = blob * step((0.44 - dy - down + 0.05 * dx) * (1 / 0.015))
         out = np.maximum(out, blob * here)
-    if bronchi is not None:
+    if p.lesions:
         out = out * (1.0 - np.minimum(1.6 * bronchi, 0.40))
     for amount, here in zip(p.effusion, (f.right, ~f.right)):
         if amount:
