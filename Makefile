@@ -6,6 +6,7 @@
 #   make test                              the tests, then every notebook checked against its committed outputs
 #   make test-browser                      the notebooks' widgets in a real JupyterLab and chromium
 #   make lab                               JupyterLab, opened at the first notebook
+#   make refresh                           runs the notebooks and keeps their outputs, to commit
 #   make setup | doctor | lint | format | clean
 #
 # PYTHON=python3.12         which Python makes .venv
@@ -36,7 +37,7 @@ endif
 # Two kernels side by side on two cores: one thread each. Nothing that a test makes is found by a user's run.
 TEST_ENV := OMP_NUM_THREADS=1 MPLBACKEND= PRIMIA_LITE_HEADLESS=1
 
-.PHONY: run test test-unit test-notebooks test-browser chromium lab doctor setup install lint format clean help
+.PHONY: run test test-unit test-notebooks test-browser chromium refresh lab doctor setup install lint format clean help
 
 run: setup
 	@$(BIN)/primia-lite run --profile $(PROFILE) $(if $(DATA),--data $(DATA)) $(if $(ONLY),--only $(ONLY)) $(if $(OUT),--out "$(OUT)")
@@ -72,6 +73,14 @@ chromium:
 	  echo "or name a chromium or Chrome: make test-browser CHROMIUM=/path/to/chrome" >&2; \
 	  exit 1; \
 	fi
+
+# Run the smoke profile and commit what it shows: outputs kept, whatever changes from run to run dropped.
+refresh: setup
+	@$(BIN)/primia-lite run $(if $(ONLY),--only $(ONLY)) --out runs/refresh --fresh && \
+	for name in $$(sed -n 's/.*"notebook": "\(.*\)",/\1/p' runs/refresh/summary.json); do \
+	  cp runs/refresh/$$name.ipynb notebooks/ && \
+	  $(BIN)/nbstripout --keep-output --keep-count --extra-keys "metadata.papermill cell.metadata.papermill" notebooks/$$name.ipynb; \
+	done
 
 lab: setup
 	@$(BIN)/jupyter lab notebooks/00_start_here.ipynb
