@@ -45,6 +45,8 @@ class Patient:
     gas: float
     clavicle: float
     clavicle_rise: float
+    clavicle_bend: float
+    clavicle_end: float
     stomach: tuple[float, float, float]  # x, radius, contrast of the gas bubble
     arms_up: bool
     shoulder: tuple[float, float, float]
@@ -98,7 +100,7 @@ def sample_patient(rng: np.random.Generator, label: int) -> Patient:
     u = rng.random(48).tolist()  # Python floats: a numpy scalar would turn the float32 maps into float64
     z = rng.standard_normal(32).tolist()
     age = u[0]
-    severity = 0.45 + 0.55 * u[1] ** 0.6
+    severity = 0.45 + 0.55 * u[1] ** 0.5
     hyper = haze = fissure = streaks = cuffs = 0.0
     lesions: list[tuple[float, ...]] = []
     effusion = (0.0, 0.0)
@@ -107,23 +109,23 @@ def sample_patient(rng: np.random.Generator, label: int) -> Patient:
         if u[2] < 0.25:
             amount = 0.03 + 0.12 * u[3]
             effusion = (amount, 0.0) if lesions[0][0] < 0 else (0.0, amount)
-        haze = 0.10 * u[4]
-        streaks = 0.25 * u[5]
-        cuffs = 0.3 * u[6]
+        haze = 0.03 + 0.15 * u[4]
+        streaks = 0.10 + 0.35 * u[5]
+        cuffs = 0.1 + 0.4 * u[6]
     elif label == 2:
         hyper = min(max(0.55 + 0.35 * z[0], 0.0), 1.2) * (0.5 + 0.5 * severity)
         haze = 0.05 + 0.20 * u[4] * severity
         streaks = 0.25 + 0.75 * severity
         cuffs = 0.3 + 0.7 * u[6] * severity
-        if u[2] < 0.15:
+        if u[2] < 0.22:
             lesions, fissure = _consolidations(rng, 0.25)
             lesions = lesions[:1]
     else:
         hyper = 0.3 * max(0.0, z[0] - 1.0)
         streaks = 0.12 * u[5] + (0.35 * u[6] if u[7] < 0.15 else 0.0)
-        cuffs = 0.25 * u[8]
+        cuffs = 0.2 * u[8]
         haze = 0.08 * u[9] if u[10] < 0.2 else 0.0
-    spacing = 0.077 + 0.004 * z[1]
+    spacing = 0.082 + 0.005 * z[1]
     return Patient(
         label=label,
         age=age,
@@ -136,7 +138,7 @@ def sample_patient(rng: np.random.Generator, label: int) -> Patient:
         rib_slope=max(0.02, 0.125 + 0.03 * z[20] + 0.02 * (age - 0.5) - 0.015 * hyper),
         rib_front_drop=max(0.04, 0.11 + 0.03 * z[26]),
         rib_front=0.50 + 0.05 * z[21],
-        rib_width=spacing * (0.270 + 0.025 * z[7]),
+        rib_width=spacing * (0.255 + 0.025 * z[7]),
         rib_density=1.0 + 0.15 * z[8],
         rib_jitter=0.08 * spacing * rng.standard_normal(14),
         heart_size=1.0 + 0.10 * z[9] - 0.10 * (age - 0.5) - 0.06 * hyper,
@@ -149,10 +151,12 @@ def sample_patient(rng: np.random.Generator, label: int) -> Patient:
         dome_peak=min(max(0.50 + 0.08 * z[22], 0.3), 0.7),
         vessel_gain=float(np.exp(0.25 * z[14])) * (1.0 + 0.25 * cuffs),
         gas=0.35 * z[23],
-        clavicle=-0.015 + 0.02 * z[24],
-        clavicle_rise=0.02 + 0.03 * z[25] + (0.03 if u[15] < 0.84 else 0.0),
+        clavicle=-0.005 + 0.022 * z[24],
+        clavicle_bend=0.018 + 0.010 * z[27],
+        clavicle_end=0.78 + 0.06 * z[28],
+        clavicle_rise=0.02 + 0.03 * z[25] + (0.03 if u[15] < 0.88 else 0.0),
         stomach=(0.16 + 0.03 * z[15], 0.03 + 0.05 * u[12], 0.8 * u[13] if u[14] < 0.6 else 0.0),
-        arms_up=bool(u[15] < 0.84),
+        arms_up=bool(u[15] < 0.88),
         shoulder=(0.05 + 0.02 * z[16], 0.012 * z[17], 0.15 * z[18]),
         head=0.085 + 0.05 * z[19],
         seed=int(rng.integers(2**31)),
@@ -178,7 +182,7 @@ def _consolidations(rng: np.random.Generator, severity: float) -> tuple[list[tup
     lesions = []
     for number, lobe in enumerate(chosen):
         side, across, down = lobes[lobe]
-        size = (0.27 + 0.36 * severity * next(w)) * (1.0 if number == 0 else 0.7)
+        size = (0.30 + 0.36 * severity * next(w)) * (1.0 if number == 0 else 0.7)
         lesions.append(
             (
                 float(side),
@@ -337,7 +341,7 @@ def unit(z: np.ndarray) -> np.ndarray:
 
 _BONE = np.linspace(-2.0, 2.0, 513)
 _BONE_PROFILE = (
-    0.84 * (0.5 - 0.5 * np.cos(np.pi * np.clip((1.40 - np.abs(_BONE)) / 0.75, 0, 1)))
+    0.84 * (0.5 - 0.5 * np.cos(np.pi * np.clip((1.34 - np.abs(_BONE)) / 0.60, 0, 1)))
     + 0.20 * np.exp(-(((_BONE - 0.75) / 0.32) ** 2))
     + 0.10 * np.exp(-(((_BONE + 0.75) / 0.32) ** 2))
 ).astype(F32)
@@ -395,12 +399,12 @@ def attenuate(canvas: Canvas, patient: Patient, pose: Pose, textures: Textures) 
     base = (0.06 + max(0.0, -1.8 * pose.inspiration)) * unit(f.v * 1.6 - 0.6)
     air = (0.97 - 0.62 * p.haze) - base - (0.28 * p.haze) * clouds
     air = np.maximum(air, 0.15) * (1.0 - lesion)
-    markings += 0.02 * clouds + 0.035 * fine
-    a = _soft_tissue(c, p, pose, f)
+    markings = markings / (1.0 + 0.4 * markings) + 0.02 * clouds + 0.035 * fine
+    a = _soft_tissue(c, p, pose, f, clouds, fine)
     a += (0.30 + 0.036 * clouds) * heart
     a -= lung * air * ((1.46 + 0.10 * p.hyperinflation) * p.bulk)
-    a += markings * np.minimum(lung * 2.2, 1.0)
-    a += _abdomen(p, f, clouds)
+    a += markings * np.minimum(lung * 2.2 + 0.15, 1.0)
+    a += _abdomen(p, f, clouds, fine)
     _add_airways(p, pose, f, a)
     _add_spine(c, p, f, a)
     a += _ribs(c, p, pose, f)
@@ -463,7 +467,7 @@ def _lungs_and_heart(c: Canvas, p: Patient, f: _Frame) -> tuple[np.ndarray, np.n
     swell = np.sin(0.5 * np.pi * apex_of_heart) ** (1.05 + 0.8 * p.heart_round) * np.sqrt(1.0 - beyond * beyond)
     left = upper + top + knob + (0.138 * size + shift) * swell
     border = np.where(f.right, right * s, left * s).astype(F32)
-    edge = max(0.008, 0.7 * c.px)
+    edge = np.maximum(0.007 + 0.012 * unit(1.0 - 2.5 * np.abs(h - 0.15)), 0.7 * c.px).astype(F32)
     out = f.ax - border
     air_m = step(out * (1.0 / edge))
     inside = np.maximum(-out, 0.0)
@@ -475,13 +479,13 @@ def _lungs_and_heart(c: Canvas, p: Patient, f: _Frame) -> tuple[np.ndarray, np.n
     lu = f.u * 1.03
     hull = np.sqrt(np.maximum(1.0 - lu * lu, 0.0))
     hull = np.sqrt(hull) * (0.70 + 0.30 * hull) * tip
-    behind = 0.17 + 0.83 * air_m
+    behind = 0.17 + air_m * (0.64 + 0.19 * unit(out * 10.0))  # the lung is thinner beside the heart
     lung = hull * behind * np.maximum(air_d, recess)
     visible = (out > 0) & (f.below < 0) & (lu < 1.0) & (f.y > f.apex)
     return lung, heart, visible
 
 
-def _soft_tissue(c: Canvas, p: Patient, pose: Pose, f: _Frame) -> np.ndarray:
+def _soft_tissue(c: Canvas, p: Patient, pose: Pose, f: _Frame, clouds: np.ndarray, fine: np.ndarray) -> np.ndarray:
     """Trunk, shoulders, neck, arms and chin."""
     s, v, width = f.s, f.v, f.width
     narrow = 0.84 + 0.16 * unit(v * 2.0)
@@ -496,7 +500,7 @@ def _soft_tissue(c: Canvas, p: Patient, pose: Pose, f: _Frame) -> np.ndarray:
     # outline of the shoulders: the trapezius rises to the neck
     neck = (0.105 + 0.02 * (1 - p.age)) * s
     out = np.maximum(f.ax - neck, 0.0)
-    top = f.apex - 0.22 * s + p.shoulder[1] + ((0.24 if p.arms_up else 0.48) - 0.3 * out) * out
+    top = f.apex - 0.22 * s + p.shoulder[1] + ((0.24 if p.arms_up else 0.36) - 0.3 * out) * out
     cover = np.sqrt(unit((f.yt - top) * (1.0 / (0.20 * s))))
     q = f.ax * (1.0 / (neck * 1.45))
     column = np.maximum(1.0 - q * q, 0.0) * (1.65 * unit((f.floor - f.y) * 5.0))
@@ -509,14 +513,14 @@ def _soft_tissue(c: Canvas, p: Patient, pose: Pose, f: _Frame) -> np.ndarray:
     body[rows] = np.maximum(here, arm) + 0.30 * np.minimum(here, arm)
     rows = slice(0, max(1, int((p.head + 0.03) * c.n)))
     if p.head > 0.0:
-        q = (f.sx[rows] * (1.0 / (0.175 * s))) ** 2 + ((f.y[rows] - p.head + 0.16) * (1.0 / 0.16)) ** 2
-        body[rows] += 1.5 * np.sqrt(np.maximum(1.0 - q, 0.0)) + 0.40 * np.exp(-(((q - 0.85) * (1 / 0.16)) ** 2))
+        q = ((f.sx[rows] - 1.5 * pose.lean) * (1.0 / ((0.165 + 0.03 * p.knob) * s))) ** 2 + ((f.y[rows] - p.head + 0.16) * (1.0 / 0.16)) ** 2
+        body[rows] += (1.4 + 0.15 * fine[rows] + 0.2 * clouds[rows]) * np.sqrt(np.maximum(1.0 - q, 0.0)) + 0.40 * np.exp(-(((q - 0.85) * (1 / 0.16)) ** 2))
     return body
 
 
 def _upper_arms(c: Canvas, p: Patient, pose: Pose, f: _Frame):
     """Where the upper arms are: rows, coordinates from the shoulder joint (both sides at once), direction of the arm."""
-    jx = f.width * (0.95 if p.arms_up else 1.02) + p.shoulder[0] * f.s
+    jx = f.width * (0.95 if p.arms_up else 0.98) + p.shoulder[0] * f.s
     jy = f.apex - 0.03 * f.s + p.shoulder[1] + (0.0 if p.arms_up else 0.02)
     rows = slice(0, min(c.n, int((jy + 0.22 * f.s) * c.n)) if p.arms_up else c.n)
     lean = min(max(0.15 + p.shoulder[2] + pose.arm, -0.12 if p.arms_up else 0.10), 0.6)
@@ -525,7 +529,7 @@ def _upper_arms(c: Canvas, p: Patient, pose: Pose, f: _Frame):
     return rows, f.ax[rows] - jx, f.yt[rows] - jy, direction
 
 
-def _abdomen(p: Patient, f: _Frame, clouds: np.ndarray) -> np.ndarray:
+def _abdomen(p: Patient, f: _Frame, clouds: np.ndarray, fine: np.ndarray) -> np.ndarray:
     """What lies under the diaphragm: liver and spleen, gas in the stomach and the bowel."""
     belly = unit(f.below * 9.0 + 0.25)
     a = belly * np.maximum(1.15 - f.uw * f.uw, 0.0) * (0.50 + 0.10 * clouds)
@@ -533,7 +537,7 @@ def _abdomen(p: Patient, f: _Frame, clouds: np.ndarray) -> np.ndarray:
     if gc > 0:
         q = ((f.sx - gx * f.s) * (1.0 / (1.3 * gr))) ** 2 + ((f.y - f.dome[1] - 0.035 - gr) * (1.0 / gr)) ** 2
         a -= gc * np.sqrt(np.maximum(1.0 - q - 0.45 * clouds, 0.0)) * belly
-    a -= np.minimum(np.maximum(clouds - 1.0 + p.gas, 0.0) * 0.5, 0.6) * unit((f.below - 0.12) * 12.0)
+    a -= np.minimum(np.maximum(clouds + 0.08 * fine - 0.7 + p.gas, 0.0) * 0.35, 0.5) * unit((f.below - 0.12) * 12.0)
     return a
 
 
@@ -543,8 +547,8 @@ def _add_airways(p: Patient, pose: Pose, f: _Frame, a: np.ndarray) -> None:
     n = a.shape[0]
     rows = slice(0, min(n, int((carina + 0.10) * n) + 1))
     tx, y = f.sx[rows] + (0.006 - 0.08 * pose.rotation), f.y[rows]
-    q = tx * (1.0 / (0.022 * f.s))
-    a[rows] -= 0.40 * np.sqrt(np.maximum(1.0 - q * q, 0.0)) * unit((carina - y) * 25.0) * unit((y - 0.02) * 20)
+    q = tx * (1.0 / (0.026 * f.s))
+    a[rows] -= 0.40 * np.maximum(1.0 - q * q, 0.0) * unit((carina - y) * 25.0) * unit((y - 0.02) * 20)
     arm = np.clip(y - carina, 0.0, 0.08)
     fade = 0.16 * unit((y - carina) * 60.0) * unit((carina + 0.08 - y) * 30.0)
     for sign, slope in ((-1.0, 0.75), (1.0, 1.05)):
@@ -561,7 +565,7 @@ def _add_spine(c: Canvas, p: Patient, f: _Frame, a: np.ndarray) -> None:
     phase = (y - f.apex) / pitch
     ph = phase - np.floor(phase)
     body = unit((0.41 - np.abs(ph - 0.5)) * 7.0 + 0.5)
-    half = 0.043 * f.s * (0.92 + 0.16 * unit(y)) * (0.96 + 0.05 * body)
+    half = 0.046 * f.s * (0.92 + 0.16 * unit(y)) * (0.96 + 0.05 * body)
     below = unit((y - f.apex + 0.05) * 6.0)
     depth = (0.20 + 0.24 * body) * (1.0 + 0.10 * np.sin(2.1 * phase + 7.0 * p.age)) * (0.55 + 0.45 * below)
     out = depth * step((half - ax) * (1.0 / max(0.005, 0.7 * c.px)))
@@ -597,20 +601,21 @@ def _ribs(c: Canvas, p: Patient, pose: Pose, f: _Frame) -> np.ndarray:
     slope = (k * u + (2.0 * lead) * u * cu) * (1.0 / f.width)
     cosine = np.maximum(cu / np.sqrt(cu * cu + slope * slope + 1e-6), 0.80)
     thick = 1.0 - cu
-    thick = 1.0 + 0.8 * thick * thick * thick  # rays pass along the rib at the side
+    thick = 1.0 + 1.2 * thick * thick  # rays pass along the rib at the side
     scale = cosine * (1.0 / half)
     # the back: nearly level beside the spine, then falling; the front goes on falling towards the sternum
     fall = lead * (u * u * 1.1 - 0.1 * u)
     at = ((f.yt + (0.5 - k) - fall + k * cu) * TABLE).astype(np.int32)
-    out = 0.45 * bone(table.take(at, mode="clip") * scale)
+    out = 0.43 * bone(table.take(at, mode="clip") * scale)
     at = ((f.yt + (0.5 - k) - lead - (p.rib_front_drop * s) * cu) * TABLE).astype(np.int32)
     fade = unit((u - p.rib_front) * 6.0)
     out += (0.18 * fade) * bone(front.take(at, mode="clip") * scale)
     out *= thick
     out *= 0.30 + np.minimum(np.maximum((u - 0.12) * 1.8, 0.0), 0.70)  # thin and steep beside the spine
-    out += 0.14 * np.maximum(1.0 - np.abs(f.u - 0.975) * 20.0, 0.0)  # pleura and muscle at the side
+    out *= 1.0 - unit((u - 0.93) * 10.0)
+    out += 0.34 * np.maximum(1.0 - np.abs(f.u - 0.975) * 18.0, 0.0)  # pleura and muscle at the side
     # soft towards the outside; below the diaphragm, ribs drown in scatter
-    edge = np.minimum(np.maximum((1.012 - f.u) * (f.width / max(c.px, 0.004)), 0.0), 1.0)
+    edge = np.minimum(np.maximum((1.022 - f.u) * (f.width / max(1.2 * c.px, 0.010)), 0.0), 1.0)
     return out * edge * (p.rib_density * (1.0 - 0.55 * unit(f.below * 10.0 + 0.1)))
 
 
@@ -621,12 +626,12 @@ def _add_shoulder_bones(c: Canvas, p: Patient, pose: Pose, f: _Frame, a: np.ndar
     ax, yt = f.ax[rows], f.yt[rows]
     t = (ax - 0.038 * s) * (1.0 / (width * 0.92))  # 0 at the sternum, 1 at the shoulder
     ts = np.clip(t, 0.0, 1.2)
-    line = f.apex + p.clavicle * s - p.clavicle_rise * s * ts + 0.020 * s * np.sin(6.2 * ts + 0.9) + p.shoulder[1] * ts
+    line = f.apex + p.clavicle * s - p.clavicle_rise * s * ts + p.clavicle_bend * s * np.sin(6.2 * ts + 0.9) + p.shoulder[1] * ts
     line = line + pose.tilt * f.sx[rows]  # shoulders tilt more than the chest
     t = t + 0.5 * pose.rotation * np.sign(f.sx[rows])
     half = np.maximum((0.0145 + 0.004 * np.cos(7.0 * ts)) * s, c.px)
     a[rows] += 0.62 * p.rib_density * bone((yt - line) * (1.0 / half)) * (
-        unit((t - 0.06) * 10.0) * unit((0.80 - t) * 8.0)
+        unit((t - 0.06) * 10.0) * unit((p.clavicle_end - t) * 8.0)
     )
     rows, dx, dy, direction = _upper_arms(c, p, pose, f)
     d, along = capsule(dx, dy, direction)
