@@ -1,9 +1,10 @@
 """The phantom: procedural frontal paediatric chest films, the embedded default data source.
 
-Each patient has an anatomy (see `phantom_anatomy`) and one to four films of it. An attenuation map becomes a film as it
-does in a radiograph: exp(-attenuation), scatter, detector blur, quantum noise, then the response curve of the hospital's
-scanner, its collimation and its marker. Three classes: normal, bacterial (focal consolidation) and viral (diffuse
-interstitial streaks with hyperinflation); they overlap on purpose. No film, and no table fitted to films, is embedded.
+Each patient has an anatomy (see `phantom_anatomy`) and one to four films of it. An attenuation map becomes a film as
+it does in a radiograph: exp(-attenuation), scatter, detector blur, quantum noise, then the response curve of the
+hospital's scanner, its collimation and its marker. Three classes: normal, bacterial (focal consolidation) and viral
+(diffuse interstitial streaks with hyperinflation); they overlap on purpose. No film, and no table fitted to films,
+is embedded.
 
 The same seed gives the same bytes, and film i doesn't depend on how many films follow it.
 """
@@ -16,7 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from primia_lite.config import DataError
-from primia_lite.data.phantom_anatomy import Canvas, Maps, Patient, Pose, Textures, attenuate, make_textures, sample_patient, sample_pose, step
+from primia_lite.data.phantom_anatomy import Patient, Pose, sample_patient, sample_pose
+from primia_lite.data.phantom_render import Canvas, Maps, Textures, attenuate, make_textures, step
 from primia_lite.data.types import ChestXrays
 
 CLASS_NAMES = ("normal", "bacterial", "viral")
@@ -134,7 +136,7 @@ def generate(
             rows.append((label, f"phantom-{number:05d}", str(sites[site]), split))
         if progress is not None:
             progress(len(rows), n_films)
-    labels, ids, where, split = zip(*rows)
+    labels, ids, where, split = zip(*rows, strict=True)
     return ChestXrays(
         images=images,
         labels=np.array(labels, np.int64),
@@ -150,7 +152,7 @@ def generate(
 
 def _check(n_films: int, size: int, sites: Sequence[str]) -> tuple[int, int]:
     if int(size) != size or not SIZES[0] <= size <= SIZES[1]:
-        raise DataError(f"phantom: size {size!r} is not possible; choose a whole number from {SIZES[0]} to {SIZES[1]} px")
+        raise DataError(f"phantom: size {size!r} is not possible; choose a whole number of {SIZES[0]} to {SIZES[1]} px")
     if int(n_films) != n_films or n_films < 1:
         raise DataError(f"phantom: n_films is {n_films!r}; ask for at least one film")
     if isinstance(sites, str) or len(sites) == 0 or len(set(sites)) != len(sites):
@@ -167,7 +169,7 @@ def _shares(given: Mapping[str, float] | None, default: Mapping[str, float], nam
     values = [float(given.get(key, 0.0)) for key in default]
     if not all(np.isfinite(v) and v >= 0 for v in values) or sum(values) <= 0:
         raise DataError(f"phantom: {name} must be non-negative numbers with a positive sum, not {dict(given)!r}")
-    return {key: value / sum(values) for key, value in zip(default, values)}
+    return {key: value / sum(values) for key, value in zip(default, values, strict=True)}
 
 
 class _Roster:
@@ -288,9 +290,18 @@ def _burn_in(grey: np.ndarray, scanner: Scanner, z: np.ndarray, u: np.ndarray) -
     ax, ay, bx, by = (v[:, None, None] for v in np.array(_LETTERS[scanner.marker], float).T)
     dx, dy = bx - ax, by - ay
     t = np.minimum(np.maximum(((px - ax) * dx + (py - ay) * dy) / (dx * dx + dy * dy), 0), 1)
-    away = np.sqrt((((px - ax - t * dx) ** 2 + (py - ay - t * dy) ** 2).min(axis=0))) * height
+    away = np.sqrt(((px - ax - t * dx) ** 2 + (py - ay - t * dy) ** 2).min(axis=0)) * height
     pen = np.minimum(np.maximum((0.004 - away) * n + 0.5, 0), 1) * min(1.0, 0.010 * n)
     grey[cut_y, cut_x] += (pen * (245.0 - grey[cut_y, cut_x])).astype(F32)
 
 
-__all__ = ["CLASS_FRACTIONS", "CLASS_NAMES", "SCANNERS", "SIZES", "SPLIT_FRACTIONS", "Scanner", "generate", "scanner_for"]
+__all__ = [
+    "CLASS_FRACTIONS",
+    "CLASS_NAMES",
+    "SCANNERS",
+    "SIZES",
+    "SPLIT_FRACTIONS",
+    "Scanner",
+    "generate",
+    "scanner_for",
+]
