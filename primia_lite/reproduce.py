@@ -184,6 +184,7 @@ def environment(folder: Path, publish_profile: str | None) -> Iterator[None]:
         "PRIMIA_LITE_RUNS": str(folder / "state"),
         "PRIMIA_LITE_DATA": str(data_root()),  # absolute: a kernel runs in the notebooks' folder
         "PRIMIA_LITE_HEADLESS": "1",
+        "MPLBACKEND": "module://matplotlib_inline.backend_inline",  # a user's Agg would leave cells without pictures
     }
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)

@@ -113,6 +113,15 @@ def test_where_a_notebook_writes(notebooks, tmp_path, write_notebook):
     assert os.path.isabs(data) and headless == "1"
 
 
+def test_figures_appear_in_the_executed_notebook(notebooks, tmp_path, write_notebook, monkeypatch):
+    folder, _ = notebooks
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    write_notebook(folder / "00_first.ipynb", "a = 1", "import matplotlib.pyplot as plt\nplt.plot([1, 2]);")
+    assert reproduce.run_notebooks("smoke", only="00", out=tmp_path / "o", notebooks=folder, stream=io.StringIO()) == 0
+    cells = nbformat.read(tmp_path / "o" / "00_first.ipynb", as_version=4).cells
+    assert any("image/png" in o.get("data", {}) for c in cells if c.cell_type == "code" for o in c.outputs)
+
+
 def test_only_real_films_of_the_paper_profile_are_published(notebooks):
     folder, _ = notebooks
 
