@@ -110,10 +110,10 @@ def generate(
     DataError
         If the size, the number of films, the sites or the fractions make no sense.
     """
-    size, n_films = _check(n_films, size, sites)
+    size, n_films, seed = _check(n_films, size, seed, sites)
     classes = _shares(class_fractions, CLASS_FRACTIONS, "class_fractions")
     splits = _shares(split_fractions, SPLIT_FRACTIONS, "split_fractions")
-    canvas = Canvas(max(size, 96))  # small films are drawn at 96 px and averaged down
+    canvas = Canvas(max(size, 80))  # small films are drawn at 80 px and averaged down
     shrink = _area_average(canvas.n, size)
     images = np.empty((n_films, size, size), np.uint8)
     lung = np.empty((n_films, size, size), bool)
@@ -150,14 +150,16 @@ def generate(
     )
 
 
-def _check(n_films: int, size: int, sites: Sequence[str]) -> tuple[int, int]:
+def _check(n_films: int, size: int, seed: int, sites: Sequence[str]) -> tuple[int, int, int]:
     if int(size) != size or not SIZES[0] <= size <= SIZES[1]:
         raise DataError(f"phantom: size {size!r} is not possible; choose a whole number of {SIZES[0]} to {SIZES[1]} px")
     if int(n_films) != n_films or n_films < 1:
         raise DataError(f"phantom: n_films is {n_films!r}; ask for at least one film")
     if isinstance(sites, str) or len(sites) == 0 or len(set(sites)) != len(sites):
         raise DataError(f"phantom: sites is {sites!r}; give a tuple of different names, such as ('A', 'B', 'C')")
-    return int(size), int(n_films)
+    if int(seed) != seed or seed < 0:
+        raise DataError(f"phantom: seed is {seed!r}; give a whole number of 0 or more")
+    return int(size), int(n_films), int(seed)
 
 
 def _shares(given: Mapping[str, float] | None, default: Mapping[str, float], name: str) -> dict[str, float]:
@@ -214,6 +216,7 @@ def _film(
     maps = attenuate(canvas, patient, pose, textures)
     z = rng.standard_normal(6).tolist()
     u = rng.random(6).tolist()
+    grain_rng = np.random.default_rng(int(rng.integers(2**62)))  # draws as many numbers as there are pixels
     # the photons: primary beam, scatter, detector
     signal = np.exp(-maps.attenuation)
     if scanner.blur * canvas.n > 0.4:
@@ -224,7 +227,7 @@ def _film(
     size = signal.shape[0]
     # fewer photons behind more tissue; a pixel of a small film gathers more of them
     noise = scanner.noise * float(np.exp(0.25 * z[1])) * (size / 256.0)
-    grain = rng.standard_normal((size, size), dtype=F32)
+    grain = grain_rng.standard_normal((size, size), dtype=F32)
     signal = np.maximum(signal + noise * np.sqrt(0.10 * signal) * grain, 1e-4)
     # the film: a sigmoid in the logarithm of the exposure
     density = -np.log(signal)
@@ -254,7 +257,8 @@ def _shrink(a: np.ndarray, matrix: np.ndarray | None) -> np.ndarray:
 
 def _masks(maps: Maps, shrink: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     lung = _shrink(maps.visible_lung.astype(F32), shrink) > 0.5
-    lesion = _shrink(np.asarray(maps.lesion, F32), shrink) > 0.25
+    lesion = _shrink(maps.lesion, shrink)
+    lesion = lesion > min(0.25, max(0.02, 0.5 * float(lesion.max())))  # a faint lesion is a lesion too
     return lung, lesion
 
 

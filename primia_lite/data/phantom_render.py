@@ -77,16 +77,16 @@ class Canvas:
     def splat(self, x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> np.ndarray:
         """Add points to the grid bilinearly; the result is a density (weight per unit area)."""
         n = self.n
-        fx, fy = x * n - 0.5, y * n - 0.5
-        inside = (fx > 0) & (fx < n - 1.001) & (fy > 0) & (fy < n - 1.001)
-        fx, fy, weight = fx[inside], fy[inside], weight[inside]
-        ix, iy = fx.astype(np.int32), fy.astype(np.int32)
+        fx = np.minimum(np.maximum(x * n - 0.5, 0.0), n - 1.001)
+        fy = np.minimum(np.maximum(y * n - 0.5, 0.0), n - 1.001)
+        weight = weight * (n * n) * ((fx > 0) & (fy > 0) & (fx < n - 1.001) & (fy < n - 1.001))  # none from outside
+        ix, iy = fx.astype(np.intp), fy.astype(np.intp)
         fx, fy = fx - ix, fy - iy
         at = iy * n + ix
         low, high = weight * (1 - fy), weight * fy
         index = np.concatenate((at, at + 1, at + n, at + n + 1))
         value = np.concatenate((low * (1 - fx), low * fx, high * (1 - fx), high * fx))
-        return (np.bincount(index, value, minlength=n * n).reshape(n, n) * (n * n)).astype(F32)
+        return np.bincount(index, value, minlength=n * n).reshape(n, n).astype(F32)
 
 
 def _spline_matrix(n: int, cells: int) -> np.ndarray:
@@ -139,16 +139,19 @@ def make_textures(canvas: Canvas, patient: Patient) -> Textures:
     if canvas.n >= 160:  # grain that smaller films can't show
         fine += canvas.noise(rng, 129)
     # short streaks that run outwards from the hila: many in interstitial disease, a few faint ones in everyone
-    strong = np.arange(460) < int(460 * min(1.0, patient.streaks))
-    strength = np.where(strong, F32(0.6 + 0.6 * patient.streaks), F32(0.25))
+    many = int(460 * min(1.0, patient.streaks))
+    count = max(many, 200)
+    z, u = z[:, :count], u[:, :count]
+    strong = np.arange(count) < many
+    strength = np.where(strong, F32(0.6 + 0.6 * patient.streaks), F32(0.30))
     radius = 0.04 + 0.75 * u[1]
     theta = 1.15 * z[0]
     heading = theta + 0.75 * z[1]
-    t = np.linspace(-0.5, 0.5, 7, dtype=F32)[:, None] * (0.06 + 0.06 * np.abs(z[2]))
+    t = np.linspace(-0.5, 0.5, 5, dtype=F32)[:, None] * (0.06 + 0.06 * np.abs(z[2]))
     x = radius * np.cos(theta) + t * np.cos(heading)
     y = radius * np.sin(theta) + t * np.sin(heading)
     side = np.broadcast_to(np.where(u[0] < 0.5, F32(-1), F32(1)), x.shape)
-    weight = np.broadcast_to(2.6e-5 * (0.3 + u[2]) * strength * (0.95 - 0.6 * radius), x.shape)
+    weight = np.broadcast_to(3.6e-5 * (0.3 + u[2]) * strength * (0.95 - 0.6 * radius), x.shape)
     return Textures(clouds, fine, (side.ravel(), x.ravel(), y.ravel(), weight.ravel()))
 
 
@@ -176,7 +179,7 @@ def attenuate(canvas: Canvas, patient: Patient, pose: Pose, textures: Textures) 
     a += _ribs(c, p, pose, f)
     _add_shoulder_bones(c, p, pose, f, a)
     np.maximum(a, 0.0, out=a)
-    if p.streaks > 0.3:  # diffuse disease: the zone around the hila where most streaks are
+    if p.label == 2:  # diffuse disease: the zone around the hila where most streaks are
         q = ((f.uw - 0.35) * (1.0 / 0.45)) ** 2 + ((f.y - f.apex - 0.46 * f.depth) * (1.0 / (0.42 * f.depth))) ** 2
         lesion = np.maximum(lesion, (q + 0.35 * clouds < 1.0) * F32(1.0))
     return Maps(a, lung, lesion * visible, visible)
