@@ -1,0 +1,304 @@
+"""Federated rounds: the algorithm, its checkpoints, and kills at any moment."""
+
+import errno
+import multiprocessing
+import os
+import random
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from primia_lite.config import BudgetError, TrainingError, UserError
+from primia_lite.federation.aggregation import WeightedMean
+from primia_lite.federation.hospital import Hospital, Update, declare_size, local_update
+from primia_lite.federation.rounds import Schedule, federate, pool
+from primia_lite.models import Films, build
+from primia_lite.privacy.dpsgd import Privacy
+from primia_lite.privacy.ledger import Ledger
+from primia_lite.privacy.rng import SecureGenerator
+from primia_lite.training import Training
+
+
+def tabular(n, seed=0, d=8, classes=3):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(classes, (n,), generator=generator)
+    inputs = torch.randn(n, 1, d, generator=generator) + 2.0 * F.one_hot(labels, d)[:, None].float()
+    return Films(inputs, labels, np.array([f"{seed}-{i}" for i in range(n)]))
+
+
+def hospitals(sizes=(60, 40, 100)):
+    return [Hospital(name, tabular(n, seed)) for seed, (name, n) in enumerate(zip("ABC", sizes, strict=False))]
+
+
+PRIVACY = Privacy(2.0, 0.5, target_epsilon=100.0)
+TRAINING = Training(sample_rate=0.5, learning_rate=0.5)
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# --- the algorithm -----------------------------------------------------------------------------------------------------
+
+
+def test_one_full_batch_step_is_plain_gradient_descent_on_all_films():
+    # FedSGD's identity (McMahan et al. 2017): with weights n_k / n and one full-batch step, federated equals pooled.
+    group = hospitals()
+    training = Training(sample_rate=1.0, learning_rate=0.3)
+    result = federate(group, training, Schedule(5), progress=None)
+    everything = pool(group).films
+    model = build("litenet", 3, (8,))
+    optimizer = torch.optim.SGD(model.parameters(), 0.3)
+    for _ in range(5):
+        optimizer.zero_grad()
+        F.cross_entropy(model(everything.inputs[:, 0]), everything.labels).backward()
+        optimizer.step()
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(result.state[name], value, atol=1e-6, rtol=1e-5)
+
+
+def test_server_momentum_and_averaging_follow_their_definitions():
+    group, training = hospitals((50,)), Training(sample_rate=1.0, learning_rate=0.3)
+    result = federate(group, training, Schedule(4, server_momentum=0.9, average_last=2), progress=None)
+    films = group[0].films
+    model = build("litenet", 3, (8,))
+    optimizer = torch.optim.SGD(model.parameters(), 0.3, momentum=0.9)
+    iterates = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        F.cross_entropy(model(films.inputs[:, 0]), films.labels).backward()
+        optimizer.step()
+        iterates.append({k: v.clone() for k, v in model.state_dict().items()})
+    for name in result.state:
+        torch.testing.assert_close(result.state[name], (iterates[2][name] + iterates[3][name]) / 2, atol=1e-6, rtol=1e-5)
+
+
+def test_local_epochs_count_their_steps():
+    assert Training(sample_rate=0.25, local_steps=None, local_epochs=3).steps_per_round == 12
+    update = local_update(
+        build("litenet", 3, (8,)).state_dict(), tabular(40), Training(sample_rate=0.25, local_steps=None, local_epochs=2),
+        None, SecureGenerator.from_seed(0),
+    )  # fmt: skip
+    assert update.steps == 8
+
+
+def test_mean_is_weighted_by_declared_sizes_whatever_the_order():
+    updates = {h: Update({"w": torch.tensor([value])}, 1, False) for h, value in (("A", 1.0), ("B", 4.0))}
+    mean = WeightedMean().aggregate(updates, {"B": 0.75, "A": 0.25})
+    assert mean["w"].item() == pytest.approx(3.25)
+    with pytest.raises(UserError, match="they must name the same"):
+        WeightedMean().aggregate(updates, {"A": 1.0})
+    assert declare_size(1234) == 1230 and declare_size(3) == 10
+
+
+def test_local_update_is_pure():
+    films, state = tabular(30), build("litenet", 3, (8,)).state_dict()
+    copy = {k: v.clone() for k, v in state.items()}
+    torch.manual_seed(1)
+    before = torch.random.get_rng_state()
+    first = local_update(state, films, TRAINING, PRIVACY, SecureGenerator.from_seed(1), declared_size=30)
+    assert same(state, copy) and torch.equal(torch.random.get_rng_state(), before)
+    again = local_update(state, films, TRAINING, PRIVACY, SecureGenerator.from_seed(1), declared_size=30)
+    other = local_update(state, films, TRAINING, PRIVACY, SecureGenerator.from_seed(2), declared_size=30)
+    assert same(first.delta, again.delta) and not same(first.delta, other.delta)
+    assert first.seeded
+
+
+def test_private_step_divides_by_the_declared_size_not_the_count():
+    films, state = tabular(30), build("litenet", 3, (8,)).state_dict()
+    quiet = Privacy(1e-9, 0.5, 8)
+    small, large = (
+        local_update(state, films, Training(sample_rate=1.0), quiet, SecureGenerator.from_seed(0), declared_size=size)
+        for size in (30, 60)
+    )
+    torch.testing.assert_close(small.delta["weight"], 2 * large.delta["weight"])
+
+
+def test_update_survives_bytes():
+    update = local_update(build("litenet", 3, (8,)).state_dict(), tabular(30), TRAINING, None, SecureGenerator())
+    back = Update.from_bytes(update.to_bytes())
+    assert same(update.delta, back.delta) and (back.steps, back.seeded) == (1, False)
+
+
+def test_epsilon_is_reported_for_each_hospital_and_as_the_maximum(tmp_path):
+    result = federate(hospitals(), TRAINING, Schedule(3), PRIVACY, folder=tmp_path, progress=None)
+    assert set(result.epsilon) == {"A", "B", "C"}
+    assert result.epsilon_max == max(result.epsilon.values()) == pytest.approx(PRIVACY.epsilon(0.5, 3))
+    assert not result.seeded and result.label == ""
+    seeded = federate(hospitals(), TRAINING, Schedule(1), PRIVACY, folder=tmp_path / "s", noise_seed=1, progress=None)
+    assert seeded.label == "seeded: not private"
+
+
+def test_two_private_runs_differ_and_two_seeded_ones_do_not(tmp_path):
+    def run(name, seed):
+        return federate(hospitals(), TRAINING, Schedule(2), PRIVACY, folder=tmp_path / name, noise_seed=seed, progress=None).state
+
+    assert not same(run("a", None), run("b", None))
+    assert same(run("c", 7), run("d", 7))
+
+
+def test_history_and_lines_headless(tmp_path, capsys):
+    result = federate(hospitals(), TRAINING, Schedule(3), validation=tabular(50, 9), progress="federated")
+    assert [r["round"] for r in result.history] == [1, 2, 3]
+    assert {"auroc", "accuracy", "mcc", "loss"} <= result.history[-1].keys()
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert len(lines) == 3 and lines[-1].startswith("federated: round 3/3  AUROC 0.")
+
+
+# --- checkpoints -------------------------------------------------------------------------------------------------------
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
+
+
+def long_run(folder, kind, seed, sender=None):
+    result = federate(
+        hospitals(), TRAINING, Schedule(40, server_momentum=0.9, average_last=20), PRIVACY if kind == "private" else None,
+        folder=folder, noise_seed=seed, progress=(lambda record: sender.send(record["round"])) if sender else None,
+    )  # fmt: skip
+    return result.state
+
+
+def run_until_killed(folder, kind, seed, at_round, after_s):
+    """Start the run in a process of its own and kill it some time after a round; returns whether it was still running."""
+    torch.set_num_threads(1)
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=long_run, args=(folder, kind, seed, sender))
+    process.start()
+    sender.close()
+    while receiver.recv() < at_round:
+        pass
+    time.sleep(after_s)
+    process.kill()
+    process.join()
+    return process.exitcode == -signal.SIGKILL
+
+
+@needs_fork
+@pytest.mark.parametrize("kind", ["plain", "private"])
+def test_a_run_killed_at_any_moment_ends_in_the_same_weights(tmp_path, kind):
+    whole = long_run(tmp_path / "whole", kind, 3)
+    moments = [(at, random.Random(at).uniform(0, 0.02)) for at in (3, 9, 17, 25, 33)]
+    kills = sum(run_until_killed(tmp_path / "killed", kind, 3, *moment) for moment in moments)
+    assert kills >= 4
+    assert same(whole, long_run(tmp_path / "killed", kind, 3))
+    assert not list((tmp_path / "killed").glob("update-*"))
+
+
+@needs_fork
+def test_a_killed_private_run_charges_every_release_that_it_computed(tmp_path):
+    long_run(tmp_path / "warm", "private", 0)  # fills the accountant's cache, which the forked process inherits
+    assert run_until_killed(tmp_path / "run", "private", None, 5, 0.01)
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["round"] >= 5
+    long_run(tmp_path / "run", "private", None)
+    for name in "ABC":
+        steps = sum(r.steps for r in Ledger(tmp_path / "run" / f"ledger-{name}.sqlite", 100.0, 1e-4).charges())
+        assert steps in (40, 41)  # the round under way at the kill is charged again unless its update was stored
+
+
+def test_a_stored_update_is_sent_again_and_not_charged_again(tmp_path):
+    hospital = hospitals()[0]
+    state = build("litenet", 3, (8,)).state_dict()
+    first = hospital.update(1, state, TRAINING, PRIVACY, SecureGenerator(), tmp_path)
+    again = hospital.update(1, state, TRAINING, PRIVACY, SecureGenerator(), tmp_path)
+    assert same(first.delta, again.delta)
+    assert len(hospital.ledger(tmp_path, PRIVACY).charges()) == 1
+    (tmp_path / "update-A-00001.pt").unlink()
+    fresh = hospital.update(1, state, TRAINING, PRIVACY, SecureGenerator(), tmp_path)
+    assert not same(first.delta, fresh.delta)
+    assert len(hospital.ledger(tmp_path, PRIVACY).charges()) == 2
+
+
+def test_no_state_of_a_generator_is_on_the_disk(tmp_path):
+    rng = SecureGenerator()
+    hospital = hospitals()[0]
+    hospital.update(1, build("litenet", 3, (8,)).state_dict(), TRAINING, PRIVACY, rng, tmp_path)
+    federate(hospitals(), TRAINING, Schedule(2), PRIVACY, folder=tmp_path / "run", noise_seed=5, progress=None)
+    keys = {rng._key, SecureGenerator.from_seed(5)._key, SecureGenerator.from_seed(5).child("round", 1, "A")._key}
+    content = b"".join(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
+    assert len(content) > 1000
+    assert not any(key in content for key in keys)
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
+    federate(hospitals(), TRAINING, Schedule(2), folder=tmp_path, progress=None)
+    good = (tmp_path / "checkpoint.pt").read_bytes()
+    real = os.fsync
+
+    def full(descriptor):
+        if "checkpoint" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    if not os.path.exists("/proc/self/fd"):
+        pytest.skip("needs /proc")
+    (tmp_path / "again").mkdir()
+    (tmp_path / "again" / "checkpoint.pt").write_bytes(good)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="could not write checkpoint.pt .*No space left on device.*is intact"):
+        federate(hospitals(), TRAINING, Schedule(4), folder=tmp_path / "again", progress=None)
+    assert (tmp_path / "again" / "checkpoint.pt").read_bytes() == good
+    assert not list((tmp_path / "again").glob(".checkpoint*"))
+
+
+def test_a_folder_of_another_run_is_refused_and_fresh_replaces_it(tmp_path):
+    federate(hospitals(), TRAINING, Schedule(2), folder=tmp_path, progress=None)
+    with pytest.raises(UserError, match="holds a run with other films.*fresh=True"):
+        federate(hospitals(), TRAINING.changed(learning_rate=0.1), Schedule(2), folder=tmp_path, progress=None)
+    federate(hospitals(), TRAINING.changed(learning_rate=0.1), Schedule(2), folder=tmp_path, fresh=True, progress=None)
+
+
+# --- bad input ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_spent_budget_stops_the_run_and_keeps_what_was_reached(tmp_path):
+    tight = Privacy(2.0, 0.5, target_epsilon=PRIVACY.epsilon(0.5, 2) + 0.01)
+    with pytest.raises(BudgetError, match="ledger-A: round 3 would bring epsilon to .*over the budget.*keep the last model"):
+        federate(hospitals(), TRAINING, Schedule(5), tight, folder=tmp_path, progress=None)
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["round"] == 2
+
+
+def test_an_exploding_loss_names_hospital_and_round():
+    with pytest.raises(TrainingError, match="hospital [ABC], round .*lower learning_rate"):
+        federate(hospitals(), TRAINING.changed(learning_rate=1e38), Schedule(20), progress=None)
+
+
+def test_a_hospital_without_films_or_with_one_class_is_refused():
+    with pytest.raises(UserError, match="hospital A has no films"):
+        Hospital("A", tabular(10).subset(np.zeros(10, bool)))
+    films = tabular(30)
+    with pytest.raises(UserError, match="hospital A has films of one class only"):
+        Hospital("A", films.subset((films.labels == 1).numpy()))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Schedule(0), "rounds is 0"),
+        (lambda: Schedule(3, average_last=4), "average_last is 4"),
+        (lambda: Schedule(3, server_momentum=1.0), "server_momentum is 1"),
+        (lambda: Training(model="vgg"), "unknown model 'vgg'"),
+        (lambda: Training(sample_rate=0), "sample_rate is 0"),
+        (lambda: Training(local_epochs=1), "either local_steps or local_epochs"),
+        (lambda: Training(augmentation=("blur",)), r"unknown augmentation \['blur'\]"),
+        (lambda: Training(class_weights="even"), "class_weights is 'even'"),
+        (lambda: Training(class_weights=(1.0, 2.0)), "2 numbers for 3 classes"),
+        (lambda: federate([], TRAINING, Schedule(1)), "names of their own"),
+        (lambda: federate(hospitals(), TRAINING, Schedule(1), PRIVACY), "give federate.. a folder"),
+        (
+            lambda: local_update({"weight": torch.zeros(2, 2)}, tabular(10), TRAINING, None, SecureGenerator()),
+            "global weights don't fit litenet",
+        ),
+        (
+            lambda: local_update(build("litenet", 3, (8,)).state_dict(), tabular(10), TRAINING, PRIVACY, SecureGenerator()),
+            "give the hospital's declared_size",
+        ),
+    ],
+)
+def test_bad_values_are_named(call, message):
+    with pytest.raises(UserError, match=message):
+        call()
