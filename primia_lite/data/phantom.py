@@ -48,9 +48,9 @@ class Scanner:
 
 
 SCANNERS = (
-    Scanner(1.42, 2.10, 244, 0, 0.030, 0.0027, 0.005, 0.08, "R", (0.03, 0.28), 0.036, 0.05, 1.00),
-    Scanner(1.28, 1.90, 232, 6, 0.050, 0.0038, 0.008, 0.12, "R", (0.05, 0.09), 0.046, 0.10, 1.06),
-    Scanner(1.54, 2.45, 250, 0, 0.022, 0.0022, 0.006, 0.10, "L", (0.93, 0.12), 0.040, 0.25, 0.96),
+    Scanner(1.42, 2.10, 244, 0, 0.030, 0.0026, 0.010, 0.08, "R", (0.03, 0.28), 0.036, 0.05, 1.00),
+    Scanner(1.28, 1.90, 232, 6, 0.050, 0.0038, 0.016, 0.12, "R", (0.05, 0.09), 0.046, 0.10, 1.06),
+    Scanner(1.54, 2.45, 250, 0, 0.022, 0.0020, 0.012, 0.10, "L", (0.93, 0.12), 0.040, 0.25, 0.96),
 )
 
 
@@ -256,10 +256,10 @@ def _shrink(a: np.ndarray, matrix: np.ndarray | None) -> np.ndarray:
 
 
 def _masks(maps: Maps, shrink: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    lung = _shrink(maps.visible_lung.astype(F32), shrink) > 0.5
-    lesion = _shrink(maps.lesion, shrink)
-    lesion = lesion > min(0.25, max(0.02, 0.5 * float(lesion.max())))  # a faint lesion is a lesion too
-    return lung, lesion
+    lung = _shrink(maps.visible_lung.astype(F32), shrink)
+    lesion = _shrink(maps.lesion, shrink) * (lung > 0.5)
+    threshold = min(0.25, max(0.02, 0.5 * float(lesion.max())))  # a faint lesion is a lesion too
+    return lung > 0.5, lesion > threshold
 
 
 _LETTERS = {  # strokes in a unit box, y down

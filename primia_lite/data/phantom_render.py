@@ -200,7 +200,7 @@ class _Frame:
         self.fall = tuple(max(0.03, d - 0.3 * pose.inspiration) * s for d in p.dome_shape)
         self.floor = max(self.dome[0] + self.fall[0], self.dome[1] + self.fall[1])
         self.y = y
-        self.sx = c.x - (pose.x + pose.lean * (y - 0.5) + 0.3 * pose.lean * np.sin(7 * y))
+        self.sx = c.x - (pose.x + pose.lean * (y - 0.5) + 0.15 * pose.lean * np.sin(7 * y))
         self.ax = np.abs(self.sx)
         self.right = self.sx < 0
         self.yt = y + pose.tilt * self.sx
@@ -286,7 +286,7 @@ def _soft_tissue(c: Canvas, p: Patient, pose: Pose, f: _Frame, clouds: np.ndarra
         qx = (f.sx[rows] - 1.5 * pose.lean) * (1.0 / ((0.165 + 0.03 * p.knob) * s))
         qy = (f.y[rows] - p.head + 0.16) * (1.0 / 0.16)
         q = qx * qx + qy * qy
-        skull = np.sqrt(np.maximum(1.0 - q, 0.0)) * (1.4 + 0.15 * fine[rows] + 0.2 * clouds[rows])
+        skull = np.sqrt(np.maximum(1.0 - q, 0.0)) * (1.4 + 0.08 * fine[rows] + 0.2 * clouds[rows])
         body[rows] += skull + 0.40 * np.exp(-(((q - 0.85) * (1 / 0.16)) ** 2))
     return body
 
@@ -337,10 +337,10 @@ def _add_spine(c: Canvas, p: Patient, f: _Frame, a: np.ndarray) -> None:
     pitch = p.rib_spacing * 0.74 * f.s * (0.85 + 0.3 * unit(y))
     phase = (y - f.apex) / pitch
     ph = phase - np.floor(phase)
-    body = unit((0.41 - np.abs(ph - 0.5)) * 7.0 + 0.5)
+    body = unit((0.39 - np.abs(ph - 0.5)) * 5.0 + 0.5)
     half = 0.046 * f.s * (0.92 + 0.16 * unit(y)) * (0.96 + 0.05 * body)
     below = unit((y - f.apex + 0.05) * 6.0)
-    depth = (0.17 + 0.30 * body) * (1.0 + 0.10 * np.sin(2.1 * phase + 7.0 * p.age)) * (0.55 + 0.45 * below)
+    depth = (0.22 + 0.24 * body) * (1.0 + 0.10 * np.sin(2.1 * phase + 7.0 * p.age)) * (0.55 + 0.45 * below)
     out = depth * step((half - ax) * (1.0 / max(0.005, 0.7 * c.px)))
     cortex = (ax - half * 0.94) * (1.0 / 0.005)
     out += (0.10 * body) * np.maximum(1.0 - cortex * cortex, 0.0)
