@@ -12,7 +12,7 @@ The same seed gives the same bytes, and film i doesn't depend on how many films 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -44,12 +44,12 @@ class Scanner:
     marker_at: tuple[float, float]
     marker_size: float
     border: float  # probability that collimation shows as a dark frame
-    zoom: float
+    zoom: float  # magnification: distance between tube, child and detector
 
 
 SCANNERS = (
     Scanner(1.42, 2.10, 244, 0, 0.030, 0.0026, 0.010, 0.08, "R", (0.03, 0.28), 0.036, 0.05, 1.00),
-    Scanner(1.28, 1.90, 232, 6, 0.050, 0.0038, 0.016, 0.12, "R", (0.05, 0.09), 0.046, 0.10, 1.06),
+    Scanner(1.28, 1.90, 232, 6, 0.050, 0.0038, 0.016, 0.12, "R", (0.05, 0.09), 0.046, 0.10, 1.05),
     Scanner(1.54, 2.45, 250, 0, 0.022, 0.0020, 0.012, 0.10, "L", (0.93, 0.12), 0.040, 0.25, 0.96),
 )
 
@@ -131,6 +131,7 @@ def generate(
                 break
             pose = sample_pose(rng, patient, base)
             base = base or pose
+            pose = replace(pose, scale=pose.scale * scanner.zoom)
             i = len(rows)
             images[i], lung[i], lesion[i] = _film(canvas, shrink, patient, textures, pose, scanner, rng)
             rows.append((label, f"phantom-{number:05d}", str(sites[site]), split))
@@ -151,15 +152,19 @@ def generate(
 
 
 def _check(n_films: int, size: int, seed: int, sites: Sequence[str]) -> tuple[int, int, int]:
-    if int(size) != size or not SIZES[0] <= size <= SIZES[1]:
+    if not _whole(size) or not SIZES[0] <= size <= SIZES[1]:
         raise DataError(f"phantom: size {size!r} is not possible; choose a whole number of {SIZES[0]} to {SIZES[1]} px")
-    if int(n_films) != n_films or n_films < 1:
+    if not _whole(n_films) or n_films < 1:
         raise DataError(f"phantom: n_films is {n_films!r}; ask for at least one film")
     if isinstance(sites, str) or len(sites) == 0 or len(set(sites)) != len(sites):
         raise DataError(f"phantom: sites is {sites!r}; give a tuple of different names, such as ('A', 'B', 'C')")
-    if int(seed) != seed or seed < 0:
+    if not _whole(seed) or seed < 0:
         raise DataError(f"phantom: seed is {seed!r}; give a whole number of 0 or more")
     return int(size), int(n_films), int(seed)
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
 def _shares(given: Mapping[str, float] | None, default: Mapping[str, float], name: str) -> dict[str, float]:

@@ -78,7 +78,7 @@ def sample_patient(rng: np.random.Generator, label: int) -> Patient:
     u = rng.random(48).tolist()  # Python floats: a numpy scalar would turn the float32 maps into float64
     z = rng.standard_normal(32).tolist()
     age = u[0]
-    severity = 0.45 + 0.55 * u[1] ** 0.5
+    severity = 0.50 + 0.50 * u[1] ** 0.5
     hyper = haze = fissure = streaks = cuffs = 0.0
     lesions: list[tuple[float, ...]] = []
     effusion = (0.0, 0.0)
@@ -87,7 +87,7 @@ def sample_patient(rng: np.random.Generator, label: int) -> Patient:
         if u[2] < 0.25:
             amount = 0.03 + 0.12 * u[3]
             effusion = (amount, 0.0) if lesions[0][0] < 0 else (0.0, amount)
-        haze = 0.03 + 0.15 * u[4]
+        haze = 0.05 + 0.15 * u[4]
         streaks = 0.10 + 0.35 * u[5]
         cuffs = 0.1 + 0.4 * u[6]
     elif label == 2:
@@ -169,7 +169,7 @@ def _consolidations(rng: np.random.Generator, severity: float) -> tuple[list[tup
                 size * (0.8 + 0.5 * next(w)),
                 size * (0.6 + 0.4 * next(w)),
                 0.5 * next(z),
-                (0.45 + 0.55 * severity) * (0.7 + 0.3 * next(w)),
+                (0.50 + 0.50 * severity) * (0.7 + 0.3 * next(w)),
             )
         )
     return lesions, 1.0 if chosen[0] == 0 and rng.random() < 0.6 else 0.0

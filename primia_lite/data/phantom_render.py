@@ -28,10 +28,9 @@ class Textures:
 
 @dataclass
 class Maps:
-    """Result of `attenuate`: attenuation [n, n], lung depth without heart [n, n], lesion density [n, n]."""
+    """Result of `attenuate`, each [n, n]: attenuation, share of the lung that is diseased, lung as a reader sees it."""
 
     attenuation: np.ndarray
-    lung: np.ndarray
     lesion: np.ndarray
     visible_lung: np.ndarray
 
@@ -182,7 +181,7 @@ def attenuate(canvas: Canvas, patient: Patient, pose: Pose, textures: Textures) 
     if p.label == 2:  # diffuse disease: the zone around the hila where most streaks are
         q = ((f.uw - 0.35) * (1.0 / 0.45)) ** 2 + ((f.y - f.apex - 0.46 * f.depth) * (1.0 / (0.42 * f.depth))) ** 2
         lesion = np.maximum(lesion, (q + 0.35 * clouds < 1.0) * F32(1.0))
-    return Maps(a, lung, lesion * visible, visible)
+    return Maps(a, lesion * visible, visible)
 
 
 class _Frame:

@@ -10,7 +10,7 @@ from primia_lite.config import DataError
 from primia_lite.data import phantom
 from primia_lite.data.types import ChestXrays
 
-N = 240
+N = 200
 
 
 @pytest.fixture(scope="module")
@@ -37,15 +37,15 @@ def test_shapes_and_labels(films):
 
 
 def test_same_seed_same_bytes(films):
-    again = phantom.generate(N, 64, seed=3)
+    again = phantom.generate(50, 64, seed=3)
     for name in ("images", "labels", "patient_id", "site", "split", "lung_mask", "lesion_mask"):
-        assert np.array_equal(getattr(films, name), getattr(again, name)), name
+        assert np.array_equal(getattr(films, name)[:50], getattr(again, name)), name
 
 
 def test_a_film_does_not_depend_on_those_after_it(films):
-    fewer = phantom.generate(17, 64, seed=3)
-    assert np.array_equal(fewer.images, films.images[:17])
-    assert np.array_equal(fewer.split, films.split[:17])
+    fewer = phantom.generate(7, 64, seed=3)
+    assert np.array_equal(fewer.images, films.images[:7])
+    assert np.array_equal(fewer.split, films.split[:7])
 
 
 def test_other_seeds_make_other_films(films):
