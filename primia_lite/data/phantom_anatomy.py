@@ -78,7 +78,7 @@ def sample_patient(rng: np.random.Generator, label: int) -> Patient:
     u = rng.random(48).tolist()  # Python floats: a numpy scalar would turn the float32 maps into float64
     z = rng.standard_normal(32).tolist()
     age = u[0]
-    severity = 0.50 + 0.50 * u[1] ** 0.5
+    severity = 0.55 + 0.45 * u[1] ** 0.5
     hyper = haze = fissure = streaks = cuffs = 0.0
     lesions: list[tuple[float, ...]] = []
     effusion = (0.0, 0.0)
@@ -87,12 +87,12 @@ def sample_patient(rng: np.random.Generator, label: int) -> Patient:
         if u[2] < 0.25:
             amount = 0.03 + 0.12 * u[3]
             effusion = (amount, 0.0) if lesions[0][0] < 0 else (0.0, amount)
-        haze = 0.05 + 0.15 * u[4]
+        haze = 0.08 + 0.17 * u[4]
         streaks = 0.10 + 0.35 * u[5]
         cuffs = 0.1 + 0.4 * u[6]
     elif label == 2:
         hyper = min(max(0.55 + 0.35 * z[0], 0.0), 1.2) * (0.5 + 0.5 * severity)
-        haze = 0.05 + 0.20 * u[4] * severity
+        haze = 0.08 + 0.20 * u[4] * severity
         streaks = 0.25 + 0.75 * severity
         cuffs = 0.3 + 0.7 * u[6] * severity
         if u[2] < 0.22:
@@ -160,7 +160,7 @@ def _consolidations(rng: np.random.Generator, severity: float) -> tuple[list[tup
     lesions = []
     for number, lobe in enumerate(chosen):
         side, across, down = lobes[lobe]
-        size = (0.30 + 0.36 * severity * next(w)) * (1.0 if number == 0 else 0.7)
+        size = (0.34 + 0.36 * severity * next(w)) * (1.0 if number == 0 else 0.7)
         lesions.append(
             (
                 float(side),

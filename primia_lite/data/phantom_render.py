@@ -142,7 +142,7 @@ def make_textures(canvas: Canvas, patient: Patient) -> Textures:
     count = max(many, 200)
     z, u = z[:, :count], u[:, :count]
     strong = np.arange(count) < many
-    strength = np.where(strong, F32(0.6 + 0.6 * patient.streaks), F32(0.30))
+    strength = np.where(strong, F32(0.75 + 0.7 * patient.streaks), F32(0.30))
     radius = 0.04 + 0.75 * u[1]
     theta = 1.15 * z[0]
     heading = theta + 0.75 * z[1]
