@@ -30,12 +30,10 @@ KEY := $(shell (cat requirements.lock pyproject.toml; pwd) | cksum)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_USER := no
 export CHROMIUM
-ifneq ($(PRIMIA_LITE_DATA),)
-  # Notebooks run in their own folder.
-  export PRIMIA_LITE_DATA := $(abspath $(PRIMIA_LITE_DATA))
-endif
-# Two kernels side by side on two cores: one thread each. Nothing that a test makes is found by a user's run.
-TEST_ENV := OMP_NUM_THREADS=1 MPLBACKEND= PRIMIA_LITE_HEADLESS=1
+# Two kernels side by side on two cores: one thread each. Notebooks run in their own folder, so that the folder of films
+# must be absolute.
+TEST_ENV := OMP_NUM_THREADS=1 MPLBACKEND= PRIMIA_LITE_HEADLESS=1 \
+	PRIMIA_LITE_DATA="$${PRIMIA_LITE_DATA:+$$(cd "$$PRIMIA_LITE_DATA" 2>/dev/null && pwd || echo "$$PRIMIA_LITE_DATA")}"
 
 .PHONY: run test test-unit test-notebooks test-browser chromium refresh lab doctor setup install lint format clean help
 
@@ -51,7 +49,8 @@ test: setup
 test-unit: setup
 	@$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
 
-# nbval compares the outputs of cells tagged nbval-check-output and fails on any error.
+# nbval compares the outputs of cells tagged nbval-check-output and fails on any error. What notebooks make here goes to
+# runs/test, where no user's run finds it.
 test-notebooks: setup
 	@rm -rf runs/test && PRIMIA_LITE_RUNS="$(CURDIR)/runs/test" PRIMIA_LITE_FIGURES="$(CURDIR)/runs/test/figures" \
 	PRIMIA_LITE_RESULTS="$(CURDIR)/runs/test/results" $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile \
@@ -101,18 +100,18 @@ setup:
 install:
 	@python=; \
 	for candidate in $(if $(PYTHON),"$(PYTHON)",python3 python3.14 python3.13 python3.12 python3.11 python); do \
-	  if $$candidate -c "import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))" 2>/dev/null; \
-	  then python=$$candidate; break; fi; \
+	  if "$$candidate" -c "import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))" 2>/dev/null; \
+	  then python="$$candidate"; break; fi; \
 	done; \
 	if [ -z "$$python" ]; then \
 	  echo "make: no Python 3.11 or newer with venv and ensurepip found$(if $(PYTHON), at PYTHON=$(PYTHON))." >&2; \
 	  echo "Install one (Debian, Ubuntu: apt install python3 python3-venv), or name it: make PYTHON=/path/to/python3.11 ..." >&2; \
 	  exit 1; \
 	fi; \
-	echo "Setting up $(VENV) with $$($$python --version) (once, some minutes)"; \
+	echo "Setting up $(VENV) with $$("$$python" --version) (once, some minutes)"; \
 	rm -f $(VENV)/.stamp; \
 	$(PIP) --version >/dev/null 2>&1 && [ "$$(cat $(VENV)/.place 2>/dev/null)" = "$$(pwd)" ] \
-	|| { $$python -m venv --clear $(VENV) && pwd > $(VENV)/.place; }
+	|| { "$$python" -m venv --clear $(VENV) && pwd > $(VENV)/.place; }
 ifneq ($(TORCH_INDEX),)
 	@$(PIP) install --quiet --no-compile --index-url "$(TORCH_INDEX)" "$$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.lock)"
 else

@@ -68,7 +68,7 @@ def run_notebooks(
     forget_finished(folder, [p.path.stem for p in plans], everything=fresh)
     timeout = cell_timeout_s or CELL_TIMEOUT_S.get(profile, LONG_CELL_TIMEOUT_S)
 
-    print(f"profile {profile}, data {label}, {len(plans)} notebooks -> {folder}", file=stream, flush=True)
+    print(f"profile {profile}, data {label}, notebooks: {len(plans)} -> {folder}", file=stream, flush=True)
     outcomes: list[Outcome] = []
     progress = Progress(stream, len(plans))
     for number, todo in enumerate(plans, 1):
