@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from primia_lite.config import DataError
 from primia_lite.data.phantom_anatomy import Patient, Pose, sample_patient, sample_pose
@@ -118,10 +119,35 @@ def generate(
     images = np.empty((n_films, size, size), np.uint8)
     lung = np.empty((n_films, size, size), bool)
     lesion = np.empty((n_films, size, size), bool)
-    rows = []
-    patients = _Roster(seed, classes, splits, len(sites))
+    # BLAS on several threads may round differently: on one, the bytes don't depend on the number of cores
+    with threadpool_limits(1, user_api="blas"):
+        rows = _draw(canvas, shrink, _Roster(seed, classes, splits, len(sites)), (images, lung, lesion), progress)
+    labels, ids, site, split = zip(*rows, strict=True)
+    return ChestXrays(
+        images=images,
+        labels=np.array(labels, np.int64),
+        class_names=CLASS_NAMES,
+        patient_id=np.array(ids),
+        site=np.array(sites)[list(site)],
+        split=np.array(split),
+        lung_mask=lung,
+        lesion_mask=lesion,
+        source="phantom",
+    )
+
+
+def _draw(
+    canvas: Canvas,
+    shrink: np.ndarray | None,
+    roster: _Roster,
+    out: tuple[np.ndarray, np.ndarray, np.ndarray],
+    progress: Callable[[int, int], None] | None,
+) -> list[tuple[int, str, int, str]]:
+    """Fill `out` (images, lung masks, lesion masks) patient by patient; a row of label, patient, site, split a film."""
+    rows: list[tuple[int, str, int, str]] = []
+    n_films = len(out[0])
     while len(rows) < n_films:
-        number, label, site, split, rng = patients.next()
+        number, label, site, split, rng = roster.next()
         patient = sample_patient(rng, label)
         scanner = scanner_for(site)
         textures = make_textures(canvas, patient)
@@ -132,23 +158,12 @@ def generate(
             pose = sample_pose(rng, patient, base)
             base = base or pose
             pose = replace(pose, scale=pose.scale * scanner.zoom)
-            i = len(rows)
-            images[i], lung[i], lesion[i] = _film(canvas, shrink, patient, textures, pose, scanner, rng)
-            rows.append((label, f"phantom-{number:05d}", str(sites[site]), split))
+            for array, value in zip(out, _film(canvas, shrink, patient, textures, pose, scanner, rng), strict=True):
+                array[len(rows)] = value
+            rows.append((label, f"phantom-{number:05d}", site, split))
         if progress is not None:
             progress(len(rows), n_films)
-    labels, ids, where, split = zip(*rows, strict=True)
-    return ChestXrays(
-        images=images,
-        labels=np.array(labels, np.int64),
-        class_names=CLASS_NAMES,
-        patient_id=np.array(ids),
-        site=np.array(where),
-        split=np.array(split),
-        lung_mask=lung,
-        lesion_mask=lesion,
-        source="phantom",
-    )
+    return rows
 
 
 def _check(n_films: int, size: int, seed: int, sites: Sequence[str]) -> tuple[int, int, int]:

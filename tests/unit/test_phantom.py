@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from scipy import ndimage
+from threadpoolctl import threadpool_limits
 
 from primia_lite.config import DataError
 from primia_lite.data import phantom
@@ -40,6 +41,14 @@ def test_same_seed_same_bytes(films):
     again = phantom.generate(50, 64, seed=3)
     for name in ("images", "labels", "patient_id", "site", "split", "lung_mask", "lesion_mask"):
         assert np.array_equal(getattr(films, name)[:50], getattr(again, name)), name
+
+
+def test_bytes_do_not_depend_on_the_number_of_threads():
+    with threadpool_limits(1):
+        one = phantom.generate(8, 256, seed=2)
+    with threadpool_limits(2):
+        two = phantom.generate(8, 256, seed=2)
+    assert np.array_equal(one.images, two.images)
 
 
 def test_a_film_does_not_depend_on_those_after_it(films):
