@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 
 from primia_lite.config import UserError, cache_dir
 from primia_lite.data import ChestXrays
-from primia_lite.runtime import write_atomic
+from primia_lite.runtime import in_notebook, write_atomic
 
 # Mean and standard deviation of grey values, from chest films in general and no data set in particular: half of the range,
 # and a quarter of it. Public, so they cost no ε.
@@ -135,6 +136,11 @@ class ScatterNetExtractor:
         return F.normalize(torch.log(pooled.clamp(min=1e-4)) + 4.0, dim=1)
 
 
+@functools.cache
+def _extractor(kind: Callable):
+    return kind()
+
+
 _EXTRACTOR_VERSION = {"litenet": 1, "scatternet": 1}
 
 
@@ -158,9 +164,9 @@ def features(name: str, images: np.ndarray, *, cache: bool = True, progress: boo
             path.unlink(missing_ok=True)  # cut short or damaged: made again
     from tqdm.auto import tqdm
 
-    extractor = extract()
+    extractor = _extractor(extract)
     batches = torch.from_numpy(np.array(images)).split(extractor.batch_size)
-    shown = tqdm(batches, desc=f"{name} features", unit="batch", disable=None if progress else True, leave=False)
+    shown = tqdm(batches, desc=f"{name} features", unit="batch", disable=not (progress and in_notebook()), leave=False)
     out = torch.cat([extractor(batch) for batch in shown]).numpy() if len(images) else np.zeros((0, 1), np.float32)
     if cache:
         write_atomic(path, lambda file: np.save(file, out))

@@ -201,3 +201,15 @@ def plot_comparison(table: Mapping[str, Mapping[str, Sequence[float]]], referenc
         axis.set(ylabel=score, xlim=(-0.6, len(ways) - 0.4))
         axis.grid(axis="x", visible=False)
     return figure
+
+
+def show_films(figure: plt.Figure) -> None:
+    """Show a figure full of films in the notebook as JPEG: a fifth of the PNG's size. Closes it."""
+    from io import BytesIO
+
+    from IPython.display import Image, display
+
+    buffer = BytesIO()
+    figure.savefig(buffer, format="jpeg", dpi=72, pil_kwargs={"quality": 80})
+    display(Image(buffer.getvalue(), format="jpeg"))
+    plt.close(figure)

@@ -120,6 +120,7 @@ class Hospital:
     films: Films
     declared_size: int = 0
     simulated_losses: dict[int, list[float]] = field(default_factory=dict)
+    _ledgers: dict[tuple, Ledger] = field(default_factory=dict, repr=False)
 
     def __post_init__(self):
         if len(self.films) == 0:
@@ -135,7 +136,12 @@ class Hospital:
         return cls(name, models.prepare(model, films, augmentation=augmentation, **options))
 
     def ledger(self, folder: Path, privacy: Privacy) -> Ledger:
-        return Ledger(folder / f"ledger-{self.name}.sqlite", privacy.target_epsilon, privacy.target_delta, privacy.unit)
+        """Its ledger in a run's folder, opened once: it remembers how far the budget reaches."""
+        path = folder / f"ledger-{self.name}.sqlite"
+        budget = (privacy.target_epsilon, privacy.target_delta, privacy.unit)
+        if (path, budget) not in self._ledgers or not path.exists():
+            self._ledgers[path, budget] = Ledger(path, *budget)
+        return self._ledgers[path, budget]
 
     def update(
         self,
@@ -158,7 +164,9 @@ class Hospital:
         BudgetError
             The hospital's budget doesn't allow it; nothing was computed.
         """
-        stored = folder / f"update-{self.name}-{round_number:05d}.pt" if folder else None
+        # What a seed repeats needs no storing.
+        storing = folder and privacy and not rng.seeded
+        stored = folder / f"update-{self.name}-{round_number:05d}.pt" if storing else None
         if stored and stored.exists():
             return Update.from_bytes(stored.read_bytes())
         if privacy:

@@ -160,6 +160,10 @@ def federate(
     key = _fingerprint(hospitals, training, schedule, privacy, seed, noise_seed, aggregator.name)
     if folder:
         server.resume(folder, key)
+    if privacy and server.round < schedule.rounds:
+        left = (schedule.rounds - server.round) * training.steps_per_round
+        for h in hospitals:
+            h.ledger(folder, privacy).expect(privacy.release(training.sample_rate, left))
     show = RoundProgress(progress, schedule.rounds, server.history) if isinstance(progress, str) else progress
     for number in range(server.round + 1, schedule.rounds + 1):
         updates = {

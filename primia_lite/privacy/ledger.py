@@ -68,6 +68,12 @@ class Ledger:
         """ε of everything ever charged, at the budget's δ."""
         return epsilon(self.charges(), self.target_delta)
 
+    def expect(self, release: Release) -> None:
+        """Work out once whether the budget allows a whole run, so that its charges needn't. Charges nothing."""
+        others, mechanism, steps = _split(self.charges(), release)
+        if epsilon([*others, Release(*mechanism, steps)], self.target_delta) <= self.target_epsilon:
+            self._affordable[others, mechanism] = steps
+
     def charge(self, what: str, release: Release, *, repeatable: bool = False) -> None:
         """Write down a release before it is computed.
 
@@ -112,14 +118,10 @@ class Ledger:
 
     def _affords(self, spent: list[Release], release: Release) -> bool:
         # ε grows with the steps and a PLD takes half a second: look ahead, and remember how far the budget reaches.
-        total = merge([*spent, release])
-        mechanism = (release.noise_multiplier, release.sample_rate)
-        others = tuple(r for r in total if (r.noise_multiplier, r.sample_rate) != mechanism)
-        steps = sum(r.steps for r in total if r not in others)
-        key = (others, *mechanism)
-        if steps > self._affordable.get(key, 0):
-            self._affordable[key] = self._most_steps(others, mechanism, steps)
-        return steps <= self._affordable[key]
+        others, mechanism, steps = _split(spent, release)
+        if steps > self._affordable.get((others, mechanism), 0):
+            self._affordable[others, mechanism] = self._most_steps(others, mechanism, steps)
+        return steps <= self._affordable[others, mechanism]
 
     def _most_steps(self, others: tuple[Release, ...], mechanism: tuple[float, float], steps: int) -> int:
         """The largest number of steps up to 2 ``steps`` that the budget allows, by bisection."""
@@ -134,6 +136,14 @@ class Ledger:
             middle = (low + high) // 2
             low, high = (middle, high) if within(middle) else (low, middle)
         return low
+
+
+def _split(spent: list[Release], release: Release) -> tuple[tuple[Release, ...], tuple[float, float], int]:
+    """What was released by other mechanisms; this mechanism; its steps with ``release`` added."""
+    mechanism = (release.noise_multiplier, release.sample_rate)
+    total = merge([*spent, release])
+    others = tuple(r for r in total if (r.noise_multiplier, r.sample_rate) != mechanism)
+    return others, mechanism, sum(r.steps for r in total if r not in others)
 
 
 def _releases(db: sqlite3.Connection) -> list[Release]:
