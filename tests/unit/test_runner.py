@@ -95,9 +95,9 @@ def test_the_kernel_is_this_interpreter_whatever_is_installed(notebooks, tmp_pat
     decoy.mkdir(parents=True)
     (decoy / "kernel.json").write_text('{"argv": ["false"], "display_name": "decoy", "language": "python"}')
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
-    write_notebook(folder / "00_first.ipynb", "a = 1", "import sys; print(sys.executable)")
+    write_notebook(folder / "00_first.ipynb", "a = 1", "import sys; print(sys.prefix)")
     assert reproduce.run_notebooks("smoke", only="00", out=tmp_path / "o", notebooks=folder, stream=io.StringIO()) == 0
-    assert outputs(tmp_path / "o" / "00_first.ipynb").strip() == sys.executable
+    assert outputs(tmp_path / "o" / "00_first.ipynb").strip() == sys.prefix
     assert os.environ["JUPYTER_PATH"] == str(tmp_path / "jupyter")
 
 
