@@ -10,12 +10,12 @@ from collections.abc import Callable
 from importlib import import_module
 
 from primia_lite.config import DATA_SOURCES, DataError
-from primia_lite.data.split import partition, split_by_patient
+from primia_lite.data.split import assign_hospitals, partition, split_by_patient
 from primia_lite.data.types import CLASSES_2, CLASSES_3, NORMAL, SPLITS, ChestXrays
 
 __all__ = [
-    "CLASSES_2", "CLASSES_3", "NORMAL", "SPLITS", "ChestXrays", "DataError", "load", "partition", "sources",
-    "split_by_patient",
+    "CLASSES_2", "CLASSES_3", "NORMAL", "SPLITS", "ChestXrays", "DataError", "assign_hospitals", "load", "partition",
+    "sources", "split_by_patient",
 ]  # fmt: skip
 
 # Source -> (module, function). Imported on use: `import primia_lite.data` needs no Pillow, medmnist or pydicom.

@@ -114,6 +114,14 @@ def choose_films(labels: np.ndarray, patient_id: np.ndarray, split: np.ndarray, 
 def partition(
     films: ChestXrays, n_hospitals: int | None, scheme: str = "iid", alpha: float = 1.0, seed: int = 0
 ) -> list[ChestXrays]:
+    """Each hospital's films, as :func:`assign_hospitals` deals them."""
+    hospital = assign_hospitals(films, n_hospitals, scheme, alpha, seed)
+    return [films.subset(hospital == k) for k in range(hospital.max() + 1)]
+
+
+def assign_hospitals(
+    films: ChestXrays, n_hospitals: int | None, scheme: str = "iid", alpha: float = 1.0, seed: int = 0
+) -> np.ndarray:
     """Deal films to hospitals; every film to exactly one, and a patient's films all to the same one.
 
     Each split is dealt by itself, in the same proportions, so a hospital gets its own train, val and test films.
@@ -126,6 +134,10 @@ def partition(
         Dirichlet(``alpha``) (Hsu et al. 2019): smaller ``alpha``, more skew. ``by_site``: the source's sites; fewer
         hospitals than sites share them out, largest first; a patient seen at two sites goes whole to the one with more
         of the films.
+
+    Returns
+    -------
+    int [N], the hospital of each film, from 0
 
     Raises
     ------
@@ -147,10 +159,9 @@ def partition(
         if scheme == "dirichlet" and not alpha > 0:
             raise DataError(f"alpha={alpha}: the Dirichlet concentration must be positive, such as 0.5")
         hospital = _by_class(films, n_hospitals, alpha if scheme == "dirichlet" else None, seed)
-    parts = [films.subset(hospital == k) for k in range(n_hospitals)]
-    for k, part in enumerate(parts):
-        _check_hospital(k, part, scheme, n_hospitals, alpha, seed)
-    return parts
+    for k in range(n_hospitals):
+        _check_hospital(k, films.subset(hospital == k), scheme, n_hospitals, alpha, seed)
+    return hospital
 
 
 def _by_class(films: ChestXrays, n_hospitals: int, alpha: float | None, seed: int) -> np.ndarray:

@@ -187,7 +187,13 @@ class Hospital:
 
 
 def mean_and_std_under_dp(
-    hospitals: list[tuple[str, ChestXrays]], noise_multiplier: float, folder: Path, privacy: Privacy, rng: SecureGenerator
+    hospitals: list[tuple[str, ChestXrays]],
+    noise_multiplier: float,
+    folder: Path,
+    privacy: Privacy,
+    rng: SecureGenerator,
+    *,
+    fresh: bool = False,
 ) -> tuple[float, float]:
     """PriMIA's normalisation: pixel mean and standard deviation of all hospitals' films, shared under DP.
 
@@ -195,13 +201,25 @@ def mean_and_std_under_dp(
     Gaussian noise of standard deviation √2 σ is added by each hospital. Charged to the hospital's ledger before it is computed, as
     one release with sample rate 1.
 
+    Parameters
+    ----------
+    hospitals
+        Names and training films.
+    privacy
+        The budget that is charged; its own noise multiplier belongs to the training.
+    fresh
+        Start new ledgers: for simulations.
+
     Returns
     -------
     mean, std of pixels in [0, 1], for ``prepare(normalisation=...)``
     """
     sums = np.zeros(2)
     for name, films in hospitals:
-        Ledger(folder / f"ledger-{name}.sqlite", privacy.target_epsilon, privacy.target_delta, privacy.unit).charge(
+        path = folder / f"ledger-{name}.sqlite"
+        if fresh:
+            path.unlink(missing_ok=True)
+        Ledger(path, privacy.target_epsilon, privacy.target_delta, privacy.unit).charge(
             "normalisation", Release(noise_multiplier, 1.0, 1), repeatable=rng.seeded
         )
         pixels = films.images.reshape(len(films), -1) / 255.0
