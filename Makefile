@@ -125,4 +125,4 @@ clean:
 	rm -rf $(VENV) runs .cache
 
 help:
-	@sed -n '2,/^$$/s/^# \{0,1\}//p' Makefile
+	@sed -n '3,/^$$/s/^# \{0,1\}//p' Makefile

@@ -26,7 +26,8 @@ def move_each_widget(page) -> dict[str, str | None]:
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_notebook_runs_and_its_widgets_work(page, lab, name):
+def test_notebook_runs_and_its_widgets_work(page, lab, folder, name):
+    assert (folder / "notebooks" / f"{name}.ipynb").exists(), "there is no such notebook"
     reader.open_notebook(page, lab(f"notebooks/{name}.ipynb"))
     reader.run_all_cells(page, RUN_S)
     moved = move_each_widget(page)
