@@ -25,6 +25,18 @@ def auroc(probabilities: np.ndarray, labels: np.ndarray) -> float:
     return float(sk.roc_auc_score(positive, pneumonia_score(probabilities)))
 
 
+def accuracy(probabilities: np.ndarray, labels: np.ndarray) -> float:
+    """Share of films whose likeliest class is the true one."""
+    return float((probabilities.argmax(1) == labels).mean())
+
+
+def mcc(probabilities: np.ndarray, labels: np.ndarray) -> float:
+    """Matthews correlation coefficient over all classes (Gorodkin 2004); 0 where one class only is called or present."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return float(sk.matthews_corrcoef(labels, probabilities.argmax(1)))
+
+
 def scores(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """``auroc`` (normal versus pneumonia), ``accuracy`` and ``mcc`` (over all classes), ``loss`` (nats per film).
 
@@ -33,15 +45,11 @@ def scores(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     probabilities : float [N, K]
     labels : int [N]
     """
-    predicted = probabilities.argmax(1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        mcc = float(sk.matthews_corrcoef(labels, predicted))
     likelihood = probabilities[np.arange(len(labels)), labels].clip(1e-12)
     return {
         "auroc": auroc(probabilities, labels),
-        "accuracy": float((predicted == labels).mean()),
-        "mcc": mcc,
+        "accuracy": accuracy(probabilities, labels),
+        "mcc": mcc(probabilities, labels),
         "loss": float(-np.log(likelihood).mean()),
     }
 

@@ -11,7 +11,8 @@ import functools
 import hashlib
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,9 +20,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from primia_lite import augmentation as aug
 from primia_lite.config import UserError, cache_dir
-from primia_lite.data import ChestXrays
-from primia_lite.runtime import in_notebook, write_atomic
+from primia_lite.data import ChestXrays, phantom
+from primia_lite.runtime import cores, in_notebook, write_atomic
 
 # Mean and standard deviation of grey values, from chest films in general and no data set in particular: half of the range,
 # and a quarter of it. Public, so they cost no ε.
@@ -34,14 +36,24 @@ class Films:
 
     Attributes
     ----------
-    inputs : float32 [N, V, D] features, or [N, V, 1, H, W] pixels; V views (flips, shifts) of each film
+    inputs : float32 [N, V, D] features, or [N, 1, 1, H, W] pixels; V views of each film, the first is the film as it is
     labels : int64 [N]
     patient_id : str [N]
+    normalisation : mean and standard deviation that pixels in [0, 1] were scaled with
     """
 
     inputs: torch.Tensor
     labels: torch.Tensor
     patient_id: np.ndarray
+    normalisation: tuple[float, float] = (PIXEL_MEAN, PIXEL_STD)
+
+    def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels in [0, 1] as the network takes them."""
+        return (pixels - self.normalisation[0]) / self.normalisation[1]
+
+    def denormalise(self, inputs: torch.Tensor) -> torch.Tensor:
+        """The inverse of :meth:`normalise`."""
+        return inputs * self.normalisation[1] + self.normalisation[0]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -49,7 +61,7 @@ class Films:
     def subset(self, index) -> Films:
         index = np.asarray(index)
         index = np.flatnonzero(index) if index.dtype == bool else index
-        return Films(self.inputs[index], self.labels[index], self.patient_id[index])
+        return Films(self.inputs[index], self.labels[index], self.patient_id[index], self.normalisation)
 
 
 @dataclass(frozen=True)
@@ -106,18 +118,31 @@ class LiteNetExtractor:
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 [N, H, W] -> float32 [N, 1280]."""
+        """uint8 [N, H, W] -> float32 [N, 2368].
+
+        Global mean of the last layer (1,280: what is on the film), a 3 x 3 grid of block 10 (112 each: where), and the global mean of
+        block 7 (80: texture), each of L2 norm 1 / sqrt(3).
+        """
         x = images.float().unsqueeze(1)
         if x.shape[-1] < 128:
             x = F.interpolate(x, size=(128, 128), mode="bilinear", align_corners=False, antialias=True)
         x = ((x - 127.0) / 128.0).repeat(1, 3, 1, 1).contiguous(memory_format=torch.channels_last)
-        return F.normalize(self.network.extract_features(x).mean((2, 3)), dim=1)
+        net = self.network
+        x = net._swish(net._bn0(net._conv_stem(x)))
+        for number, block in enumerate(net._blocks):
+            x = block(x)
+            if number == 7:
+                texture = x.mean((2, 3))
+            elif number == 10:
+                where = F.adaptive_avg_pool2d(x, 3).flatten(1)
+        what = net._swish(net._bn1(net._conv_head(x))).mean((2, 3))
+        return torch.cat([F.normalize(part, dim=1) for part in (what, where, texture)], 1) / 3**0.5
 
 
 class ScatterNetExtractor:
     """2-D scattering transform (Bruna and Mallat 2013) by kymatio: wavelets and moduli, nothing learnt from any data."""
 
-    batch_size = 64
+    batch_size = 32
     side = 64
 
     def __init__(self):
@@ -132,8 +157,7 @@ class ScatterNetExtractor:
         x = images.float().unsqueeze(1) / 255.0
         x = F.interpolate(x, size=(self.side, self.side), mode="bilinear", align_corners=False, antialias=True)
         coefficients = self.transform(x.contiguous())[:, 0]  # [N, 217, 8, 8]
-        pooled = F.avg_pool2d(coefficients, 4).flatten(1)
-        return F.normalize(torch.log(pooled.clamp(min=1e-4)) + 4.0, dim=1)
+        return torch.log(F.avg_pool2d(coefficients, 4).flatten(1).clamp(min=1e-4))
 
 
 @functools.cache
@@ -141,19 +165,44 @@ def _extractor(kind: Callable):
     return kind()
 
 
-_EXTRACTOR_VERSION = {"litenet": 1, "scatternet": 1}
+_EXTRACTOR_VERSION = {"litenet": 2, "scatternet": 2}
+# Of the whitening: enough phantoms for a covariance, its smallest directions raised to a share of the largest.
+_PUBLIC_FILMS, _PUBLIC_SEED, _FLOOR = 600, 7919, 0.003
 
 
 def features(name: str, images: np.ndarray, *, cache: bool = True, progress: bool = True) -> np.ndarray:
-    """Features of a frozen network, float32 [N, D], each film's of L2 norm 1; cached under images, size and network.
+    """Features of a frozen network, centred and whitened on phantom films, float32 [N, D], each film's of L2 norm 1.
+
+    Raw features share most of their length, and the rest lies in few directions: a clipped gradient spends its budget there. The
+    whitening is fitted on films that the phantom draws, so it is public and costs no ε.
 
     Parameters
     ----------
     images : uint8 [N, H, W]
     """
+    mean, whiten = _whitening(name, images.shape[-1])
+    return F.normalize(torch.from_numpy(_extract(name, images, cache, progress) - mean) @ whiten, dim=1).numpy()
+
+
+@functools.lru_cache(maxsize=4)
+def _whitening(name: str, size: int) -> tuple[np.ndarray, torch.Tensor]:
+    """Mean [D] and ZCA-like map [D, D] from phantom films, as they are and jittered."""
+    public = phantom.generate(_PUBLIC_FILMS, int(np.clip(size, 28, 256)), _PUBLIC_SEED).images
+    jittered = next(_views(public, ("jitter",)))
+    sample = np.concatenate([_extract(name, views, True, False) for views in (public, jittered)])
+    mean = sample.mean(0)
+    centred = torch.from_numpy(sample - mean)
+    variance, direction = torch.linalg.eigh(centred.T @ centred / len(centred))
+    return mean, direction / torch.sqrt(variance.clamp(min=0) + _FLOOR * variance[-1])
+
+
+def _extract(name: str, images: np.ndarray, cache: bool, progress: bool) -> np.ndarray:
+    """Raw features of a frozen network, float32 [N, D]; cached under images, size and network."""
     extract = spec(name).extract
     if extract is None:
         raise UserError(f"{name} has no frozen part: its inputs are the films themselves")
+    if not len(images):
+        raise UserError("there are no films to extract features from")
     digest = hashlib.sha256(np.ascontiguousarray(images).data)
     digest.update(json.dumps([name, _EXTRACTOR_VERSION[name], list(images.shape)]).encode())
     path = cache_dir() / "features" / f"{name}-{digest.hexdigest()[:20]}.npy"
@@ -166,8 +215,13 @@ def features(name: str, images: np.ndarray, *, cache: bool = True, progress: boo
 
     extractor = _extractor(extract)
     batches = torch.from_numpy(np.array(images)).split(extractor.batch_size)
-    shown = tqdm(batches, desc=f"{name} features", unit="batch", disable=not (progress and in_notebook()), leave=False)
-    out = torch.cat([extractor(batch) for batch in shown]).numpy() if len(images) else np.zeros((0, 1), np.float32)
+    # One thread of torch for each worker: on small batches that beats sharing each one out, and by far on a busy machine.
+    with ThreadPoolExecutor(cores(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        done = tqdm(
+            pool.map(extractor, batches), total=len(batches), desc=f"{name} features", unit="batch", leave=False,
+            disable=not (progress and in_notebook()),
+        )  # fmt: skip
+        out = torch.cat(list(done)).numpy()
     if cache:
         write_atomic(path, lambda file: np.save(file, out))
     return out
@@ -276,7 +330,8 @@ def prepare(
     Parameters
     ----------
     augmentation
-        For a frozen network ``flip`` adds the mirrored film as a view; trained networks augment as they go.
+        For a frozen network ``flip``, ``shift`` and ``jitter`` add 1, 2 and 3 views of each film, computed once; training picks one
+        at random. Networks that are trained whole draw anew at each step.
     normalisation
         Mean and standard deviation of pixels in [0, 1]; the public constants if left out. Frozen networks keep the constants
         that they were trained with.
@@ -286,9 +341,18 @@ def prepare(
         if normalisation is not None:
             raise UserError(f"{name} is frozen: its normalisation belongs to its weights and can't be chosen")
         views = [features(name, films.images, cache=cache)]
-        if "flip" in augmentation:
-            views.append(features(name, films.images[:, :, ::-1], cache=cache))
+        views += [features(name, changed, cache=cache) for changed in _views(films.images, augmentation)]
         return Films(torch.from_numpy(np.stack(views, 1)), labels, films.patient_id)
     mean, std = normalisation or (PIXEL_MEAN, PIXEL_STD)
     pixels = (torch.from_numpy(np.array(films.images)).float() / 255.0 - mean) / std
-    return Films(pixels[:, None, None], labels, films.patient_id)
+    return Films(pixels[:, None, None], labels, films.patient_id, (mean, std))
+
+
+def _views(images: np.ndarray, augmentation: tuple[str, ...]) -> Iterator[np.ndarray]:
+    """Changed copies of films, uint8 [N, H, W], the same for the same films: their seed is public."""
+    generator = torch.Generator().manual_seed(0)
+    for kind in sorted(set(augmentation) & set(aug.VIEWS)):
+        for _ in range(aug.VIEWS[kind]):
+            pixels = torch.from_numpy(np.array(images)).float().unsqueeze(1) / 255.0
+            changed = pixels.flip(-1) if kind == "flip" else getattr(aug, kind)(pixels, generator)
+            yield (changed[:, 0] * 255.0).round().to(torch.uint8).numpy()

@@ -10,7 +10,8 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import IO
@@ -28,10 +29,11 @@ def seed_for(seed: int, *labels: object) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-def setup(seed: int = 0, threads: int | None = None) -> int:
-    """Prepare a session: figure style, seeds of numpy and torch (never of the DP noise), number of threads.
+def setup(seed: int = 0, threads: int = 1) -> None:
+    """Prepare a session: figure style, seeds of numpy and torch (never of the DP noise), number of torch's threads.
 
-    Returns the number of threads that torch uses.
+    One thread by default: a linear head is too small to be shared out, and on a busy machine that costs tenfold. Work that
+    is worth it takes all cores by itself (feature extraction, networks that are trained whole).
     """
     import numpy as np
     import torch
@@ -41,8 +43,20 @@ def setup(seed: int = 0, threads: int | None = None) -> int:
     use_style()
     np.random.seed(seed_for(seed, "numpy") % 2**32)
     torch.manual_seed(seed_for(seed, "torch"))
-    torch.set_num_threads(threads or cores())
-    return torch.get_num_threads()
+    torch.set_num_threads(threads)
+
+
+@contextmanager
+def torch_threads(n: int) -> Iterator[None]:
+    """Let torch use ``n`` threads for a while."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def cores() -> int:

@@ -10,13 +10,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from primia_lite import augmentation as aug
 from primia_lite import models
 from primia_lite.config import TrainingError, UserError
 from primia_lite.models import Films
 from primia_lite.privacy.dpsgd import Privacy, private_optimizer
 from primia_lite.privacy.rng import SecureGenerator
-
-AUGMENTATIONS = ("flip", "shift", "mixup")
 
 
 @dataclass(frozen=True)
@@ -33,8 +32,8 @@ class Training:
     local_epochs : passes over the films between two synchronisations (one epoch is round(1 / q) steps)
     momentum, weight_decay : of local SGD
     class_weights : None, ``"balanced"`` (from the hospital's own counts: not with DP), or one public number per class
-    augmentation : any of ``flip`` (left to right), ``shift`` (up to 6 % of the side) and ``mixup`` (Zhang et al. 2018;
-        not with DP: it blends films, so that no step's sensitivity to one film is bounded by clipping)
+    augmentation : any of ``flip``, ``shift``, ``jitter`` (see :mod:`primia_lite.augmentation`) and ``mixup`` (Zhang et al.
+        2018; not with DP: it blends films, so that no step's sensitivity to one film is bounded by clipping)
     """
 
     model: str = "litenet"
@@ -57,9 +56,9 @@ class Training:
             raise UserError("give either local_steps or local_epochs, and leave the other None")
         if self.steps_per_round < 1:
             raise UserError("local_steps or local_epochs must be at least 1")
-        unknown = set(self.augmentation) - set(AUGMENTATIONS)
+        unknown = set(self.augmentation) - set(aug.AUGMENTATIONS)
         if unknown:
-            raise UserError(f"unknown augmentation {sorted(unknown)}: choose from {', '.join(AUGMENTATIONS)}")
+            raise UserError(f"unknown augmentation {sorted(unknown)}: choose from {', '.join(aug.AUGMENTATIONS)}")
         if isinstance(self.class_weights, str) and self.class_weights != "balanced":
             raise UserError(f"class_weights is {self.class_weights!r}: use None, 'balanced', or one number per class")
         if isinstance(self.class_weights, (tuple, list)) and len(self.class_weights) != self.n_classes:
@@ -115,7 +114,7 @@ def train(
         batches = shuffled_batches(len(films), training.sample_rate, training.steps_per_round, shuffle)
     losses = []
     for number, index in enumerate(batches):
-        losses.append(step(_loss_function(films, index, training, weight, shuffle), index))
+        losses.append(step(_loss_function(films, index, training, weight, shuffle, all_views=bool(privacy)), index))
         if len(index) and not np.isfinite(losses[-1]):
             raise TrainingError(
                 f"the loss is {losses[-1]} at local step {number + 1} of {training.steps_per_round}: lower learning_rate "
@@ -134,7 +133,7 @@ class _PlainStep:
         self.optimizer.zero_grad()
         total = 0.0
         for part in index.split(self.part_size):
-            loss = losses_of(self.model, part).sum() / len(index)
+            loss = losses_of(self.model, part).mean(0).sum() / len(index)
             loss.backward()
             total += float(loss.detach())
         self.optimizer.step()
@@ -169,55 +168,54 @@ def _class_weights(training: Training, labels: torch.Tensor) -> torch.Tensor | N
     return torch.tensor(training.class_weights, dtype=torch.float32)
 
 
-def _loss_function(films: Films, index: torch.Tensor, training: Training, weight, generator: torch.Generator):
-    """Cross-entropy of each film in a part of the batch, as a function of model and part; mixing is drawn here, once."""
+def _loss_function(films, index, training, weight, generator, *, all_views):
+    """Cross-entropy [V, B] of each view of each film in a part of the batch, as a function of model and part.
+
+    With DP all cached views of a film count, as one gradient that is clipped once (augmentation multiplicity, De et al. 2022);
+    without DP one view, drawn at random. Mixing is drawn here, once for the whole batch.
+    """
     mixed = "mixup" in training.augmentation and len(index) > 1
     if mixed:
         share = float(np.random.default_rng(int(torch.randint(2**31, (1,), generator=generator))).beta(0.2, 0.2))
         partner = dict(zip(index.tolist(), index[torch.randperm(len(index), generator=generator)].tolist(), strict=True))
 
     def losses(model: nn.Module, part: torch.Tensor) -> torch.Tensor:
-        inputs, labels = augment(films, part, training.augmentation, generator)
+        inputs = augment(films, part, training.augmentation, generator, all_views=all_views)  # [V, B, ...]
+        labels = films.labels[part].repeat(len(inputs))
         if not mixed:
-            return F.cross_entropy(model(inputs), labels, weight=weight, reduction="none")
+            each = F.cross_entropy(model(inputs.flatten(0, 1)), labels, weight=weight, reduction="none")
+            return each.view(len(inputs), len(part))
         other = torch.tensor([partner[i] for i in part.tolist()])
-        inputs_2, labels_2 = augment(films, other, training.augmentation, generator)
-        logits = model(share * inputs + (1 - share) * inputs_2)
-        each = [F.cross_entropy(logits, y, weight=weight, reduction="none") for y in (labels, labels_2)]
-        return share * each[0] + (1 - share) * each[1]
+        partners = augment(films, other, training.augmentation, generator, all_views=False)
+        logits = model((share * inputs + (1 - share) * partners)[0])
+        both = [F.cross_entropy(logits, films.labels[i], weight=weight, reduction="none") for i in (part, other)]
+        return (share * both[0] + (1 - share) * both[1]).view(1, len(part))
 
     return losses
 
 
-def augment(films: Films, index: torch.Tensor, augmentation: tuple[str, ...], generator: torch.Generator):
-    """Inputs [B, ...] and labels [B] of some films, each flipped and shifted at random as asked.
-
-    Frozen networks see views that were prepared and cached once; one is chosen for each film.
-    """
-    inputs, labels = films.inputs[index], films.labels[index]
-    view = torch.randint(inputs.shape[1], (len(index),), generator=generator)
-    inputs = inputs[torch.arange(len(index)), view]
-    if inputs.dim() == 4:
+def augment(films, index: torch.Tensor, augmentation: tuple[str, ...], generator: torch.Generator, *, all_views: bool):
+    """Inputs [V, B, ...] of some films: all their cached views, or one of them at random; pixels are changed anew."""
+    inputs = films.inputs[index]
+    if all_views:
+        inputs = inputs.transpose(0, 1)
+    else:
+        view = torch.randint(inputs.shape[1], (len(index),), generator=generator)
+        inputs = inputs[torch.arange(len(index)), view][None]
+    if inputs.dim() == 5 and len(index):
+        pixels = inputs[0]
         if "flip" in augmentation:
-            flip = torch.rand(len(index), generator=generator) < 0.5
-            inputs = torch.where(flip[:, None, None, None], inputs.flip(-1), inputs)
+            pixels = aug.flip(pixels, generator)
         if "shift" in augmentation:
-            reach = max(1, round(0.06 * inputs.shape[-1]))
-            padded = F.pad(inputs, (reach,) * 4, mode="replicate")
-            corner = torch.randint(2 * reach + 1, (len(index), 2), generator=generator).tolist()
-            side = inputs.shape[-1]
-            inputs = torch.stack(
-                [image[:, y : y + side, x : x + side] for image, (y, x) in zip(padded, corner, strict=True)]
-            ) if len(index) else inputs  # fmt: skip
-    return inputs, labels
+            pixels = aug.shift(pixels, generator)
+        if "jitter" in augmentation:
+            pixels = films.normalise(aug.jitter(films.denormalise(pixels), generator))
+        inputs = pixels[None]
+    return inputs
 
 
 @torch.no_grad()
 def predict(model: nn.Module, films: Films, batch_size: int = 256) -> np.ndarray:
-    """Class probabilities, float64 [N, K]: the mean over a film's views."""
+    """Class probabilities of the films as they are (their first view), float64 [N, K]."""
     model.eval()
-    out = []
-    for batch in films.inputs.split(batch_size):
-        logits = model(batch.flatten(0, 1)).double()
-        out.append(logits.softmax(1).unflatten(0, batch.shape[:2]).mean(1))
-    return torch.cat(out).numpy()
+    return torch.cat([model(batch).double().softmax(1) for batch in films.inputs[:, 0].split(batch_size)]).numpy()

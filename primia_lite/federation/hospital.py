@@ -21,7 +21,7 @@ from primia_lite.privacy.accounting import Release
 from primia_lite.privacy.dpsgd import Privacy
 from primia_lite.privacy.ledger import Ledger
 from primia_lite.privacy.rng import SecureGenerator
-from primia_lite.runtime import write_atomic
+from primia_lite.runtime import cores, torch_threads, write_atomic
 from primia_lite.training import Training, train
 
 State = dict[str, torch.Tensor]
@@ -90,7 +90,9 @@ def local_update(
             f"the global weights don't fit {training.model} with {training.n_classes} classes on films of shape "
             f"{tuple(films.inputs.shape[2:])}: {str(error).splitlines()[-1].strip()}"
         ) from error
-    losses = train(model, films, training, privacy, rng, training.sample_rate * (declared_size or len(films)))
+    expected_batch = training.sample_rate * (declared_size or len(films))
+    with torch_threads(1 if models.spec(training.model).extract else cores()):
+        losses = train(model, films, training, privacy, rng, expected_batch)
     delta = {name: value - global_state[name] for name, value in model.state_dict().items()}
     if not all(torch.isfinite(value).all() for value in delta.values()):
         raise TrainingError(f"the update has values that aren't finite: lower learning_rate (now {training.learning_rate})")

@@ -202,6 +202,7 @@ def pool(hospitals: Sequence[Hospital], name: str = "pooled") -> Hospital:
         torch.cat([h.films.inputs for h in hospitals]),
         torch.cat([h.films.labels for h in hospitals]),
         np.concatenate([h.films.patient_id for h in hospitals]),
+        hospitals[0].films.normalisation,
     )
     return Hospital(name, films)
 

@@ -107,7 +107,10 @@ def private_optimizer(
 
 
 class PrivateStep:
-    """One step of DP-SGD: clip each film's gradient to C, add them up, add noise σC, divide by the public expected batch."""
+    """One step of DP-SGD: clip each film's gradient to C, add them up, add noise σC, divide by the public expected batch.
+
+    A film's gradient is the mean over its views (augmentation multiplicity, De et al. 2022), so its sensitivity stays C.
+    """
 
     def __init__(self, model, optimizer, privacy: Privacy, expected_batch: float, rng: SecureGenerator):
         self.model = model
@@ -131,14 +134,21 @@ class PrivateStep:
                 with warnings.catch_warnings():
                     # Opacus's hooks sit on modules whose input needs no gradient: harmless, and said at every step.
                     warnings.filterwarnings("ignore", message=".*(backward hook|non-full backward).*")
-                    loss = losses_of(self.wrapped, part).sum()
+                    losses = losses_of(self.wrapped, part)
+                    loss = losses.mean(0).sum()
                     loss.backward()
+                self._average_views(len(losses))
                 total += float(loss.detach())
             else:
                 self._no_gradients()
             self.optimizer.step()
             self.optimizer.zero_grad()
         return total / len(index) if len(index) else float("nan")
+
+    def _average_views(self, n: int):
+        # The loss is already a mean over views, so the sum over a film's views is its one gradient.
+        for p in self.optimizer.params if n > 1 else ():
+            p.grad_sample = p.grad_sample.unflatten(0, (n, -1)).sum(0)
 
     def _no_gradients(self):
         # An empty batch still takes its step: noise alone. Leaving it out would tell that nobody was sampled.

@@ -22,7 +22,7 @@ def tabular(n=40, d=6, classes=3, seed=0, scale=1.0):
 
 
 def losses_of(films):
-    return lambda model, part: F.cross_entropy(model(films.inputs[part, 0]), films.labels[part], reduction="none")
+    return lambda model, part: F.cross_entropy(model(films.inputs[part, 0]), films.labels[part], reduction="none")[None]
 
 
 def clipped_sum(model, films, index, bound):
@@ -57,6 +57,23 @@ def test_clipped_sum_equals_plain_torch(name, part_size):
     step(losses_of(films), torch.arange(20))
     for p, old, want in zip(model.parameters(), before, expected, strict=True):
         torch.testing.assert_close(old - p.detach(), want / 5.0, atol=1e-5, rtol=1e-4)
+
+
+def test_views_are_averaged_before_clipping():
+    torch.manual_seed(0)
+    films = Films(torch.randn(9, 4, 6), torch.randint(3, (9,)), np.arange(9).astype(str))
+    model = build("litenet", 3, (6,))
+    want = [torch.zeros_like(p) for p in model.parameters()]
+    for i in range(9):
+        loss = F.cross_entropy(model(films.inputs[i]), films.labels[i].repeat(4))
+        gradient = torch.autograd.grad(loss, list(model.parameters()))
+        norm = torch.sqrt(sum((g**2).sum() for g in gradient))
+        for w, g in zip(want, gradient, strict=True):
+            w += g * min(1.0, 0.3 / float(norm))
+    training = Training(sample_rate=1.0, learning_rate=1.0, augmentation=("jitter",))
+    train(model, films, training, Privacy(1e-9, 0.3, 8), SecureGenerator.from_seed(0), 9.0)
+    for p, w in zip(model.parameters(), want, strict=True):
+        torch.testing.assert_close(-p.detach(), w / 9.0, atol=1e-5, rtol=1e-4)
 
 
 def noise_of_steps(n_steps, sigma, bound, expected_batch, index):
@@ -97,7 +114,7 @@ def test_one_film_moves_the_sum_by_at_most_the_clip():
     privacy = Privacy(1e-9, 0.5, 8)
     step = PrivateStep(model, torch.optim.SGD(model.parameters(), 1.0), privacy, 1.0, SecureGenerator.from_seed(0))
     step(losses_of(films), torch.tensor([3]))
-    assert float(torch.sqrt(sum((p**2).sum() for p in model.parameters()))) == pytest.approx(0.5, abs=1e-4)
+    assert float(torch.sqrt(sum((p.detach() ** 2).sum() for p in model.parameters()))) == pytest.approx(0.5, abs=1e-4)
 
 
 def test_poisson_sampling_rate_and_independence():
