@@ -352,7 +352,11 @@ def _views(images: np.ndarray, augmentation: tuple[str, ...]) -> Iterator[np.nda
     """Changed copies of films, uint8 [N, H, W], the same for the same films: their seed is public."""
     generator = torch.Generator().manual_seed(0)
     for kind in sorted(set(augmentation) & set(aug.VIEWS)):
+        change = {"flip": lambda films, _: films.flip(-1), "shift": aug.shift, "jitter": aug.jitter}[kind]
         for _ in range(aug.VIEWS[kind]):
-            pixels = torch.from_numpy(np.array(images)).float().unsqueeze(1) / 255.0
-            changed = pixels.flip(-1) if kind == "flip" else getattr(aug, kind)(pixels, generator)
-            yield (changed[:, 0] * 255.0).round().to(torch.uint8).numpy()
+            out = np.empty_like(images)
+            for start in range(0, len(images), 256):  # a few hundred films at a time, or the floats fill the memory
+                part = slice(start, start + 256)
+                changed = change(torch.from_numpy(np.array(images[part])).float().unsqueeze(1) / 255.0, generator)
+                out[part] = (changed[:, 0] * 255.0).round().to(torch.uint8).numpy()
+            yield out

@@ -31,6 +31,7 @@ class Training:
     local_steps : steps between two synchronisations; or
     local_epochs : passes over the films between two synchronisations (one epoch is round(1 / q) steps)
     momentum, weight_decay : of local SGD
+    label_smoothing : share of each label that is spread over all classes (Szegedy et al. 2016)
     class_weights : None, ``"balanced"`` (from the hospital's own counts: not with DP), or one public number per class
     augmentation : any of ``flip``, ``shift``, ``jitter`` (see :mod:`primia_lite.augmentation`) and ``mixup`` (Zhang et al.
         2018; not with DP: it blends films, so that no step's sensitivity to one film is bounded by clipping)
@@ -44,6 +45,7 @@ class Training:
     local_epochs: int | None = None
     momentum: float = 0.0
     weight_decay: float = 0.0
+    label_smoothing: float = 0.0
     class_weights: str | tuple[float, ...] | None = None
     augmentation: tuple[str, ...] = ()
     model_options: dict = field(default_factory=dict)
@@ -56,6 +58,8 @@ class Training:
             raise UserError("give either local_steps or local_epochs, and leave the other None")
         if self.steps_per_round < 1:
             raise UserError("local_steps or local_epochs must be at least 1")
+        if not 0 <= self.label_smoothing < 1:
+            raise UserError(f"label_smoothing is {self.label_smoothing}: it must be in [0, 1)")
         unknown = set(self.augmentation) - set(aug.AUGMENTATIONS)
         if unknown:
             raise UserError(f"unknown augmentation {sorted(unknown)}: choose from {', '.join(aug.AUGMENTATIONS)}")
@@ -179,16 +183,20 @@ def _loss_function(films, index, training, weight, generator, *, all_views):
         share = float(np.random.default_rng(int(torch.randint(2**31, (1,), generator=generator))).beta(0.2, 0.2))
         partner = dict(zip(index.tolist(), index[torch.randperm(len(index), generator=generator)].tolist(), strict=True))
 
+    def loss_of(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        smoothing = training.label_smoothing
+        return F.cross_entropy(logits, labels, weight=weight, label_smoothing=smoothing, reduction="none")
+
     def losses(model: nn.Module, part: torch.Tensor) -> torch.Tensor:
         inputs = augment(films, part, training.augmentation, generator, all_views=all_views)  # [V, B, ...]
         labels = films.labels[part].repeat(len(inputs))
         if not mixed:
-            each = F.cross_entropy(model(inputs.flatten(0, 1)), labels, weight=weight, reduction="none")
+            each = loss_of(model(inputs.flatten(0, 1)), labels)
             return each.view(len(inputs), len(part))
         other = torch.tensor([partner[i] for i in part.tolist()])
         partners = augment(films, other, training.augmentation, generator, all_views=False)
         logits = model((share * inputs + (1 - share) * partners)[0])
-        both = [F.cross_entropy(logits, films.labels[i], weight=weight, reduction="none") for i in (part, other)]
+        both = [loss_of(logits, films.labels[i]) for i in (part, other)]
         return (share * both[0] + (1 - share) * both[1]).view(1, len(part))
 
     return losses
