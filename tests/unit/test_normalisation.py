@@ -1,0 +1,139 @@
+"""Pixel mean and standard deviation under DP: what is summed, how much noise, what is charged and when."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from primia_lite.config import BudgetError, UserError
+from primia_lite.data import phantom
+from primia_lite.federation import hospital
+from primia_lite.federation.hospital import declare_size, mean_and_std_under_dp
+from primia_lite.privacy.accounting import Release, epsilon
+from primia_lite.privacy.dpsgd import Privacy
+from primia_lite.privacy.ledger import Ledger
+from primia_lite.privacy.rng import SecureGenerator
+
+PRIVACY = Privacy(1.0, 1.0, target_epsilon=8.0)
+TINY = 1e-9  # noise too small to matter, and a budget that allows it
+ANY = Privacy(1.0, 1.0, target_epsilon=1e30)
+
+
+@pytest.fixture(scope="module")
+def hospitals():
+    films = phantom.generate(57, 28, seed=41)
+    return [("A", films.subset(np.arange(24))), ("B", films.subset(np.arange(24, 57)))]
+
+
+@pytest.fixture
+def without_accountant(monkeypatch):
+    """Charges cost nothing to work out: for tests of the noise alone."""
+    monkeypatch.setattr("primia_lite.privacy.ledger.epsilon", lambda *_: 0.0)
+
+
+def test_without_noise_it_is_the_mean_over_the_declared_sizes(hospitals, tmp_path, without_accountant):
+    mean, std = mean_and_std_under_dp(hospitals, TINY, tmp_path, ANY, SecureGenerator())
+    declared = declare_size(24) + declare_size(33)
+    assert declared == 50
+    pixels = np.concatenate([films.images.reshape(len(films), -1) for _, films in hospitals]) / 255.0
+    want = pixels.mean(1).sum() / declared
+    square = (pixels**2).mean(1).sum() / declared
+    assert mean == pytest.approx(want, abs=1e-6)
+    assert std == pytest.approx(np.sqrt(square - want**2), abs=1e-6)
+
+
+def test_one_film_changes_a_sum_by_at_most_the_sensitivity(hospitals, tmp_path, without_accountant, monkeypatch):
+    # All white is the worst film: (1, 1), of norm sqrt(2).
+    films = hospitals[0][1]
+    white = np.full((1, 28, 28), 255, np.uint8)
+    monkeypatch.setattr(hospital, "declare_size", lambda n: 20)
+    with_film = films.subset(np.arange(20))
+    object.__setattr__(with_film, "images", np.concatenate([white, films.images[:19]]))
+    without = films.subset(np.arange(19))
+    moments = []
+    for number, some in enumerate((with_film, without)):
+        mean, std = mean_and_std_under_dp([("A", some)], TINY, tmp_path / str(number), ANY, SecureGenerator())
+        moments.append(20 * np.array([mean, std**2 + mean**2]))
+    assert np.linalg.norm(moments[0] - moments[1]) == pytest.approx(np.sqrt(2), abs=1e-5)
+
+
+def test_noise_of_each_hospital_has_the_stated_scale(hospitals, tmp_path, without_accountant):
+    sigma, declared = 0.05, 50  # small, so that no result is clipped to its range
+    exact = mean_and_std_under_dp(hospitals, TINY, tmp_path / "exact", ANY, SecureGenerator())
+    draws = []
+    for seed in range(400):
+        rng = SecureGenerator.from_seed(seed)
+        mean, std = mean_and_std_under_dp(hospitals, sigma, tmp_path / "noisy", PRIVACY, rng)
+        draws.append([mean - exact[0], std**2 + mean**2 - exact[1] ** 2 - exact[0] ** 2])
+    draws = np.array(draws) / (np.sqrt(2.0) * sigma * np.sqrt(len(hospitals)) / declared)
+    for column in draws.T:
+        assert stats.kstest(column, "norm").pvalue > 1e-3
+        assert column.std() == pytest.approx(1, abs=4 / np.sqrt(2 * len(column)))
+    assert abs(np.corrcoef(draws.T)[0, 1]) < 4 / np.sqrt(len(draws))
+
+
+def test_results_stay_in_range_whatever_the_noise(hospitals, tmp_path, without_accountant):
+    for seed in range(20):
+        mean, std = mean_and_std_under_dp(hospitals, 1e4, tmp_path, PRIVACY, SecureGenerator.from_seed(seed))
+        assert 0.05 <= mean <= 0.95 and 0.1 <= std <= 0.5
+
+
+def test_each_hospital_is_charged_before_it_computes(hospitals, tmp_path, without_accountant, monkeypatch):
+    order = []
+    charge, normal = Ledger.charge, SecureGenerator.normal
+    monkeypatch.setattr(
+        Ledger, "charge", lambda self, *a, **k: order.append(f"charge {self.path.stem}") or charge(self, *a, **k)
+    )
+    monkeypatch.setattr(SecureGenerator, "normal", lambda self, n: order.append("compute") or normal(self, n))
+    mean_and_std_under_dp(hospitals, 2.0, tmp_path, PRIVACY, SecureGenerator())
+    assert order == ["charge ledger-A", "compute", "charge ledger-B", "compute"]
+
+
+def test_the_charge_is_one_gaussian_release_of_all_films(hospitals, tmp_path):
+    mean_and_std_under_dp(hospitals, 2.0, tmp_path, PRIVACY, SecureGenerator())
+    for name in "AB":
+        ledger = Ledger(tmp_path / f"ledger-{name}.sqlite", 8.0, 1e-4)
+        assert ledger.charges() == [Release(2.0, 1.0, 1)]
+        assert ledger.epsilon() == epsilon(Release(2.0, 1.0, 1), 1e-4)
+
+
+def test_a_charge_over_the_budget_computes_nothing(hospitals, tmp_path, monkeypatch):
+    def refuse(self, n):
+        raise AssertionError("computed although the budget doesn't allow it")
+
+    monkeypatch.setattr(SecureGenerator, "normal", refuse)
+    tight = Privacy(1.0, 1.0, target_epsilon=0.1)
+    with pytest.raises(BudgetError, match="ledger-A: normalisation would bring epsilon to"):
+        mean_and_std_under_dp(hospitals, 2.0, tmp_path, tight, SecureGenerator())
+    assert Ledger(tmp_path / "ledger-A.sqlite", 0.1, 1e-4).charges() == []
+
+
+def charges(folder: Path) -> int:
+    return len(Ledger(folder / "ledger-A.sqlite", 8.0, 1e-4).charges())
+
+
+def test_a_repeat_is_charged_again_unless_a_seed_repeats_it(hospitals, tmp_path, without_accountant):
+    for rng, expected in ((SecureGenerator(), 2), (SecureGenerator.from_seed(1), 1)):
+        folder = tmp_path / str(expected)
+        for _ in range(2):
+            mean_and_std_under_dp(hospitals, 2.0, folder, PRIVACY, rng)
+        assert charges(folder) == expected
+
+
+def test_fresh_starts_new_ledgers(hospitals, tmp_path, without_accountant):
+    for _ in range(2):
+        mean_and_std_under_dp(hospitals, 2.0, tmp_path, PRIVACY, SecureGenerator(), fresh=True)
+    assert charges(tmp_path) == 1
+    another = Privacy(1.0, 1.0, target_epsilon=3.0)
+    with pytest.raises(UserError, match="was opened for epsilon 8"):
+        mean_and_std_under_dp(hospitals, 2.0, tmp_path, another, SecureGenerator())
+    mean_and_std_under_dp(hospitals, 2.0, tmp_path, another, SecureGenerator(), fresh=True)
+
+
+@pytest.mark.parametrize("sigma", [0.0, -1.0])
+def test_no_noise_is_refused(hospitals, tmp_path, sigma):
+    with pytest.raises(UserError, match="noise_multiplier is"):
+        mean_and_std_under_dp(hospitals, sigma, tmp_path, PRIVACY, SecureGenerator())
