@@ -24,7 +24,7 @@ def use_style() -> None:
     sns.set_theme(context="notebook", style="ticks", palette=list(OKABE_ITO))
     mpl.rcParams.update(
         {
-            "figure.dpi": 72,
+            "figure.dpi": 64,
             "savefig.dpi": 150,
             "figure.constrained_layout.use": True,
             "axes.spines.top": False,
@@ -107,7 +107,7 @@ def plot_history(
         for number, (label, history) in enumerate(histories.items()):
             x, y = [r["round"] for r in history if key in r], [r[key] for r in history if key in r]
             axis.plot(
-                x, y, label=label, color=OKABE_ITO[number], marker=MARKERS[number], markersize=4.5,
+                x, y, label=label, color=OKABE_ITO[number % 8], marker=MARKERS[number % 8], markersize=4.5,
                 markevery=max(1, len(x) // 12), linewidth=1.6,
             )  # fmt: skip
         axis.set(xlabel="round", ylabel=f"{names.get(key, key)}")
@@ -150,10 +150,10 @@ def plot_roc(models: Mapping[str, np.ndarray], labels: np.ndarray) -> plt.Figure
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 4.1))
     for number, (name, probabilities) in enumerate(models.items()):
         x, y, _ = roc_curve(labels > 0, metrics.pneumonia_score(probabilities))
-        style = dict(color=OKABE_ITO[number], linestyle=("-", "--", "-.", ":")[number % 4], linewidth=1.8)
+        style = dict(color=OKABE_ITO[number % 8], linestyle=("-", "--", "-.", ":")[number % 4], linewidth=1.8)
         left.plot(x, y, label=f"{name}: {metrics.auroc(probabilities, labels):.3f}", **style)
         predicted, observed = metrics.calibration(probabilities, labels)
-        right.plot(predicted, observed, marker=MARKERS[number], markersize=5, label=name, **style)
+        right.plot(predicted, observed, marker=MARKERS[number % 8], markersize=5, label=name, **style)
     for axis in (left, right):
         axis.plot([0, 1], [0, 1], color="0.6", linewidth=1, linestyle=(0, (1, 3)))
         axis.set_aspect("equal")

@@ -11,7 +11,7 @@ from IPython.display import display
 
 from primia_lite import metrics
 from primia_lite.data import ChestXrays
-from primia_lite.plotting import OKABE_ITO
+from primia_lite.plotting import OKABE_ITO, source_note
 
 
 def explore(draw: Callable[..., plt.Figure], **controls) -> ipywidgets.VBox:
@@ -81,4 +81,5 @@ def plot_film(films: ChestXrays, index: int, probabilities: np.ndarray | None = 
         bar.barh(films.class_names, probabilities[index], color=colours)
         bar.invert_yaxis()
         bar.set(xlim=(0, 1), xlabel="probability (green: the true class)")
+    figure.suptitle(source_note(films), fontsize=10, color="0.35")
     return figure
