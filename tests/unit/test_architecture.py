@@ -11,7 +11,7 @@ import pytest
 # A module or package may import from its own layer and from those before it.
 LAYERS = (
     {"__init__", "config", "runtime"},
-    {"data", "models", "metrics", "plotting"},
+    {"data", "augmentation", "models", "metrics", "plotting"},
     {"training", "privacy"},
     {"federation", "attacks", "encrypted"},
     {"widgets", "notebook", "reproduce", "describe", "doctor", "bench", "serve", "cli", "__main__"},
@@ -97,7 +97,7 @@ def test_every_exception_is_still_needed(edges):
 
 def test_the_check_sees_lazy_relative_and_named_imports(tmp_path):
     text = "def f():\n    from primia_lite import widgets\n    import primia_lite.cli\n"
-    assert imports(text, "models") == {"widgets", "cli"}
+    assert imports(text, "augmentation", "models") == {"widgets", "cli"}
     assert imports("from ..federation import rounds\nfrom . import split", "data.kermany") == {"federation", "data"}
     assert imports("from . import cli", "data") == {"cli"}
     assert imports("import_module('primia_lite.attacks.audit')", "data.x") == {"attacks"}
