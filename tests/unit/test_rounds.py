@@ -42,7 +42,7 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-# --- the algorithm -----------------------------------------------------------------------------------------------------
+# --- the algorithm ----------------------------------------------------------------------------------------------------
 
 
 def test_one_full_batch_step_is_plain_gradient_descent_on_all_films():
@@ -74,7 +74,8 @@ def test_server_momentum_and_averaging_follow_their_definitions():
         optimizer.step()
         iterates.append({k: v.clone() for k, v in model.state_dict().items()})
     for name in result.state:
-        torch.testing.assert_close(result.state[name], (iterates[2][name] + iterates[3][name]) / 2, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(result.state[name], (iterates[2][name] + iterates[3][name]) / 2, atol=1e-6,
+        rtol=1e-5)
 
 
 def test_local_epochs_count_their_steps():
@@ -149,7 +150,7 @@ def test_history_and_lines_headless(tmp_path, capsys):
     assert len(lines) == 3 and lines[-1].startswith("federated: round 3/3  AUROC 0.")
 
 
-# --- checkpoints -------------------------------------------------------------------------------------------------------
+# --- checkpoints ------------------------------------------------------------------------------------------------------
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
 
@@ -252,7 +253,7 @@ def test_a_folder_of_another_run_is_refused_and_fresh_replaces_it(tmp_path):
     federate(hospitals(), TRAINING.changed(learning_rate=0.1), Schedule(2), folder=tmp_path, fresh=True, progress=None)
 
 
-# --- bad input ---------------------------------------------------------------------------------------------------------
+# --- bad input --------------------------------------------------------------------------------------------------------
 
 
 def test_a_spent_budget_stops_the_run_and_keeps_what_was_reached(tmp_path):
