@@ -1,8 +1,8 @@
 """How fast films are drawn and turned into features, and how hard the phantom is.
 
-Peers, interleaved in one run: litenet's extractor beside the package's own network, in the same batches. Times are medians of
-repeated runs on one core; AUROC is normal versus pneumonia of a federation of one hospital on 1,500 phantom films at 64 px,
-tested on 500.
+Peers, interleaved in one run: litenet's extractor beside the package's own network, in the same batches. Times are
+medians of repeated runs on one core; AUROC is normal versus pneumonia of a federation of one hospital on 1,500 phantom
+films at 64 px, tested on 500.
 """
 
 from __future__ import annotations

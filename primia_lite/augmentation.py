@@ -31,8 +31,8 @@ def shift(films: torch.Tensor, generator: torch.Generator, reach: float = 0.06) 
 def jitter(films: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """What differs between two exposures of one child: position, sharpness, exposure, contrast, noise.
 
-    Scale 0.85 to 1.15, rotation up to 8 degrees, shift up to 8 % of the half side; blur up to 0.5 % of the side; gamma 0.67 to
-    1.49; contrast 0.75 to 1.25; brightness up to 0.1; noise up to 0.02. Uniform, independent for each film.
+    Scale 0.85 to 1.15, rotation up to 8 degrees, shift up to 8 % of the half side; blur up to 0.5 % of the side; gamma
+    0.67 to 1.49; contrast 0.75 to 1.25; brightness up to 0.1; noise up to 0.02. Uniform, independent for each film.
 
     Parameters
     ----------

@@ -51,7 +51,8 @@ def runs_dir() -> Path:
 def figures_dir() -> Path:
     """Where ``save_figure`` writes: ``PRIMIA_LITE_FIGURES``, or ``runs/figures/``.
 
-    ``primia-lite run --profile paper`` points it at the committed ``figures/``; everything else leaves that folder alone.
+    ``primia-lite run --profile paper`` points it at the committed ``figures/``; everything else leaves that folder
+    alone.
     """
     return _folder("PRIMIA_LITE_FIGURES", repo_root() / "runs" / "figures")
 

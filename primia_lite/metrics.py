@@ -84,7 +84,8 @@ def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray, bi
 
 
 def bootstrap(
-    statistic: Callable[[np.ndarray], float], patient_id: np.ndarray, *, draws: int = 1000, seed: int = 0, level: float = 0.95
+    statistic: Callable[[np.ndarray], float], patient_id: np.ndarray, *, draws: int = 1000, seed: int = 0, level: float
+    = 0.95
 ) -> tuple[float, float]:
     """Percentile interval of a statistic, resampling whole patients (Efron and Tibshirani 1993).
 

@@ -1,7 +1,7 @@
 """The four networks, and the films in the form that each of them takes.
 
-``litenet`` and ``scatternet`` are a frozen extractor and a linear head: features are computed once and cached. ``ckksnet`` and
-``resnet18`` are trained whole.
+``litenet`` and ``scatternet`` are a frozen extractor and a linear head: features are computed once and cached.
+``ckksnet`` and ``resnet18`` are trained whole.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from primia_lite.config import UserError, cache_dir
 from primia_lite.data import ChestXrays, phantom
 from primia_lite.runtime import cores, in_notebook, write_atomic
 
-# Mean and standard deviation of grey values, from chest films in general and no data set in particular: half of the range,
-# and a quarter of it. Public, so they cost no ε.
+# Mean and standard deviation of grey values, from chest films in general and no data set in particular: half of the
+# range, and a quarter of it. Public, so they cost no ε.
 PIXEL_MEAN, PIXEL_STD = 0.5, 0.25
 
 
@@ -82,7 +82,7 @@ def linear_head(n_classes: int, in_shape: tuple[int, ...], **_) -> nn.Module:
     return head
 
 
-# --- frozen extractors -------------------------------------------------------------------------------------------------
+# --- frozen extractors ------------------------------------------------------------------------------------------------
 
 
 def _fold_batch_norms(network: nn.Module) -> nn.Module:
@@ -173,8 +173,8 @@ _PUBLIC_FILMS, _PUBLIC_SEED, _FLOOR = 600, 7919, 0.003
 def features(name: str, images: np.ndarray, *, cache: bool = True, progress: bool = True) -> np.ndarray:
     """Features of a frozen network, centred and whitened on phantom films, float32 [N, D], each film's of L2 norm 1.
 
-    Raw features share most of their length, and the rest lies in few directions: a clipped gradient spends its budget there. The
-    whitening is fitted on films that the phantom draws, so it is public and costs no ε.
+    Raw features share most of their length, and the rest lies in few directions: a clipped gradient spends its budget
+    there. The whitening is fitted on films that the phantom draws, so it is public and costs no ε.
 
     Parameters
     ----------
@@ -215,7 +215,8 @@ def _extract(name: str, images: np.ndarray, cache: bool, progress: bool) -> np.n
 
     extractor = _extractor(extract)
     batches = torch.from_numpy(np.array(images)).split(extractor.batch_size)
-    # One thread of torch for each worker: on small batches that beats sharing each one out, and by far on a busy machine.
+    # One thread of torch for each worker: on small batches that beats sharing each one out, and by far on a busy
+    # machine.
     with ThreadPoolExecutor(cores(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
         done = tqdm(
             pool.map(extractor, batches), total=len(batches), desc=f"{name} features", unit="batch", leave=False,
@@ -227,7 +228,7 @@ def _extract(name: str, images: np.ndarray, cache: bool, progress: bool) -> np.n
     return out
 
 
-# --- networks that are trained whole -----------------------------------------------------------------------------------
+# --- networks that are trained whole ----------------------------------------------------------------------------------
 
 
 class Square(nn.Module):
@@ -330,11 +331,11 @@ def prepare(
     Parameters
     ----------
     augmentation
-        For a frozen network ``flip``, ``shift`` and ``jitter`` add 1, 2 and 3 views of each film, computed once; training picks one
-        at random. Networks that are trained whole draw anew at each step.
+        For a frozen network ``flip``, ``shift`` and ``jitter`` add 1, 2 and 3 views of each film, computed once;
+        training picks one at random. Networks that are trained whole draw anew at each step.
     normalisation
-        Mean and standard deviation of pixels in [0, 1]; the public constants if left out. Frozen networks keep the constants
-        that they were trained with.
+        Mean and standard deviation of pixels in [0, 1]; the public constants if left out. Frozen networks keep the
+        constants that they were trained with.
     """
     labels = torch.from_numpy(films.labels)
     if spec(name).extract is not None:

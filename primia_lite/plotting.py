@@ -60,7 +60,8 @@ def source_note(films: ChestXrays | str) -> str:
 
 
 def film_grid(
-    films: ChestXrays, rows: Mapping[str, Sequence[int]], *, masks: bool = False, titles: Mapping[int, str] | None = None
+    films: ChestXrays, rows: Mapping[str, Sequence[int]], *, masks: bool = False, titles: Mapping[int, str] | None =
+    None
 ) -> plt.Figure:
     """Films in labelled rows.
 

@@ -32,8 +32,8 @@ def seed_for(seed: int, *labels: object) -> int:
 def setup(seed: int = 0, threads: int = 1) -> None:
     """Prepare a session: figure style, seeds of numpy and torch (never of the DP noise), number of torch's threads.
 
-    One thread by default: a linear head is too small to be shared out, and on a busy machine that costs tenfold. Work that
-    is worth it takes all cores by itself (feature extraction, networks that are trained whole).
+    One thread by default: a linear head is too small to be shared out, and on a busy machine that costs tenfold. Work
+    that is worth it takes all cores by itself (feature extraction, networks that are trained whole).
     """
     import numpy as np
     import torch

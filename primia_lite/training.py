@@ -33,7 +33,8 @@ class Training:
     momentum, weight_decay : of local SGD
     label_smoothing : share of each label that is spread over all classes (Szegedy et al. 2016)
     class_weights : None, ``"balanced"`` (from the hospital's own counts: not with DP), or one public number per class
-    augmentation : any of ``flip``, ``shift``, ``jitter`` (see :mod:`primia_lite.augmentation`) and ``mixup`` (Zhang et al.
+    augmentation : any of ``flip``, ``shift``, ``jitter`` (see :mod:`primia_lite.augmentation`) and ``mixup`` (Zhang et
+    al.
         2018; not with DP: it blends films, so that no step's sensitivity to one film is bounded by clipping)
     """
 
@@ -80,7 +81,8 @@ class Training:
 
 
 def train(
-    model: nn.Module, films: Films, training: Training, privacy: Privacy | None, rng: SecureGenerator, expected_batch: float
+    model: nn.Module, films: Films, training: Training, privacy: Privacy | None, rng: SecureGenerator, expected_batch:
+    float
 ) -> list[float]:
     """Take ``training.steps_per_round`` steps of SGD, or of DP-SGD, in place.
 
@@ -175,8 +177,8 @@ def _class_weights(training: Training, labels: torch.Tensor) -> torch.Tensor | N
 def _loss_function(films, index, training, weight, generator, *, all_views):
     """Cross-entropy [V, B] of each view of each film in a part of the batch, as a function of model and part.
 
-    With DP all cached views of a film count, as one gradient that is clipped once (augmentation multiplicity, De et al. 2022);
-    without DP one view, drawn at random. Mixing is drawn here, once for the whole batch.
+    With DP all cached views of a film count, as one gradient that is clipped once (augmentation multiplicity, De et al.
+    2022); without DP one view, drawn at random. Mixing is drawn here, once for the whole batch.
     """
     mixed = "mixup" in training.augmentation and len(index) > 1
     if mixed:

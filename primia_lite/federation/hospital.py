@@ -1,7 +1,7 @@
 """One hospital: its films never leave; updates do.
 
-``local_update`` is what every transport calls. :class:`Hospital` puts the order around it that privacy needs: look for a
-stored update, charge the ledger, compute, store, release.
+``local_update`` is what every transport calls. :class:`Hospital` puts the order around it that privacy needs: look for
+a stored update, charge the ledger, compute, store, release.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ def local_update(
     global_state
         Weights by parameter name; not changed.
     declared_size
-        The public, rounded number of films; sample rate times this is the denominator of a private step. Required with DP.
+        The public, rounded number of films; sample rate times this is the denominator of a private step. Required with
+        DP.
     observe
         Called with the list of step losses, which are private: a simulation may plot them, a deployment leaves it None.
 
@@ -199,9 +200,9 @@ def mean_and_std_under_dp(
 ) -> tuple[float, float]:
     """PriMIA's normalisation: pixel mean and standard deviation of all hospitals' films, shared under DP.
 
-    Each film adds (mean pixel, mean squared pixel), both in [0, 1], so a film changes a hospital's sum by at most √2 in L2 norm;
-    Gaussian noise of standard deviation √2 σ is added by each hospital. Charged to the hospital's ledger before it is computed, as
-    one release with sample rate 1.
+    Each film adds (mean pixel, mean squared pixel), both in [0, 1], so a film changes a hospital's sum by at most √2 in
+    L2 norm; Gaussian noise of standard deviation √2 σ is added by each hospital. Charged to the hospital's ledger
+    before it is computed, as one release with sample rate 1.
 
     Parameters
     ----------

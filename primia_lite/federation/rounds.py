@@ -1,8 +1,8 @@
 """Rounds of federated training in one process, with checkpoints that survive a kill at any moment.
 
-With fixed seeds a killed run ends in the same weights, bit for bit. Without them, an update that a hospital stored is sent
-again as it was, and one that wasn't stored is computed with fresh noise and charged anew. The state of a generator is never
-written.
+With fixed seeds a killed run ends in the same weights, bit for bit. Without them, an update that a hospital stored is
+sent again as it was, and one that wasn't stored is computed with fresh noise and charged anew. The state of a generator
+is never written.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What a series of noisy releases costs: ε at a given δ, and the noise for a wanted ε.
 
-Mechanism: the Poisson-subsampled Gaussian of DP-SGD (Abadi et al., CCS 2016). Adjacency: add or remove one unit (a film).
-Accountant: privacy loss distributions (Koskela et al. 2020; Doroshenko et al. 2022) from Google's dp-accounting, rounded
-pessimistically, so that the ε returned is an upper bound.
+Mechanism: the Poisson-subsampled Gaussian of DP-SGD (Abadi et al., CCS 2016). Adjacency: add or remove one unit (a
+film). Accountant: privacy loss distributions (Koskela et al. 2020; Doroshenko et al. 2022) from Google's dp-accounting,
+rounded pessimistically, so that the ε returned is an upper bound.
 """
 
 from __future__ import annotations

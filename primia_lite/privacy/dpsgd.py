@@ -1,6 +1,7 @@
 """DP-SGD at one hospital, by Opacus: per-film gradients, clipping, Gaussian noise (Abadi et al., CCS 2016, algorithm 1).
 
-Opacus computes the per-film gradients and clips them; the noise comes from :class:`~primia_lite.privacy.rng.SecureGenerator`.
+Opacus computes the per-film gradients and clips them; the noise comes from
+:class:`~primia_lite.privacy.rng.SecureGenerator`.
 """
 
 from __future__ import annotations
@@ -109,7 +110,8 @@ def private_optimizer(
 class PrivateStep:
     """One step of DP-SGD: clip each film's gradient to C, add them up, add noise σC, divide by the public expected batch.
 
-    A film's gradient is the mean over its views (augmentation multiplicity, De et al. 2022), so its sensitivity stays C.
+    A film's gradient is the mean over its views (augmentation multiplicity, De et al. 2022), so its sensitivity stays
+    C.
     """
 
     def __init__(self, model, optimizer, privacy: Privacy, expected_batch: float, rng: SecureGenerator):

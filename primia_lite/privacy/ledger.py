@@ -82,8 +82,8 @@ class Ledger:
         what
             Names the release, such as ``round 3``.
         repeatable
-            The same name stands for the same bytes (a seeded run, which isn't private anyway): it is charged once. Otherwise a
-            name that comes again is another release, and charged again.
+            The same name stands for the same bytes (a seeded run, which isn't private anyway): it is charged once.
+            Otherwise a name that comes again is another release, and charged again.
 
         Raises
         ------

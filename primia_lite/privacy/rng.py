@@ -1,9 +1,9 @@
 """A cryptographic generator for everything that differential privacy rests on: who is sampled, and the noise.
 
-The stream is ChaCha20 (RFC 8439) under a 256-bit key from the operating system. Opacus's ``secure_mode`` serves the same end
-but needs torchcsprng, which no longer installs. The normal samples are floating-point numbers: Mironov (CCS 2012) shows
-that their low bits can give the noiseless value away to an attacker who sees the noisy sum in full precision; a
-discrete mechanism is the remedy, and this generator doesn't claim to be one.
+The stream is ChaCha20 (RFC 8439) under a 256-bit key from the operating system. Opacus's ``secure_mode`` serves the
+same end but needs torchcsprng, which no longer installs. The normal samples are floating-point numbers: Mironov (CCS
+2012) shows that their low bits can give the noiseless value away to an attacker who sees the noisy sum in full
+precision; a discrete mechanism is the remedy, and this generator doesn't claim to be one.
 """
 
 from __future__ import annotations
