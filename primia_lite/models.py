@@ -120,8 +120,8 @@ class LiteNetExtractor:
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 [N, H, W] -> float32 [N, 2368].
 
-        Global mean of the last layer (1,280: what is on the film), a 3 x 3 grid of block 10 (112 each: where), and the global mean of
-        block 7 (80: texture), each of L2 norm 1 / sqrt(3).
+        Global mean of the last layer (1,280: what is on the film), a 3 x 3 grid of block 10 (112 each: where), and the
+        global mean of block 7 (80: texture), each of L2 norm 1 / sqrt(3).
         """
         x = images.float().unsqueeze(1)
         if x.shape[-1] < 128:
@@ -140,7 +140,7 @@ class LiteNetExtractor:
 
 
 class ScatterNetExtractor:
-    """2-D scattering transform (Bruna and Mallat 2013) by kymatio: wavelets and moduli, nothing learnt from any data."""
+    """2-D scattering transform (Bruna and Mallat 2013) by kymatio: wavelets and moduli, nothing learnt from data."""
 
     batch_size = 32
     side = 64

@@ -60,8 +60,11 @@ def source_note(films: ChestXrays | str) -> str:
 
 
 def film_grid(
-    films: ChestXrays, rows: Mapping[str, Sequence[int]], *, masks: bool = False, titles: Mapping[int, str] | None =
-    None
+    films: ChestXrays,
+    rows: Mapping[str, Sequence[int]],
+    *,
+    masks: bool = False,
+    titles: Mapping[int, str] | None = None,
 ) -> plt.Figure:
     """Films in labelled rows.
 
@@ -102,7 +105,12 @@ def plot_history(
     histories: Mapping[str, Sequence[Mapping]], rounds: int | None = None, keys: Sequence[str] = ("auroc", "accuracy")
 ) -> plt.Figure:
     """Validation scores by round, one line per run."""
-    names = {"auroc": "AUROC, normal vs pneumonia", "accuracy": "accuracy, all classes", "loss": "loss (nats per film)", "mcc": "MCC, all classes"}  # fmt: skip
+    names = {
+        "auroc": "AUROC, normal vs pneumonia",
+        "accuracy": "accuracy, all classes",
+        "loss": "loss (nats per film)",
+        "mcc": "MCC, all classes",
+    }
     figure, axes = plt.subplots(1, len(keys), figsize=(5.0 * len(keys), 3.2), squeeze=False)
     for axis, key in zip(axes[0], keys, strict=True):
         for number, (label, history) in enumerate(histories.items()):
@@ -126,7 +134,8 @@ def plot_partition(hospitals: Mapping[str, ChestXrays]) -> plt.Figure:
     bottom = np.zeros(len(hospitals))
     for k, name in enumerate(first.class_names):
         count = np.array([int((films.labels == k).sum()) for films in hospitals.values()])
-        left.barh(list(hospitals), count, left=bottom, color=OKABE_ITO[k], label=name, hatch=("", "//", "..")[k % 3], edgecolor="white")
+        hatch = ("", "//", "..")[k % 3]
+        left.barh(list(hospitals), count, left=bottom, color=OKABE_ITO[k], label=name, hatch=hatch, edgecolor="white")
         bottom += count
     left.invert_yaxis()
     left.set(xlabel="films", ylabel="hospital")
@@ -159,7 +168,9 @@ def plot_roc(models: Mapping[str, np.ndarray], labels: np.ndarray) -> plt.Figure
         axis.plot([0, 1], [0, 1], color="0.6", linewidth=1, linestyle=(0, (1, 3)))
         axis.set_aspect("equal")
     left.set(xlabel="1 - specificity", ylabel="sensitivity", title="ROC (AUROC in the legend)")
-    right.set(xlabel="mean score of the bin", ylabel="observed share of pneumonia", title="calibration, 10 quantile bins")
+    right.set(
+        xlabel="mean score of the bin", ylabel="observed share of pneumonia", title="calibration, 10 quantile bins"
+    )
     left.legend(loc="lower right")
     figure.suptitle(f"test films, n = {len(labels)}", fontsize=10, color="0.35")
     return figure
@@ -180,7 +191,9 @@ def plot_confusions(models: Mapping[str, np.ndarray], labels: np.ndarray, class_
     return figure
 
 
-def plot_comparison(table: Mapping[str, Mapping[str, Sequence[float]]], reference: Mapping[str, Mapping[str, float]] | None = None) -> plt.Figure:  # fmt: skip
+def plot_comparison(
+    table: Mapping[str, Mapping[str, Sequence[float]]], reference: Mapping[str, Mapping[str, float]] | None = None
+) -> plt.Figure:
     """Scores of several ways to train: one dot a seed, a bar at the mean, dotted lines for published values.
 
     Parameters
@@ -192,12 +205,16 @@ def plot_comparison(table: Mapping[str, Mapping[str, Sequence[float]]], referenc
     """
     figure, axes = plt.subplots(1, len(table), figsize=(4.6 * len(table), 3.6), squeeze=False)
     for axis, (score, ways) in zip(axes[0], table.items(), strict=True):
-        for number, (way, values) in enumerate(ways.items()):
-            axis.scatter(np.full(len(values), number), values, color=OKABE_ITO[number % 8], marker=MARKERS[number % 8], s=34, zorder=3)
-            axis.hlines(np.mean(values), number - 0.3, number + 0.3, color=OKABE_ITO[number % 8], linewidth=2)
-        for number, (label, value) in enumerate((reference or {}).get(score, {}).items()):
+        for number, values in enumerate(ways.values()):
+            colour, marker = OKABE_ITO[number % 8], MARKERS[number % 8]
+            axis.scatter(np.full(len(values), number), values, color=colour, marker=marker, s=34, zorder=3)
+            axis.hlines(np.mean(values), number - 0.3, number + 0.3, color=colour, linewidth=2)
+        for label, value in (reference or {}).get(score, {}).items():
             axis.axhline(value, color="0.4", linestyle=":", linewidth=1.2)
-            axis.annotate(label, (1.0, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8.5, color="0.3")  # fmt: skip
+            axis.annotate(
+                label, (1.0, value), xycoords=("axes fraction", "data"), ha="right", va="bottom",
+                fontsize=8.5, color="0.3",
+            )  # fmt: skip
         axis.set_xticks(range(len(ways)), list(ways), rotation=25, ha="right", rotation_mode="anchor")
         axis.set(ylabel=score, xlim=(-0.6, len(ways) - 0.4))
         axis.grid(axis="x", visible=False)

@@ -20,7 +20,17 @@ from primia_lite.config import UserError, results_dir
 
 _STARTED = time.time()
 os.umask(_UMASK := os.umask(0o022))
-_REPORTED_PACKAGES = ("torch", "opacus", "dp-accounting", "numpy", "scikit-learn", "kymatio", "monai", "tenseal", "syft")
+_REPORTED_PACKAGES = (
+    "torch",
+    "opacus",
+    "dp-accounting",
+    "numpy",
+    "scikit-learn",
+    "kymatio",
+    "monai",
+    "tenseal",
+    "syft",
+)
 
 
 def seed_for(seed: int, *labels: object) -> int:

@@ -33,9 +33,8 @@ class Training:
     momentum, weight_decay : of local SGD
     label_smoothing : share of each label that is spread over all classes (Szegedy et al. 2016)
     class_weights : None, ``"balanced"`` (from the hospital's own counts: not with DP), or one public number per class
-    augmentation : any of ``flip``, ``shift``, ``jitter`` (see :mod:`primia_lite.augmentation`) and ``mixup`` (Zhang et
-    al.
-        2018; not with DP: it blends films, so that no step's sensitivity to one film is bounded by clipping)
+    augmentation : any of ``flip``, ``shift``, ``jitter`` (see :mod:`primia_lite.augmentation`) and ``mixup`` (Zhang
+        et al. 2018; not with DP: it blends films, so that no step's sensitivity to one film is bounded by clipping)
     """
 
     model: str = "litenet"
@@ -71,7 +70,9 @@ class Training:
 
     @property
     def steps_per_round(self) -> int:
-        return self.local_steps if self.local_epochs is None else self.local_epochs * max(1, round(1 / self.sample_rate))
+        if self.local_epochs is None:
+            return self.local_steps
+        return self.local_epochs * max(1, round(1 / self.sample_rate))
 
     def changed(self, **changes) -> Training:
         return replace(self, **changes)
@@ -81,8 +82,12 @@ class Training:
 
 
 def train(
-    model: nn.Module, films: Films, training: Training, privacy: Privacy | None, rng: SecureGenerator, expected_batch:
-    float
+    model: nn.Module,
+    films: Films,
+    training: Training,
+    privacy: Privacy | None,
+    rng: SecureGenerator,
+    expected_batch: float,
 ) -> list[float]:
     """Take ``training.steps_per_round`` steps of SGD, or of DP-SGD, in place.
 
@@ -103,7 +108,7 @@ def train(
         Options that contradict DP, or a model that DP-SGD can't train.
     """
     if privacy and "mixup" in training.augmentation:
-        raise UserError("mixup blends films, so clipping no longer bounds what one film adds: leave it out when DP is on")
+        raise UserError("mixup blends films, so clipping no longer bounds what one film adds: leave it out with DP")
     if privacy and training.class_weights == "balanced":
         raise UserError("class_weights='balanced' counts private labels: with DP give one public number per class")
     shuffle = torch.Generator().manual_seed(rng.child("augmentation").seed())
@@ -123,8 +128,8 @@ def train(
         losses.append(step(_loss_function(films, index, training, weight, shuffle, all_views=bool(privacy)), index))
         if len(index) and not np.isfinite(losses[-1]):
             raise TrainingError(
-                f"the loss is {losses[-1]} at local step {number + 1} of {training.steps_per_round}: lower learning_rate "
-                f"(now {training.learning_rate}), or check the films for values that aren't finite"
+                f"the loss is {losses[-1]} at local step {number + 1} of {training.steps_per_round}: lower "
+                f"learning_rate (now {training.learning_rate}), or check the films for values that aren't finite"
             )
     return losses
 
@@ -155,7 +160,7 @@ def poisson_batches(n: int, sample_rate: float, steps: int, rng: SecureGenerator
 
 
 def shuffled_batches(n: int, sample_rate: float, steps: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
-    """Batches of round(q n) films without replacement, shuffled anew each pass. Not for DP: the accounting doesn't hold."""
+    """Batches of round(q n) films without replacement, shuffled anew each pass. Not for DP: its accounting fails."""
     size = max(1, round(n * sample_rate))
     order = torch.randperm(n, generator=generator)
     for _ in range(steps):
@@ -183,7 +188,8 @@ def _loss_function(films, index, training, weight, generator, *, all_views):
     mixed = "mixup" in training.augmentation and len(index) > 1
     if mixed:
         share = float(np.random.default_rng(int(torch.randint(2**31, (1,), generator=generator))).beta(0.2, 0.2))
-        partner = dict(zip(index.tolist(), index[torch.randperm(len(index), generator=generator)].tolist(), strict=True))
+        others = index[torch.randperm(len(index), generator=generator)]
+        partner = dict(zip(index.tolist(), others.tolist(), strict=True))
 
     def loss_of(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         smoothing = training.label_smoothing

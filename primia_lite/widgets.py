@@ -52,7 +52,9 @@ def plot_threshold(probabilities: np.ndarray, labels: np.ndarray, threshold: flo
     figure, axis = plt.subplots(figsize=(7.5, 3.0))
     bins = np.linspace(0, 1, 26)
     for positive, name, colour, hatch in ((False, "normal", OKABE_ITO[0], ""), (True, "pneumonia", OKABE_ITO[1], "//")):
-        axis.hist(score[(labels > 0) == positive], bins, alpha=0.6, color=colour, label=name, hatch=hatch, edgecolor="white")
+        axis.hist(
+            score[(labels > 0) == positive], bins, alpha=0.6, color=colour, label=name, hatch=hatch, edgecolor="white"
+        )
     axis.axvline(threshold, color="black", linewidth=1.5)
     missed = int(((score < threshold) & (labels > 0)).sum())
     alarms = int(((score >= threshold) & (labels == 0)).sum())

@@ -28,7 +28,9 @@ class WeightedMean:
 
     def aggregate(self, updates: Mapping[str, Update], weights: Mapping[str, float]) -> State:
         if updates.keys() != weights.keys():
-            raise UserError(f"updates from {sorted(updates)} but weights for {sorted(weights)}: they must name the same")
+            raise UserError(
+                f"updates from {sorted(updates)} but weights for {sorted(weights)}: they must name the same"
+            )
         # float64 and a fixed order, so that the sum doesn't depend on who answered first.
         names = sorted(updates)
         return {

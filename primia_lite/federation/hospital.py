@@ -96,7 +96,9 @@ def local_update(
         losses = train(model, films, training, privacy, rng, expected_batch)
     delta = {name: value - global_state[name] for name, value in model.state_dict().items()}
     if not all(torch.isfinite(value).all() for value in delta.values()):
-        raise TrainingError(f"the update has values that aren't finite: lower learning_rate (now {training.learning_rate})")
+        raise TrainingError(
+            f"the update has values that aren't finite: lower learning_rate (now {training.learning_rate})"
+        )
     if observe:
         observe(losses)
     return Update(delta, training.steps_per_round, rng.seeded)
@@ -130,11 +132,15 @@ class Hospital:
             raise UserError(f"hospital {self.name} has no films: give it some, or leave it out")
         if self.films.labels.unique().numel() < 2:
             only = int(self.films.labels[0])
-            raise UserError(f"hospital {self.name} has films of one class only (label {only}): give it another partition")
+            raise UserError(
+                f"hospital {self.name} has films of one class only (label {only}): give it another partition"
+            )
         self.declared_size = self.declared_size or declare_size(len(self.films))
 
     @classmethod
-    def from_films(cls, name: str, films: ChestXrays, model: str, augmentation: tuple[str, ...] = (), **options) -> Hospital:
+    def from_films(
+        cls, name: str, films: ChestXrays, model: str, augmentation: tuple[str, ...] = (), **options
+    ) -> Hospital:
         """A hospital from its films, prepared for a model (see :func:`primia_lite.models.prepare`)."""
         return cls(name, models.prepare(model, films, augmentation=augmentation, **options))
 

@@ -41,7 +41,8 @@ class RoundProgress:
         shown = {name: f"{record[key]:.3f}" for key, name in _SHOWN.items() if key in record}
         if not self.live:
             values = "  ".join(f"{name} {value}" for name, value in shown.items())
-            print(f"{self.title}: round {record['round']:>{len(str(self.rounds))}}/{self.rounds}  {values}".rstrip(), flush=True)
+            number = f"{record['round']:>{len(str(self.rounds))}}/{self.rounds}"
+            print(f"{self.title}: round {number}  {values}".rstrip(), flush=True)
             return
         self.bar.update()
         self.bar.set_postfix(shown)

@@ -1,4 +1,4 @@
-"""DP-SGD at one hospital, by Opacus: per-film gradients, clipping, Gaussian noise (Abadi et al., CCS 2016, algorithm 1).
+"""DP-SGD at one hospital, by Opacus: per-film gradients, clipping, Gaussian noise (Abadi et al., CCS 2016).
 
 Opacus computes the per-film gradients and clips them; the noise comes from
 :class:`~primia_lite.privacy.rng.SecureGenerator`.
@@ -81,12 +81,12 @@ class NoisyOptimizer(DPOptimizer):
 
 
 def check_model(model: nn.Module) -> None:
-    """Raise UserError, naming the layer and the fix, for a model that mixes films (BatchNorm) or that Opacus can't clip."""
+    """Raise UserError, naming layer and fix, for a model that mixes films (BatchNorm) or that Opacus can't clip."""
     for name, layer in model.named_modules():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):
             raise UserError(
-                f"layer {name!r} is {type(layer).__name__}: it mixes the films of a batch, so that no film's gradient is its "
-                "own. Replace it by GroupNorm: model = opacus.validators.ModuleValidator.fix(model)"
+                f"layer {name!r} is {type(layer).__name__}: it mixes the films of a batch, so that no film's gradient "
+                "is its own. Replace it by GroupNorm: model = opacus.validators.ModuleValidator.fix(model)"
             )
     errors = ModuleValidator.validate(model, strict=False)
     if errors:
@@ -108,7 +108,7 @@ def private_optimizer(
 
 
 class PrivateStep:
-    """One step of DP-SGD: clip each film's gradient to C, add them up, add noise σC, divide by the public expected batch.
+    """One step of DP-SGD: clip each film's gradient to C, sum, add noise σC, divide by the public expected batch.
 
     A film's gradient is the mean over its views (augmentation multiplicity, De et al. 2022), so its sensitivity stays
     C.

@@ -46,13 +46,14 @@ class Ledger:
                 db.execute("COMMIT")
         except sqlite3.DatabaseError as error:
             raise UserError(
-                f"{self.path} can't be used as a privacy ledger ({error}). If another process holds it, wait for that one; if "
-                "the file is damaged, restore it from a backup: without it nobody knows what was spent"
+                f"{self.path} can't be used as a privacy ledger ({error}). If another process holds it, wait for that "
+                "one; if the file is damaged, restore it from a backup: without it nobody knows what was spent"
             ) from error
         if row is not None and row != (target_epsilon, target_delta, unit):
             raise UserError(
                 f"{self.path} was opened for epsilon {row[0]:g}, delta {row[1]:g}, unit {row[2]}; now epsilon "
-                f"{target_epsilon:g}, delta {target_delta:g}, unit {unit} is asked for: use the same budget, or another folder"
+                f"{target_epsilon:g}, delta {target_delta:g}, unit {unit} is asked for: use the same budget, or "
+                "another folder"
             )
 
     def _connect(self) -> sqlite3.Connection:
@@ -102,7 +103,8 @@ class Ledger:
                     now = epsilon([*spent, release], self.target_delta)
                     raise BudgetError(
                         f"{self.path.stem}: {what} would bring epsilon to {now:.3f}, over the budget of "
-                        f"{self.target_epsilon:g} (delta {self.target_delta:g}; {epsilon(spent, self.target_delta):.3f} is spent). "
+                        f"{self.target_epsilon:g} (delta {self.target_delta:g}; "
+                        f"{epsilon(spent, self.target_delta):.3f} is spent). "
                         "Stop here and keep the last model, or start a run with more noise or fewer steps"
                     )
                 name = f"{what} (again {again})" if again else what

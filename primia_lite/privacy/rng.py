@@ -26,7 +26,8 @@ class SecureGenerator:
     ----------
     key
         32 bytes. Left out, the operating system draws them, and nobody can repeat the stream. A generator made by
-        :meth:`from_seed` repeats, for teaching and tests: its ``seeded`` is true and results must say "seeded: not private".
+        :meth:`from_seed` repeats, for teaching and tests: its ``seeded`` is true and results must say
+        "seeded: not private".
     """
 
     def __init__(self, key: bytes | None = None, *, seeded: bool = False):

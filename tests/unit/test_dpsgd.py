@@ -184,7 +184,11 @@ def test_a_loss_that_is_not_finite_is_named():
 
 @pytest.mark.parametrize(
     ("values", "message"),
-    [((0, 1, 8), "noise_multiplier is 0"), ((1, 0, 8), "max_grad_norm is 0"), ((1, 1, 8, 1e-4, "child"), "unit is 'child'")],
+    [
+        ((0, 1, 8), "noise_multiplier is 0"),
+        ((1, 0, 8), "max_grad_norm is 0"),
+        ((1, 1, 8, 1e-4, "child"), "unit is 'child'"),
+    ],
 )
 def test_bad_privacy_is_named(values, message):
     with pytest.raises(UserError, match=message):

@@ -74,16 +74,16 @@ def test_server_momentum_and_averaging_follow_their_definitions():
         optimizer.step()
         iterates.append({k: v.clone() for k, v in model.state_dict().items()})
     for name in result.state:
-        torch.testing.assert_close(result.state[name], (iterates[2][name] + iterates[3][name]) / 2, atol=1e-6,
-        rtol=1e-5)
+        torch.testing.assert_close(
+            result.state[name], (iterates[2][name] + iterates[3][name]) / 2, atol=1e-6, rtol=1e-5
+        )
 
 
 def test_local_epochs_count_their_steps():
     assert Training(sample_rate=0.25, local_steps=None, local_epochs=3).steps_per_round == 12
-    update = local_update(
-        build("litenet", 3, (8,)).state_dict(), tabular(40), Training(sample_rate=0.25, local_steps=None, local_epochs=2),
-        None, SecureGenerator.from_seed(0),
-    )  # fmt: skip
+    training = Training(sample_rate=0.25, local_steps=None, local_epochs=2)
+    state = build("litenet", 3, (8,)).state_dict()
+    update = local_update(state, tabular(40), training, None, SecureGenerator.from_seed(0))
     assert update.steps == 8
 
 
@@ -136,7 +136,9 @@ def test_epsilon_is_reported_for_each_hospital_and_as_the_maximum(tmp_path):
 
 def test_two_private_runs_differ_and_two_seeded_ones_do_not(tmp_path):
     def run(name, seed):
-        return federate(hospitals(), TRAINING, Schedule(2), PRIVACY, folder=tmp_path / name, noise_seed=seed, progress=None).state
+        return federate(
+            hospitals(), TRAINING, Schedule(2), PRIVACY, folder=tmp_path / name, noise_seed=seed, progress=None
+        ).state
 
     assert not same(run("a", None), run("b", None))
     assert same(run("c", 7), run("d", 7))
@@ -157,14 +159,15 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked 
 
 def long_run(folder, kind, seed, sender=None):
     result = federate(
-        hospitals(), TRAINING, Schedule(40, server_momentum=0.9, average_last=20), PRIVACY if kind == "private" else None,
-        folder=folder, noise_seed=seed, progress=(lambda record: sender.send(record["round"])) if sender else None,
+        hospitals(), TRAINING, Schedule(40, server_momentum=0.9, average_last=20),
+        PRIVACY if kind == "private" else None, folder=folder, noise_seed=seed,
+        progress=(lambda record: sender.send(record["round"])) if sender else None,
     )  # fmt: skip
     return result.state
 
 
 def run_until_killed(folder, kind, seed, at_round, after_s):
-    """Start the run in a process of its own and kill it some time after a round; returns whether it was still running."""
+    """Start the run in a process of its own and kill it some time after a round; returns whether it still ran."""
     torch.set_num_threads(1)
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
@@ -258,7 +261,9 @@ def test_a_folder_of_another_run_is_refused_and_fresh_replaces_it(tmp_path):
 
 def test_a_spent_budget_stops_the_run_and_keeps_what_was_reached(tmp_path):
     tight = Privacy(2.0, 0.5, target_epsilon=PRIVACY.epsilon(0.5, 2) + 0.01)
-    with pytest.raises(BudgetError, match="ledger-A: round 3 would bring epsilon to .*over the budget.*keep the last model"):
+    with pytest.raises(
+        BudgetError, match="ledger-A: round 3 would bring epsilon to .*over the budget.*keep the last model"
+    ):
         federate(hospitals(), TRAINING, Schedule(5), tight, folder=tmp_path, progress=None)
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["round"] == 2
 
@@ -295,7 +300,9 @@ def test_a_hospital_without_films_or_with_one_class_is_refused():
             "global weights don't fit litenet",
         ),
         (
-            lambda: local_update(build("litenet", 3, (8,)).state_dict(), tabular(10), TRAINING, PRIVACY, SecureGenerator()),
+            lambda: local_update(
+                build("litenet", 3, (8,)).state_dict(), tabular(10), TRAINING, PRIVACY, SecureGenerator()
+            ),
             "give the hospital's declared_size",
         ),
     ],
