@@ -350,14 +350,19 @@ def prepare(
 
 
 def _views(images: np.ndarray, augmentation: tuple[str, ...]) -> Iterator[np.ndarray]:
-    """Changed copies of films, uint8 [N, H, W], the same for the same films: their seed is public."""
-    generator = torch.Generator().manual_seed(0)
+    """Changed copies of films, uint8 [N, H, W].
+
+    A film's views depend on that film alone: their draws are seeded by its pixels. Were they drawn from one stream over all
+    films, adding or removing one would change the views of the others, and clipping would no longer bound what a film can do.
+    """
     for kind in sorted(set(augmentation) & set(aug.VIEWS)):
         change = {"flip": lambda films, _: films.flip(-1), "shift": aug.shift, "jitter": aug.jitter}[kind]
-        for _ in range(aug.VIEWS[kind]):
+        for number in range(aug.VIEWS[kind]):
             out = np.empty_like(images)
-            for start in range(0, len(images), 256):  # a few hundred films at a time, or the floats fill the memory
-                part = slice(start, start + 256)
-                changed = change(torch.from_numpy(np.array(images[part])).float().unsqueeze(1) / 255.0, generator)
-                out[part] = (changed[:, 0] * 255.0).round().to(torch.uint8).numpy()
+            for i, image in enumerate(images):
+                pixels = np.ascontiguousarray(image)
+                digest = hashlib.sha256(f"{kind} {number}".encode() + pixels.tobytes()).digest()
+                generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+                changed = change(torch.from_numpy(pixels.copy()).float()[None, None] / 255.0, generator)
+                out[i] = (changed[0, 0] * 255.0).round().to(torch.uint8).numpy()
             yield out

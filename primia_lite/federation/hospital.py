@@ -7,6 +7,7 @@ a stored update, charge the ledger, compute, store, release.
 from __future__ import annotations
 
 import io
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -233,7 +234,9 @@ def mean_and_std_under_dp(
         )
         pixels = films.images.reshape(len(films), -1) / 255.0
         moments = np.stack([pixels.mean(1), (pixels**2).mean(1)]).sum(1)
-        noise = rng.child("normalisation", name).normal(2) * np.sqrt(2.0) * noise_multiplier
+        # A second release must not repeat the first one's noise: their difference would be exact.
+        fresh_noise = rng.child("normalisation", name, "" if rng.seeded else os.urandom(16).hex())
+        noise = fresh_noise.normal(2) * np.sqrt(2.0) * noise_multiplier
         sums += moments + noise
     mean, square = sums / sum(declare_size(len(films)) for _, films in hospitals)
     mean = float(np.clip(mean, 0.05, 0.95))

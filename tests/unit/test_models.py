@@ -301,3 +301,17 @@ def test_subset_by_mask_and_by_index(films):
     by_mask, by_index = out.subset(mask), out.subset(np.flatnonzero(mask))
     assert len(by_mask) == mask.sum() and torch.equal(by_mask.inputs, by_index.inputs)
     assert by_mask.patient_id.tolist() == films.patient_id[mask].tolist()
+
+
+@pytest.mark.parametrize("kind", ["flip", "shift", "jitter"])
+def test_a_films_views_depend_on_that_film_alone(kind):
+    """Adding or removing a film must not change any other film's views: the sensitivity of DP-SGD rests on it."""
+    images = np.random.default_rng(0).integers(0, 256, (12, 32, 32), dtype=np.uint8)
+    whole = list(models._views(images, (kind,)))
+    without_first = list(models._views(images[1:], (kind,)))
+    reversed_order = list(models._views(images[::-1], (kind,)))
+    for all_films, fewer, backwards in zip(whole, without_first, reversed_order, strict=True):
+        assert np.array_equal(all_films[1:], fewer)
+        assert np.array_equal(all_films, backwards[::-1])
+    if kind != "flip":
+        assert not np.array_equal(whole[0], whole[1])  # yet the views of one film differ

@@ -137,3 +137,13 @@ def test_fresh_starts_new_ledgers(hospitals, tmp_path, without_accountant):
 def test_no_noise_is_refused(hospitals, tmp_path, sigma):
     with pytest.raises(UserError, match="noise_multiplier is"):
         mean_and_std_under_dp(hospitals, sigma, tmp_path, PRIVACY, SecureGenerator())
+
+
+def test_a_second_release_has_noise_of_its_own(hospitals, tmp_path, without_accountant):
+    """The difference of two releases must not give a film away exactly, though one generator served both."""
+    rng = SecureGenerator()
+    first = mean_and_std_under_dp(hospitals, 1.0, tmp_path / "1", ANY, rng)
+    second = mean_and_std_under_dp(hospitals, 1.0, tmp_path / "2", ANY, rng)
+    assert first != second
+    seeded = [mean_and_std_under_dp(hospitals, 1.0, tmp_path / f"s{i}", ANY, SecureGenerator.from_seed(1)) for i in (1, 2)]
+    assert seeded[0] == seeded[1]
