@@ -254,7 +254,8 @@ def test_views_of_a_frozen_network(few_public_films, films, monkeypatch, kinds, 
     pixels = torch.from_numpy(films.images).float().flatten(1) / 255
     torch.testing.assert_close(out.inputs[:, 0], pixels)
     changed = (out.inputs[:, 1:] - out.inputs[:, :1]).abs().amax(2)
-    assert (changed > 0).all()
+    # A shift by (0, 0) is one of its 81 draws at this size.
+    assert (changed > 0).float().mean() > 0.8 if views > 1 else True
     if kinds == ("flip",):
         torch.testing.assert_close(out.inputs[:, 1].view(10, 64, 64).flip(-1).flatten(1), pixels)
 

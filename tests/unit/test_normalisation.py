@@ -145,5 +145,7 @@ def test_a_second_release_has_noise_of_its_own(hospitals, tmp_path, without_acco
     first = mean_and_std_under_dp(hospitals, 1.0, tmp_path / "1", ANY, rng)
     second = mean_and_std_under_dp(hospitals, 1.0, tmp_path / "2", ANY, rng)
     assert first != second
-    seeded = [mean_and_std_under_dp(hospitals, 1.0, tmp_path / f"s{i}", ANY, SecureGenerator.from_seed(1)) for i in (1, 2)]
+    seeded = [
+        mean_and_std_under_dp(hospitals, 1.0, tmp_path / f"s{i}", ANY, SecureGenerator.from_seed(1)) for i in (1, 2)
+    ]
     assert seeded[0] == seeded[1]
