@@ -78,25 +78,25 @@ def sample_patient(rng: np.random.Generator, label: int) -> Patient:
     u = rng.random(48).tolist()  # Python floats: a numpy scalar would turn the float32 maps into float64
     z = rng.standard_normal(32).tolist()
     age = u[0]
-    severity = 0.55 + 0.45 * u[1] ** 0.5
+    severity = 0.3 + 0.7 * u[1] ** 0.7  # 0: hardly to be seen, 1: obvious
     hyper = haze = fissure = streaks = cuffs = 0.0
     lesions: list[tuple[float, ...]] = []
     effusion = (0.0, 0.0)
     if label == 1:
         lesions, fissure = _consolidations(rng, severity)
-        if u[2] < 0.25:
+        if u[2] < 0.25 * severity:
             amount = 0.03 + 0.12 * u[3]
             effusion = (amount, 0.0) if lesions[0][0] < 0 else (0.0, amount)
-        haze = 0.08 + 0.17 * u[4]
-        streaks = 0.10 + 0.35 * u[5]
-        cuffs = 0.1 + 0.4 * u[6]
+        haze = (0.04 + 0.20 * u[4]) * severity
+        streaks = 0.05 + 0.35 * u[5] * severity
+        cuffs = 0.05 + 0.4 * u[6] * severity
     elif label == 2:
-        hyper = min(max(0.55 + 0.35 * z[0], 0.0), 1.2) * (0.5 + 0.5 * severity)
-        haze = 0.08 + 0.20 * u[4] * severity
-        streaks = 0.25 + 0.75 * severity
-        cuffs = 0.3 + 0.7 * u[6] * severity
+        hyper = min(max(0.55 + 0.35 * z[0], 0.0), 1.2) * (0.2 + 0.8 * severity)
+        haze = (0.04 + 0.24 * u[4]) * severity
+        streaks = 0.10 + 0.85 * severity
+        cuffs = 0.1 + 0.9 * u[6] * severity
         if u[2] < 0.22:
-            lesions, fissure = _consolidations(rng, 0.25)
+            lesions, fissure = _consolidations(rng, 0.2)
             lesions = lesions[:1]
     else:
         hyper = 0.3 * max(0.0, z[0] - 1.0)
@@ -160,7 +160,7 @@ def _consolidations(rng: np.random.Generator, severity: float) -> tuple[list[tup
     lesions = []
     for number, lobe in enumerate(chosen):
         side, across, down = lobes[lobe]
-        size = (0.34 + 0.36 * severity * next(w)) * (1.0 if number == 0 else 0.7)
+        size = (0.24 + 0.46 * severity * next(w)) * (1.0 if number == 0 else 0.7)
         lesions.append(
             (
                 float(side),
@@ -169,7 +169,7 @@ def _consolidations(rng: np.random.Generator, severity: float) -> tuple[list[tup
                 size * (0.8 + 0.5 * next(w)),
                 size * (0.6 + 0.4 * next(w)),
                 0.5 * next(z),
-                (0.50 + 0.50 * severity) * (0.7 + 0.3 * next(w)),
+                (0.30 + 0.70 * severity) * (0.7 + 0.3 * next(w)),
             )
         )
     return lesions, 1.0 if chosen[0] == 0 and rng.random() < 0.6 else 0.0
