@@ -81,9 +81,12 @@ def calibration(probabilities: np.ndarray, labels: np.ndarray, bins: int = 10) -
 
 
 def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int = 10) -> float:
-    """Mean gap of score and observed share over quantile bins (Naeini et al. 2015), normal versus pneumonia."""
+    """Mean gap of score and observed share over quantile bins, weighted by their films (Naeini et al. 2015)."""
+    score = pneumonia_score(probabilities)
+    edges = np.quantile(score, np.linspace(0, 1, bins + 1))
+    films_in = np.bincount(np.searchsorted(edges[1:-1], score), minlength=bins)  # ties make bins unequal, or empty
     predicted, observed = calibration(probabilities, labels, bins)
-    return float(np.abs(predicted - observed).mean())
+    return float(np.average(np.abs(predicted - observed), weights=films_in[films_in > 0]))
 
 
 def bootstrap(

@@ -60,7 +60,7 @@ class Films:
 
     def subset(self, index) -> Films:
         index = np.asarray(index)
-        index = np.flatnonzero(index) if index.dtype == bool else index
+        index = np.flatnonzero(index) if index.dtype == bool else index.astype(np.int64)
         return Films(self.inputs[index], self.labels[index], self.patient_id[index], self.normalisation)
 
 

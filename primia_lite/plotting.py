@@ -59,6 +59,10 @@ def source_note(films: ChestXrays | str) -> str:
     }[source]
 
 
+def _caption(text: str, note: str) -> str:
+    return f"{note}; {text}" if note else text
+
+
 def film_grid(
     films: ChestXrays,
     rows: Mapping[str, Sequence[int]],
@@ -102,9 +106,12 @@ def film_grid(
 
 
 def plot_history(
-    histories: Mapping[str, Sequence[Mapping]], rounds: int | None = None, keys: Sequence[str] = ("auroc", "accuracy")
+    histories: Mapping[str, Sequence[Mapping]],
+    rounds: int | None = None,
+    keys: Sequence[str] = ("auroc", "accuracy"),
+    note: str = "",
 ) -> plt.Figure:
-    """Validation scores by round, one line per run."""
+    """Validation scores by round, one line per run; ``note`` names the films (see :func:`source_note`)."""
     names = {
         "auroc": "AUROC, normal vs pneumonia",
         "accuracy": "accuracy, all classes",
@@ -123,7 +130,7 @@ def plot_history(
         if rounds:
             axis.set_xlim(0.5, rounds + 0.5)
     axes[0][0].legend()
-    figure.suptitle("validation films", fontsize=10, color="0.35")
+    figure.suptitle(_caption("validation films", note), fontsize=10, color="0.35")
     return figure
 
 
@@ -147,13 +154,15 @@ def plot_partition(hospitals: Mapping[str, ChestXrays]) -> plt.Figure:
     return figure
 
 
-def plot_roc(models: Mapping[str, np.ndarray], labels: np.ndarray) -> plt.Figure:
+def plot_roc(models: Mapping[str, np.ndarray], labels: np.ndarray, note: str = "") -> plt.Figure:
     """ROC curves, normal versus pneumonia, and calibration of the same models.
 
     Parameters
     ----------
     models
         Name -> class probabilities [N, K] on the same films.
+    note
+        What the films are (see :func:`source_note`).
     """
     from sklearn.metrics import roc_curve
 
@@ -172,11 +181,13 @@ def plot_roc(models: Mapping[str, np.ndarray], labels: np.ndarray) -> plt.Figure
         xlabel="mean score of the bin", ylabel="observed share of pneumonia", title="calibration, 10 quantile bins"
     )
     left.legend(loc="lower right")
-    figure.suptitle(f"test films, n = {len(labels)}", fontsize=10, color="0.35")
+    figure.suptitle(_caption(f"test films, n = {len(labels)}", note), fontsize=10, color="0.35")
     return figure
 
 
-def plot_confusions(models: Mapping[str, np.ndarray], labels: np.ndarray, class_names: Sequence[str]) -> plt.Figure:
+def plot_confusions(
+    models: Mapping[str, np.ndarray], labels: np.ndarray, class_names: Sequence[str], note: str = ""
+) -> plt.Figure:
     """Confusion matrices side by side: counts, shaded by the share of the true class."""
     figure, axes = plt.subplots(1, len(models), figsize=(3.4 * len(models) + 0.5, 3.5), squeeze=False)
     for axis, (name, probabilities) in zip(axes[0], models.items(), strict=True):
@@ -187,12 +198,15 @@ def plot_confusions(models: Mapping[str, np.ndarray], labels: np.ndarray, class_
             xticklabels=class_names, yticklabels=class_names if axis is axes[0][0] else False,
         )  # fmt: skip
         axis.set(title=name, xlabel="called", ylabel="true" if axis is axes[0][0] else "")
-    figure.suptitle(f"test films, n = {len(labels)}; shade: share of the true class", fontsize=10, color="0.35")
+    text = f"test films, n = {len(labels)}; shade: share of the true class"
+    figure.suptitle(_caption(text, note), fontsize=10, color="0.35")
     return figure
 
 
 def plot_comparison(
-    table: Mapping[str, Mapping[str, Sequence[float]]], reference: Mapping[str, Mapping[str, float]] | None = None
+    table: Mapping[str, Mapping[str, Sequence[float]]],
+    reference: Mapping[str, Mapping[str, float]] | None = None,
+    note: str = "",
 ) -> plt.Figure:
     """Scores of several ways to train: one dot a seed, a bar at the mean, dotted lines for published values.
 
@@ -218,6 +232,8 @@ def plot_comparison(
         axis.set_xticks(range(len(ways)), list(ways), rotation=25, ha="right", rotation_mode="anchor")
         axis.set(ylabel=score, xlim=(-0.6, len(ways) - 0.4))
         axis.grid(axis="x", visible=False)
+    if note:
+        figure.suptitle(note, fontsize=10, color="0.35")
     return figure
 
 

@@ -75,7 +75,8 @@ def run_notebooks(
         progress.start(number, todo.path.stem)
         started = time.perf_counter()
         try:
-            with environment(folder, profile if todo.publish else None):
+            command = f"primia-lite run --profile {profile} --data {label} --only {todo.path.stem}"
+            with environment(folder, profile if todo.publish else None, command):
                 outcome = execute(
                     todo.path,
                     folder / todo.path.name,
@@ -173,7 +174,7 @@ def forget_finished(folder: Path, stems: list[str], *, everything: bool = False)
 
 
 @contextmanager
-def environment(folder: Path, publish_profile: str | None) -> Iterator[None]:
+def environment(folder: Path, publish_profile: str | None, command: str) -> Iterator[None]:
     """What a notebook's kernel inherits: where it writes, where films are, that nobody is watching."""
     figures, results = folder / "figures", folder / "results"
     if publish_profile is not None:
@@ -184,6 +185,7 @@ def environment(folder: Path, publish_profile: str | None) -> Iterator[None]:
         "PRIMIA_LITE_RUNS": str(folder / "state"),
         "PRIMIA_LITE_DATA": str(data_root()),  # absolute: a kernel runs in the notebooks' folder
         "PRIMIA_LITE_HEADLESS": "1",
+        "PRIMIA_LITE_COMMAND": command,
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",  # a user's Agg would leave cells without pictures
     }
     before = {name: os.environ.get(name) for name in values}

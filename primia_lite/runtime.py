@@ -11,8 +11,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
+from numbers import Real
 from pathlib import Path
 from typing import IO
 
@@ -108,7 +109,6 @@ def write_atomic(path: str | Path, content: bytes | Callable[[IO[bytes]], object
         os.chmod(partial, 0o666 & ~_UMASK)  # temporary files are private; results are as readable as any other file
         os.replace(partial, path)
         partial = None
-        _sync_folder(path.parent)
     except OSError as error:
         raise UserError(
             f"could not write {path.name} in {path.parent}: {error.strerror or error}. Free space or choose another "
@@ -117,17 +117,19 @@ def write_atomic(path: str | Path, content: bytes | Callable[[IO[bytes]], object
     finally:
         if partial:
             Path(partial).unlink(missing_ok=True)
+    _sync_folder(path.parent)
     return path
 
 
 def _sync_folder(folder: Path) -> None:
     # Without this a power cut can undo the rename on some file systems.
     if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        with suppress(OSError):  # some network file systems can't: the file itself is written
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
 
 def summary(values: Iterable[float], unit: str = "1") -> dict:
@@ -139,7 +141,10 @@ def summary(values: Iterable[float], unit: str = "1") -> dict:
 
 
 def origin(*, data_source: str, data_fingerprint: str, seeds: Iterable[int], command: str, **extra: object) -> dict:
-    """Where a result comes from: data, seeds, versions, machine, time, command."""
+    """Where a result comes from: data, seeds, versions, machine, time, command.
+
+    ``command`` is what gives the result by hand; under ``primia-lite run`` that very command is named instead.
+    """
     versions = {"python": platform.python_version()}
     for name in ("primia_lite", *_REPORTED_PACKAGES):
         try:
@@ -150,7 +155,7 @@ def origin(*, data_source: str, data_fingerprint: str, seeds: Iterable[int], com
         "data_source": data_source,
         "data_fingerprint": data_fingerprint,
         "seeds": list(seeds),
-        "command": command,
+        "command": os.environ.get("PRIMIA_LITE_COMMAND", command),
         "versions": versions,
         "machine": f"{platform.machine()} {platform.system()}",
         "cores": cores(),
@@ -158,6 +163,12 @@ def origin(*, data_source: str, data_fingerprint: str, seeds: Iterable[int], com
         "seconds_since_start": round(time.time() - _STARTED, 1),
         **extra,
     }
+
+
+def _finite(value: object) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_finite, value))
+    return isinstance(value, Real) and math.isfinite(value)
 
 
 def write_results(name: str, origin: dict, metrics: dict[str, dict]) -> Path:
@@ -171,8 +182,9 @@ def write_results(name: str, origin: dict, metrics: dict[str, dict]) -> Path:
     for metric, entry in metrics.items():
         if not {"unit", "n"} <= entry.keys() or not {"mean", "median"} & entry.keys():
             raise UserError(f"metric {metric!r} needs mean or median, n and unit; it has {sorted(entry)}")
-        bad = [key for key, value in entry.items() if isinstance(value, float) and not math.isfinite(value)]
+        bad = [key for key, value in entry.items() if key != "unit" and not _finite(value)]
         if bad:
             raise UserError(f"metric {metric!r} is not finite: {bad}")
-    text = json.dumps({"origin": origin, "metrics": metrics}, indent=1, allow_nan=False) + "\n"
+    # numpy's numbers become Python's
+    text = json.dumps({"origin": origin, "metrics": metrics}, indent=1, allow_nan=False, default=float) + "\n"
     return write_atomic(results_dir() / f"{name}.json", text.encode())

@@ -160,7 +160,10 @@ def poisson_batches(n: int, sample_rate: float, steps: int, rng: SecureGenerator
 
 
 def shuffled_batches(n: int, sample_rate: float, steps: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
-    """Batches of round(q n) films without replacement, shuffled anew each pass. Not for DP: its accounting fails."""
+    """Batches of round(q n) films, each pass over all films in a new order. Not for DP: its accounting fails.
+
+    Where a pass doesn't divide into batches, one batch ends a pass and begins the next, and may hold a film twice.
+    """
     size = max(1, round(n * sample_rate))
     order = torch.randperm(n, generator=generator)
     for _ in range(steps):

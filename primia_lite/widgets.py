@@ -39,7 +39,7 @@ def explore(draw: Callable[..., plt.Figure], **controls) -> ipywidgets.VBox:
     return box
 
 
-def plot_threshold(probabilities: np.ndarray, labels: np.ndarray, threshold: float) -> plt.Figure:
+def plot_threshold(probabilities: np.ndarray, labels: np.ndarray, threshold: float, note: str = "") -> plt.Figure:
     """What calling pneumonia from a score of ``threshold`` on does: scores by class, and the four counts.
 
     Parameters
@@ -63,6 +63,8 @@ def plot_threshold(probabilities: np.ndarray, labels: np.ndarray, threshold: flo
         title=f"sensitivity {sensitivity:.3f}, specificity {specificity:.3f}: {missed} missed, {alarms} false alarms",
     )  # fmt: skip
     axis.legend(loc="upper center")
+    if note:
+        figure.suptitle(note, fontsize=10, color="0.35")
     return figure
 
 
@@ -83,5 +85,5 @@ def plot_film(films: ChestXrays, index: int, probabilities: np.ndarray | None = 
         bar.barh(films.class_names, probabilities[index], color=colours)
         bar.invert_yaxis()
         bar.set(xlim=(0, 1), xlabel="probability (green: the true class)")
-    figure.suptitle(source_note(films), fontsize=10, color="0.35")
+    figure.suptitle(source_note(films), fontsize=10 if columns > 1 else 7, color="0.35")
     return figure
