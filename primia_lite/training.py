@@ -235,6 +235,10 @@ def augment(films, index: torch.Tensor, augmentation: tuple[str, ...], generator
 
 @torch.no_grad()
 def predict(model: nn.Module, films: Films, batch_size: int = 256) -> np.ndarray:
-    """Class probabilities of the films as they are (their first view), float64 [N, K]."""
+    """Class probabilities of films, float64 [N, K]: the softmax of the mean of the logits of each film's views."""
     model.eval()
-    return torch.cat([model(batch).double().softmax(1) for batch in films.inputs[:, 0].split(batch_size)]).numpy()
+    probabilities = []
+    for batch in films.inputs.split(batch_size):
+        logits = model(batch.flatten(0, 1)).double().view(*batch.shape[:2], -1)
+        probabilities.append(logits.mean(1).softmax(1))
+    return torch.cat(probabilities).numpy()

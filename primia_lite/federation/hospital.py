@@ -106,7 +106,10 @@ def local_update(
 
 
 def declare_size(n_films: int, to: int = 10) -> int:
-    """The cohort size that a hospital makes public: rounded, so that no single film shows in it."""
+    """The cohort size that a hospital makes public, rounded to tens.
+
+    Public by declaration, not by DP: one film more may move it to the next ten. It is declared once for a cohort.
+    """
     return max(to, to * round(n_films / to))
 
 
@@ -209,7 +212,8 @@ def mean_and_std_under_dp(
 
     Each film adds (mean pixel, mean squared pixel), both in [0, 1], so a film changes a hospital's sum by at most √2 in
     L2 norm; Gaussian noise of standard deviation √2 σ is added by each hospital. Charged to the hospital's ledger
-    before it is computed, as one release with sample rate 1.
+    before it is computed, as one release with sample rate 1. Training in the same ``folder`` adds to that ledger: leave
+    room for both by ``Privacy.for_budget(..., also=(Release(noise_multiplier, 1.0, 1),))``.
 
     Parameters
     ----------

@@ -257,7 +257,8 @@ class _Server:
         if json.loads((folder / "run.json").read_text())["key"] != key:
             raise UserError(
                 f"{folder} holds a run with other films, hospitals, training or privacy: choose another folder, go "
-                "back to the old settings, or start anew with fresh=True (which deletes it, ledgers included)"
+                "back to the old settings, or start anew with fresh=True or `primia-lite run --fresh` "
+                "(which delete it, ledgers included)"
             )
         if (folder / "checkpoint.pt").exists():
             content = torch.load(folder / "checkpoint.pt", weights_only=True)

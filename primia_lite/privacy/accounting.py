@@ -92,8 +92,12 @@ def _epsilon(releases: tuple[Release, ...], delta: float, accountant: str) -> fl
 
 
 @lru_cache(maxsize=64)
-def calibrate_noise_multiplier(target_epsilon: float, target_delta: float, sample_rate: float, steps: int) -> float:
+def calibrate_noise_multiplier(
+    target_epsilon: float, target_delta: float, sample_rate: float, steps: int, also: tuple[Release, ...] = ()
+) -> float:
     """The smallest σ, rounded up to 4 decimals, whose ε over ``steps`` is at most ``target_epsilon``.
+
+    ``also``: other releases that share the budget.
 
     RDP brackets the answer in milliseconds; the slower PLD accountant then settles it.
 
@@ -106,13 +110,14 @@ def calibrate_noise_multiplier(target_epsilon: float, target_delta: float, sampl
         raise UserError(f"target_epsilon is {target_epsilon}: it must be above 0")
 
     def excess(sigma: float, accountant: str) -> float:
-        return epsilon(Release(sigma, sample_rate, steps), target_delta, accountant) - target_epsilon
+        return epsilon([*also, Release(sigma, sample_rate, steps)], target_delta, accountant) - target_epsilon
 
     low, high = 0.3, 500.0
     if excess(high, "rdp") > 0:
         raise UserError(
             f"no noise multiplier up to {high:g} reaches epsilon {target_epsilon} over {steps} steps at sample rate "
-            f"{sample_rate}: take fewer steps, a smaller sample rate, or a larger epsilon"
+            f"{sample_rate}{' beside what else is released' if also else ''}: take fewer steps, a smaller sample "
+            "rate, or a larger epsilon"
         )
     if excess(low, "rdp") > 0:
         high = brentq(excess, low, high, args=("rdp",), xtol=1e-4) + 1e-4

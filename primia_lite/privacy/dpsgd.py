@@ -50,10 +50,27 @@ class Privacy:
 
     @classmethod
     def for_budget(
-        cls, target_epsilon: float, *, sample_rate: float, steps: int, max_grad_norm: float, target_delta: float = 1e-4
+        cls,
+        target_epsilon: float,
+        *,
+        sample_rate: float,
+        steps: int,
+        max_grad_norm: float,
+        target_delta: float = 1e-4,
+        spare_steps: int = 0,
+        also: tuple[Release, ...] = (),
     ) -> Privacy:
-        """The least noise that keeps ``steps`` steps at ``sample_rate`` within the budget."""
-        sigma = calibrate_noise_multiplier(target_epsilon, target_delta, sample_rate, steps)
+        """The least noise that keeps ``steps`` steps at ``sample_rate`` within the budget.
+
+        Parameters
+        ----------
+        spare_steps
+            Room for steps that are charged a second time: a run that is killed between charge and release computes
+            that round anew, and without room for it could not end.
+        also
+            Other releases charged to the same ledger, such as a normalisation shared under DP.
+        """
+        sigma = calibrate_noise_multiplier(target_epsilon, target_delta, sample_rate, steps + spare_steps, also)
         return cls(sigma, max_grad_norm, target_epsilon, target_delta)
 
     def release(self, sample_rate: float, steps: int) -> Release:

@@ -90,7 +90,18 @@ class Ledger:
         ------
         BudgetError
             It would exceed the budget; nothing is charged.
+        UserError
+            The charge can't be written (a full disk, another process that holds the file); nothing is charged.
         """
+        try:
+            self._charge(what, release, repeatable)
+        except sqlite3.Error as error:
+            raise UserError(
+                f"{self.path} can't be charged ({error}), so nothing was computed: free space, or wait for the process "
+                "that holds it, then start again"
+            ) from error
+
+    def _charge(self, what: str, release: Release, repeatable: bool) -> None:
         with closing(self._connect()) as db:
             db.execute("BEGIN IMMEDIATE")
             try:
@@ -105,7 +116,8 @@ class Ledger:
                         f"{self.path.stem}: {what} would bring epsilon to {now:.3f}, over the budget of "
                         f"{self.target_epsilon:g} (delta {self.target_delta:g}; "
                         f"{epsilon(spent, self.target_delta):.3f} is spent). "
-                        "Stop here and keep the last model, or start a run with more noise or fewer steps"
+                        "The rounds done so far are in checkpoint.pt beside the ledger. To go "
+                        "further, start a run with more noise or fewer steps"
                     )
                 name = f"{what} (again {again})" if again else what
                 db.execute(

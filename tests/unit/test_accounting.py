@@ -11,6 +11,7 @@ from scipy.stats import norm
 
 from primia_lite.config import UserError
 from primia_lite.privacy.accounting import Release, calibrate_noise_multiplier, epsilon, merge
+from primia_lite.privacy.dpsgd import Privacy
 
 
 def exact_gaussian_epsilon(sigma: float, delta: float) -> float:
@@ -64,6 +65,18 @@ def test_calibration_meets_its_target_from_below(target, q, steps):
     sigma = calibrate_noise_multiplier(target, 1e-4, q, steps)
     spent = epsilon(Release(sigma, q, steps), 1e-4)
     assert 0.99 * target <= spent <= target
+
+
+def test_calibration_leaves_room_for_what_else_is_released_and_for_spare_steps():
+    other = (Release(10.0, 1.0, 1),)
+    alone = calibrate_noise_multiplier(8.0, 1e-4, 0.25, 20)
+    shared = Privacy.for_budget(8.0, sample_rate=0.25, steps=20, max_grad_norm=1.0, also=other)
+    assert shared.noise_multiplier > alone
+    assert 7.9 <= epsilon([*other, shared.release(0.25, 20)], 1e-4) <= 8.0
+    spare = Privacy.for_budget(8.0, sample_rate=0.25, steps=20, max_grad_norm=1.0, spare_steps=2)
+    assert spare.epsilon(0.25, 22) <= 8.0 < spare.epsilon(0.25, 24)
+    with pytest.raises(UserError, match="beside what else is released"):
+        calibrate_noise_multiplier(1.0, 1e-4, 0.25, 20, (Release(0.5, 1.0, 1),))
 
 
 @pytest.mark.parametrize(

@@ -193,3 +193,23 @@ def test_doctor_on_an_old_python_a_full_disk_and_little_memory(monkeypatch):
     monkeypatch.setattr(doctor, "MIN_MEMORY_GIB", 10**9)
     assert doctor.check_disk(Path("/")).state == "BROKEN" and "free" in doctor.check_disk(Path("/")).fix
     assert doctor.check_memory().state == "note"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("03_nowhere: {}", "no notebook '03_nowhere'; there are 00_start_here"),
+        ("00_start_here: [1, 2]", "00_start_here must map parameter names to values"),
+        ("00_start_here: {n_films: [1", "configs/mine.yaml is not valid YAML"),
+        ("00_start_here: {n_filmz: 3}", "the parameter 'n_filmz', which its parameters cell doesn't have: .*n_films"),
+    ],
+)
+def test_a_profile_with_a_mistake_is_named(tmp_path, monkeypatch, text, message):
+    from primia_lite import config, reproduce
+
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "mine.yaml").write_text(text)
+    (tmp_path / "notebooks").symlink_to(config.repo_root() / "notebooks")
+    monkeypatch.setattr(config, "repo_root", lambda: tmp_path)
+    with pytest.raises(config.UserError, match=message):
+        reproduce.plan("mine", notebooks=tmp_path / "notebooks")

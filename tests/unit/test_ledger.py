@@ -91,3 +91,20 @@ def test_what_was_confirmed_before_a_kill_is_charged(tmp_path):
     process.stdout.close()
     assert confirmed > 0
     assert len(Ledger(path, 1000.0, 1e-4).charges()) in (confirmed, confirmed + 1)
+
+
+def test_a_full_disk_is_named_and_nothing_is_charged(tmp_path, monkeypatch):
+    ledger = Ledger(tmp_path / "a.sqlite", 50.0, 1e-4)
+    connect = Ledger._connect
+
+    def full(self):
+        db = connect(self)
+        db.execute(f"PRAGMA max_page_count = {db.execute('PRAGMA page_count').fetchone()[0]}")
+        return db
+
+    monkeypatch.setattr(Ledger, "_connect", full)
+    with pytest.raises(UserError, match="a.sqlite can't be charged .*full.*nothing was computed"):
+        for number in range(500):
+            ledger.charge(f"round {number} " + "x" * 200, Release(50.0, 0.01, 1), repeatable=True)
+    monkeypatch.setattr(Ledger, "_connect", connect)
+    assert len(ledger.charges()) == number

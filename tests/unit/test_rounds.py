@@ -13,10 +13,12 @@ import torch
 from torch.nn import functional as F
 
 from primia_lite.config import BudgetError, TrainingError, UserError
+from primia_lite.data import phantom
 from primia_lite.federation.aggregation import WeightedMean
-from primia_lite.federation.hospital import Hospital, Update, declare_size, local_update
+from primia_lite.federation.hospital import Hospital, Update, declare_size, local_update, mean_and_std_under_dp
 from primia_lite.federation.rounds import Schedule, federate, pool
 from primia_lite.models import Films, build
+from primia_lite.privacy.accounting import Release
 from primia_lite.privacy.dpsgd import Privacy
 from primia_lite.privacy.ledger import Ledger
 from primia_lite.privacy.rng import SecureGenerator
@@ -204,6 +206,43 @@ def test_a_killed_private_run_charges_every_release_that_it_computed(tmp_path):
         assert steps in (40, 41)  # the round under way at the kill is charged again unless its update was stored
 
 
+def test_a_round_charged_twice_fits_a_budget_with_spare_steps(tmp_path, monkeypatch):
+    privacy = Privacy.for_budget(8.0, sample_rate=0.5, steps=6, spare_steps=1, max_grad_norm=0.5)
+    group = hospitals()
+
+    class Killed(Exception):
+        pass
+
+    def die(*args, **kwargs):
+        raise Killed
+
+    federate(group, TRAINING, Schedule(6), privacy, folder=tmp_path / "whole", progress=None)
+    with monkeypatch.context() as patch:
+        patch.setattr("primia_lite.federation.hospital.local_update", die)  # after the charge, before the release
+        with pytest.raises(Killed):
+            federate(group, TRAINING, Schedule(6), privacy, folder=tmp_path / "run", progress=None)
+    result = federate(hospitals(), TRAINING, Schedule(6), privacy, folder=tmp_path / "run", progress=None)
+    steps = [sum(r.steps for r in h.ledger(tmp_path / "run", privacy).charges()) for h in result.hospitals]
+    assert steps == [7, 6, 6] and result.epsilon_max <= 8.0
+
+
+def test_normalisation_and_training_share_one_budget(tmp_path):
+    films = phantom.generate(60, 28, seed=3)
+    parts = [("A", films.subset(np.arange(30))), ("B", films.subset(np.arange(30, 60)))]
+    shared = Release(10.0, 1.0, 1)
+    privacy = Privacy.for_budget(8.0, sample_rate=0.5, steps=3, max_grad_norm=1.0, also=(shared,))
+    rng = SecureGenerator()
+    normalisation = mean_and_std_under_dp(parts, shared.noise_multiplier, tmp_path, privacy, rng)
+    group = [Hospital.from_films(name, part, "ckksnet", normalisation=normalisation) for name, part in parts]
+    training = Training(model="ckksnet", sample_rate=0.5, learning_rate=0.01)
+    result = federate(group, training, Schedule(3), privacy, folder=tmp_path, progress=None)
+    assert group[0].films.normalisation == normalisation
+    assert shared in group[0].ledger(tmp_path, privacy).charges()
+    assert 7.5 <= result.epsilon_max <= 8.0
+    with pytest.raises(BudgetError):
+        group[0].update(4, result.state, training, privacy, rng, tmp_path)
+
+
 def test_a_stored_update_is_sent_again_and_not_charged_again(tmp_path):
     hospital = hospitals()[0]
     state = build("litenet", 3, (8,)).state_dict()
@@ -262,7 +301,7 @@ def test_a_folder_of_another_run_is_refused_and_fresh_replaces_it(tmp_path):
 def test_a_spent_budget_stops_the_run_and_keeps_what_was_reached(tmp_path):
     tight = Privacy(2.0, 0.5, target_epsilon=PRIVACY.epsilon(0.5, 2) + 0.01)
     with pytest.raises(
-        BudgetError, match="ledger-A: round 3 would bring epsilon to .*over the budget.*keep the last model"
+        BudgetError, match="ledger-A: round 3 would bring epsilon to .*over the budget.*in checkpoint.pt"
     ):
         federate(hospitals(), TRAINING, Schedule(5), tight, folder=tmp_path, progress=None)
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["round"] == 2

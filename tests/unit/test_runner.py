@@ -244,3 +244,56 @@ def test_first_line_is_code():
     assert notebook.first_line("%%time\n\n# why\n  y = 2\nz") == "y = 2"
     assert notebook.first_line("# only a comment") == "# only a comment"
     assert notebook.first_line("") == ""
+
+
+KILLED_RUN = """
+import numpy as np, torch, time
+from primia_lite.config import runs_dir
+from primia_lite.federation.hospital import Hospital
+from primia_lite.federation.rounds import Schedule, federate
+from primia_lite.models import Films
+from primia_lite.training import Training
+inputs = torch.randn(40, 1, 5, generator=torch.Generator().manual_seed(1))
+films = Films(inputs, torch.arange(40) % 3, np.arange(40).astype(str))
+result = federate(
+    [Hospital("A", films)], Training(), Schedule(12, server_momentum=0.9), seed=1, folder=runs_dir() / "00_long",
+    progress=lambda record: time.sleep(pause))
+print("weights", result.state["weight"].sum().item(), "rounds", len(result.history))
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kills a process group")
+def test_a_killed_run_goes_on_and_ends_in_the_same_weights(tmp_path, write_notebook):
+    """SIGKILL of `primia-lite run` and its kernel in the middle of the rounds; the same command finishes the run."""
+    folder = tmp_path / "notebooks"
+    write_notebook(folder / "00_long.ipynb", "pause = 0.3", KILLED_RUN)
+
+    def start(out):
+        code = (
+            "import sys; from primia_lite.reproduce import run_notebooks; from pathlib import Path; "
+            f"sys.exit(run_notebooks('smoke', out={str(out)!r}, notebooks=Path({str(folder)!r})))"
+        )
+        return subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stdout=subprocess.DEVNULL)
+
+    assert start(tmp_path / "whole").wait(timeout=120) == 0
+    process = start(tmp_path / "killed")
+    checkpoint = tmp_path / "killed" / "state" / "00_long" / "checkpoint.pt"
+    deadline = time.time() + 60
+    while not checkpoint.exists() and time.time() < deadline:
+        time.sleep(0.05)
+    import psutil
+
+    for child in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+        child.kill()
+    process.wait()
+    assert checkpoint.exists() and not (tmp_path / "killed" / "summary.json").exists()
+    first = torch_rounds(checkpoint)
+    assert 1 <= first < 12
+    assert start(tmp_path / "killed").wait(timeout=120) == 0
+    assert outputs(tmp_path / "killed" / "00_long.ipynb") == outputs(tmp_path / "whole" / "00_long.ipynb")
+
+
+def torch_rounds(checkpoint) -> int:
+    import torch
+
+    return torch.load(checkpoint, weights_only=True)["round"]
