@@ -52,7 +52,7 @@ def own_network(images: torch.Tensor):
 
 
 def phantom_auroc(seed: int) -> float:
-    films = phantom.generate(2000, 64, seed, split_fractions={"train": 0.70, "val": 0.05, "test": 0.25})
+    films = phantom.generate(2000, 64, seed, split_fractions={"train": 0.75, "test": 0.25})
     inputs = models.prepare("litenet", films)
     train, test = (inputs.subset(films.split == name) for name in ("train", "test"))
     training = Training(sample_rate=0.25, learning_rate=8.0, weight_decay=1e-4, label_smoothing=0.1)

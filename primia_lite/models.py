@@ -13,7 +13,7 @@ import io
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -40,12 +40,14 @@ class Films:
     labels : int64 [N]
     patient_id : str [N]
     normalisation : mean and standard deviation that pixels in [0, 1] were scaled with
+    model : the network that the inputs are for; empty where any may take them
     """
 
     inputs: torch.Tensor
     labels: torch.Tensor
     patient_id: np.ndarray
     normalisation: tuple[float, float] = (PIXEL_MEAN, PIXEL_STD)
+    model: str = ""
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels in [0, 1] as the network takes them."""
@@ -61,7 +63,7 @@ class Films:
     def subset(self, index) -> Films:
         index = np.asarray(index)
         index = np.flatnonzero(index) if index.dtype == bool else index.astype(np.int64)
-        return Films(self.inputs[index], self.labels[index], self.patient_id[index], self.normalisation)
+        return replace(self, inputs=self.inputs[index], labels=self.labels[index], patient_id=self.patient_id[index])
 
 
 @dataclass(frozen=True)
@@ -331,8 +333,9 @@ def prepare(
     Parameters
     ----------
     augmentation
-        For a frozen network ``flip``, ``shift`` and ``jitter`` add 1, 2 and 3 views of each film, computed once;
-        training picks one at random. Networks that are trained whole draw anew at each step.
+        For a frozen network ``flip``, ``shift`` and ``jitter`` add 1, 2 and 3 views of each film, computed once; with
+        DP training averages their gradients, without it picks one at random. Networks that are trained whole draw anew
+        at each step.
     normalisation
         Mean and standard deviation of pixels in [0, 1]; the public constants if left out. Frozen networks keep the
         constants that they were trained with.
@@ -343,10 +346,10 @@ def prepare(
             raise UserError(f"{name} is frozen: its normalisation belongs to its weights and can't be chosen")
         views = [features(name, films.images, cache=cache)]
         views += [features(name, changed, cache=cache) for changed in _views(films.images, augmentation)]
-        return Films(torch.from_numpy(np.stack(views, 1)), labels, films.patient_id)
+        return Films(torch.from_numpy(np.stack(views, 1)), labels, films.patient_id, model=name)
     mean, std = normalisation or (PIXEL_MEAN, PIXEL_STD)
     pixels = (torch.from_numpy(np.array(films.images)).float() / 255.0 - mean) / std
-    return Films(pixels[:, None, None], labels, films.patient_id, (mean, std))
+    return Films(pixels[:, None, None], labels, films.patient_id, (mean, std), model=name)
 
 
 def _views(images: np.ndarray, augmentation: tuple[str, ...]) -> Iterator[np.ndarray]:

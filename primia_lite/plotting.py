@@ -118,7 +118,7 @@ def plot_history(
         "loss": "loss (nats per film)",
         "mcc": "MCC, all classes",
     }
-    figure, axes = plt.subplots(1, len(keys), figsize=(5.0 * len(keys), 3.2), squeeze=False)
+    figure, axes = plt.subplots(1, len(keys), figsize=(4.6 * len(keys), 3.0), squeeze=False)
     for axis, key in zip(axes[0], keys, strict=True):
         for number, (label, history) in enumerate(histories.items()):
             x, y = [r["round"] for r in history if key in r], [r[key] for r in history if key in r]

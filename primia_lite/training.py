@@ -81,6 +81,14 @@ class Training:
         return asdict(self)
 
 
+def check_options(training: Training, privacy: Privacy | None) -> None:
+    """Raise UserError for options that contradict DP."""
+    if privacy and "mixup" in training.augmentation:
+        raise UserError("mixup blends films, so clipping no longer bounds what one film adds: leave it out with DP")
+    if privacy and training.class_weights == "balanced":
+        raise UserError("class_weights='balanced' counts private labels: with DP give one public number per class")
+
+
 def train(
     model: nn.Module,
     films: Films,
@@ -107,10 +115,7 @@ def train(
     UserError
         Options that contradict DP, or a model that DP-SGD can't train.
     """
-    if privacy and "mixup" in training.augmentation:
-        raise UserError("mixup blends films, so clipping no longer bounds what one film adds: leave it out with DP")
-    if privacy and training.class_weights == "balanced":
-        raise UserError("class_weights='balanced' counts private labels: with DP give one public number per class")
+    check_options(training, privacy)
     shuffle = torch.Generator().manual_seed(rng.child("augmentation").seed())
     weight = _class_weights(training, films.labels)
     model.train()

@@ -6,7 +6,9 @@ a stored update, charge the ledger, compute, store, release.
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +25,7 @@ from primia_lite.privacy.dpsgd import Privacy
 from primia_lite.privacy.ledger import Ledger
 from primia_lite.privacy.rng import SecureGenerator
 from primia_lite.runtime import cores, torch_threads, write_atomic
-from primia_lite.training import Training, train
+from primia_lite.training import Training, check_options, train
 
 State = dict[str, torch.Tensor]
 
@@ -71,6 +73,8 @@ def local_update(
     ----------
     global_state
         Weights by parameter name; not changed.
+    rng
+        Makes one release: with DP, an unseeded one that was used before is refused, because its noise would come again.
     declared_size
         The public, rounded number of films; sample rate times this is the denominator of a private step. Required with
         DP.
@@ -84,6 +88,10 @@ def local_update(
     """
     if privacy and declared_size is None:
         raise UserError("with DP a step's denominator must be public: give the hospital's declared_size")
+    if declared_size is not None and declared_size < 1:
+        raise UserError(f"declared_size is {declared_size}: it must be at least 1")
+    if privacy:
+        rng.serve_once()
     model = models.build(training.model, training.n_classes, films.inputs.shape[2:], **training.model_options)
     try:
         model.load_state_dict(global_state)
@@ -140,6 +148,8 @@ class Hospital:
                 f"hospital {self.name} has films of one class only (label {only}): give it another partition"
             )
         self.declared_size = self.declared_size or declare_size(len(self.films))
+        if self.declared_size < 1:
+            raise UserError(f"hospital {self.name}: declared_size is {self.declared_size}, it must be at least 1")
 
     @classmethod
     def from_films(
@@ -167,8 +177,12 @@ class Hospital:
     ) -> Update:
         """Take part in a round: resend what was stored, or charge, compute, store and only then release.
 
+        What was stored is sent again only for the same weights, training and privacy: anything else is another release.
+
         Parameters
         ----------
+        rng
+            Unseeded, it is only the start of the round's randomness: each call draws noise of its own.
         folder
             Where update and ledger are kept. None (only without DP) keeps nothing.
 
@@ -180,8 +194,10 @@ class Hospital:
         # What a seed repeats needs no storing.
         storing = folder and privacy and not rng.seeded
         stored = folder / f"update-{self.name}-{round_number:05d}.pt" if storing else None
-        if stored and stored.exists():
-            return Update.from_bytes(stored.read_bytes())
+        question = _question(global_state, training, privacy) if stored else b""
+        if stored and stored.exists() and (content := stored.read_bytes()).startswith(question):
+            return Update.from_bytes(content[len(question) :])
+        check_options(training, privacy)
         if privacy:
             if folder is None:
                 raise UserError("with DP a hospital keeps a ledger: give a folder")
@@ -189,14 +205,27 @@ class Hospital:
             self.ledger(folder, privacy).charge(f"round {round_number}", release, repeatable=rng.seeded)
         try:
             update = local_update(
-                global_state, self.films, training, privacy, rng, declared_size=self.declared_size,
+                global_state, self.films, training, privacy, _own(rng), declared_size=self.declared_size,
                 observe=lambda losses: self.simulated_losses.__setitem__(round_number, losses),
             )  # fmt: skip
         except TrainingError as error:
             raise TrainingError(f"hospital {self.name}, round {round_number}: {error}") from error
         if stored:
-            write_atomic(stored, update.to_bytes())
+            write_atomic(stored, question + update.to_bytes())
         return update
+
+
+def _own(rng: SecureGenerator) -> SecureGenerator:
+    """Noise of its own for each release: two releases with one noise would give their difference away exactly."""
+    return rng if rng.seeded else rng.child(os.urandom(16).hex())
+
+
+def _question(global_state: State, training: Training, privacy: Privacy | None) -> bytes:
+    """32 bytes that tell what an update answers to."""
+    digest = hashlib.sha256(json.dumps([training.as_dict(), privacy and privacy.as_dict()]).encode())
+    for name, value in global_state.items():
+        digest.update(name.encode() + value.numpy().tobytes())
+    return digest.digest()
 
 
 def mean_and_std_under_dp(
@@ -222,7 +251,7 @@ def mean_and_std_under_dp(
     privacy
         The budget that is charged; its own noise multiplier belongs to the training.
     fresh
-        Start new ledgers: for simulations.
+        Start new ledgers: for simulations, before a run begins in the folder.
 
     Returns
     -------
@@ -231,6 +260,8 @@ def mean_and_std_under_dp(
     sums = np.zeros(2)
     for name, films in hospitals:
         path = folder / f"ledger-{name}.sqlite"
+        if fresh and (folder / "run.json").exists():
+            raise UserError(f"{folder} holds a run, whose ledger can't be deleted: choose another folder")
         if fresh:
             path.unlink(missing_ok=True)
         Ledger(path, privacy.target_epsilon, privacy.target_delta, privacy.unit).charge(
@@ -239,8 +270,7 @@ def mean_and_std_under_dp(
         pixels = films.images.reshape(len(films), -1) / 255.0
         moments = np.stack([pixels.mean(1), (pixels**2).mean(1)]).sum(1)
         # A second release must not repeat the first one's noise: their difference would be exact.
-        fresh_noise = rng.child("normalisation", name, "" if rng.seeded else os.urandom(16).hex())
-        noise = fresh_noise.normal(2) * np.sqrt(2.0) * noise_multiplier
+        noise = _own(rng.child("normalisation", name)).normal(2) * np.sqrt(2.0) * noise_multiplier
         sums += moments + noise
     mean, square = sums / sum(declare_size(len(films)) for _, films in hospitals)
     mean = float(np.clip(mean, 0.05, 0.95))

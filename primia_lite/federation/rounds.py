@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
+import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 
 from primia_lite import models
 from primia_lite.config import UserError
@@ -28,7 +29,7 @@ from primia_lite.privacy.accounting import epsilon
 from primia_lite.privacy.dpsgd import Privacy
 from primia_lite.privacy.rng import SecureGenerator
 from primia_lite.runtime import seed_for, write_atomic
-from primia_lite.training import Training, predict
+from primia_lite.training import Training, check_options, predict
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Result:
 
     @property
     def epsilon_max(self) -> float:
-        """The worst hospital's ε: what holds for every patient whose films lie at one hospital only."""
+        """The worst hospital's ε: what holds for every film that lies at one hospital only."""
         return max(self.epsilon.values(), default=float("inf"))
 
     @property
@@ -125,7 +126,7 @@ def federate(
     folder
         Where checkpoint, stored updates and ledgers lie; a run found there goes on where it was. Required with DP.
     fresh
-        Start anew: what lies in ``folder`` is deleted, its ledgers too. For simulations.
+        Start anew: the run in ``folder`` is deleted, its ledgers too. For simulations.
     validation
         Scored after each round. Outside ε: validation films aren't protected by the training's DP.
     progress
@@ -134,7 +135,8 @@ def federate(
     Raises
     ------
     UserError
-        Contradictory options, or a folder that holds another run.
+        Contradictory options, a folder that holds another run or that another process uses, a ledger that lacks
+        charges.
     BudgetError
         A hospital's ε is spent. What was reached is in the folder.
     TrainingError
@@ -146,8 +148,54 @@ def federate(
     if privacy and folder is None:
         raise UserError("with DP each hospital keeps a ledger: give federate() a folder")
     folder = Path(folder) if folder else None
-    if folder and fresh:
-        shutil.rmtree(folder, ignore_errors=True)
+    _check(hospitals, training, privacy)
+    if folder is None:
+        return _run(hospitals, training, schedule, privacy, seed, noise_seed, None, validation, aggregator, progress)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / "run.lock", timeout=0):  # the system lets go of it when a process is killed
+            if fresh:
+                _forget(folder)
+            return _run(
+                hospitals, training, schedule, privacy, seed, noise_seed, folder, validation, aggregator, progress
+            )
+    except Timeout as error:
+        raise UserError(f"another process is training in {folder}: wait for it, or choose another folder") from error
+
+
+def _check(hospitals: Sequence[Hospital], training: Training, privacy: Privacy | None) -> None:
+    check_options(training, privacy)
+    for h in hospitals:
+        if h.films.model not in ("", training.model):
+            raise UserError(
+                f"hospital {h.name}'s films were prepared for {h.films.model}, but {training.model} is to be trained: "
+                f"prepare them by prepare({training.model!r}, films)"
+            )
+        if h.films.normalisation != hospitals[0].films.normalisation:
+            raise UserError(f"hospital {h.name}'s films were normalised unlike those of {hospitals[0].name}")
+        if privacy and privacy.target_delta >= 1 / h.declared_size:
+            raise UserError(
+                f"target_delta is {privacy.target_delta:g}, but hospital {h.name} declares {h.declared_size} films: a "
+                "delta of 1 / number of films or more lets a mechanism publish whole films. Take a smaller one"
+            )
+
+
+_FILES = ("run.json", "checkpoint.pt", "ledger-*.sqlite*", "update-*.pt", ".checkpoint.pt.*", ".update-*")
+
+
+def _forget(folder: Path) -> None:
+    """Delete a run, and only a run, from its folder."""
+    if not (folder / "run.json").exists() and list(folder.glob("ledger-*.sqlite")):
+        raise UserError(
+            f"{folder} holds ledgers but no run, such as those of a normalisation shared under DP: fresh=True would "
+            "delete them. Leave it out, or choose another folder"
+        )
+    for pattern in _FILES:
+        for path in folder.glob(pattern):
+            path.unlink()
+
+
+def _run(hospitals, training, schedule, privacy, seed, noise_seed, folder, validation, aggregator, progress) -> Result:
     in_shape = tuple(hospitals[0].films.inputs.shape[2:])
     if any(tuple(h.films.inputs.shape[2:]) != in_shape for h in hospitals):
         raise UserError("the hospitals' films differ in size: load them all with one size")
@@ -157,9 +205,11 @@ def federate(
     rng = SecureGenerator.for_seed(noise_seed) if privacy else SecureGenerator.from_seed(seed)
 
     server = _Server.start(training, schedule, in_shape, seed)
-    key = _fingerprint(hospitals, training, schedule, privacy, seed, noise_seed, aggregator.name)
+    salt = _salt(folder) if folder else ""
+    key = _fingerprint(salt, hospitals, training, schedule, privacy, seed, noise_seed, aggregator.name)
     if folder:
-        server.resume(folder, key)
+        server.resume(folder, salt, key)
+        _check_ledgers(hospitals, training, privacy, server.round, folder)
     if privacy and server.round < schedule.rounds:
         left = (schedule.rounds - server.round) * training.steps_per_round
         for h in hospitals:
@@ -198,11 +248,14 @@ def planned_epsilon(training: Training, schedule: Schedule, privacy: Privacy) ->
 
 def pool(hospitals: Sequence[Hospital], name: str = "pooled") -> Hospital:
     """All films in one place: what federated training does without."""
-    films = Films(
-        torch.cat([h.films.inputs for h in hospitals]),
-        torch.cat([h.films.labels for h in hospitals]),
-        np.concatenate([h.films.patient_id for h in hospitals]),
-        hospitals[0].films.normalisation,
+    first = hospitals[0].films
+    if any((h.films.normalisation, h.films.model) != (first.normalisation, first.model) for h in hospitals):
+        raise UserError("the hospitals' films were prepared in different ways: prepare them all in one")
+    films = replace(
+        first,
+        inputs=torch.cat([h.films.inputs for h in hospitals]),
+        labels=torch.cat([h.films.labels for h in hospitals]),
+        patient_id=np.concatenate([h.films.patient_id for h in hospitals]),
     )
     return Hospital(name, films)
 
@@ -250,10 +303,10 @@ class _Server:
         content = {name: getattr(self, name) for name in self._SAVED}
         write_atomic(folder / "checkpoint.pt", lambda file: torch.save(content, file))
 
-    def resume(self, folder: Path, key: str) -> None:
+    def resume(self, folder: Path, salt: str, key: str) -> None:
         # The key is written before the first update is stored: a folder never holds updates of an unknown run.
         if not (folder / "run.json").exists():
-            write_atomic(folder / "run.json", json.dumps({"key": key}).encode())
+            write_atomic(folder / "run.json", json.dumps({"salt": salt, "key": key}).encode())
         if json.loads((folder / "run.json").read_text())["key"] != key:
             raise UserError(
                 f"{folder} holds a run with other films, hospitals, training or privacy: choose another folder, go "
@@ -266,8 +319,32 @@ class _Server:
                 setattr(self, name, content[name])
 
 
-def _fingerprint(hospitals, training, schedule, privacy, seed, noise_seed, aggregator) -> str:
-    digest = hashlib.sha256()
+def _salt(folder: Path) -> str:
+    """Of the run's key: without it, a hash of private films would confirm a guess at them."""
+    try:
+        return json.loads((folder / "run.json").read_text())["salt"]
+    except FileNotFoundError:
+        return os.urandom(16).hex()
+
+
+def _check_ledgers(hospitals, training, privacy, rounds_done: int, folder: Path) -> None:
+    """A run goes on only with the ledgers that it has charged so far."""
+    if not privacy:
+        return
+    for h in hospitals:
+        mechanism = (privacy.noise_multiplier, training.sample_rate)
+        charged = sum(
+            r.steps for r in h.ledger(folder, privacy).charges() if (r.noise_multiplier, r.sample_rate) == mechanism
+        )
+        if charged < rounds_done * training.steps_per_round:
+            raise UserError(
+                f"hospital {h.name}'s ledger in {folder} has {charged} steps, but {rounds_done} rounds are done: "
+                "it was deleted or replaced. Restore it from a backup, or start anew with fresh=True"
+            )
+
+
+def _fingerprint(salt, hospitals, training, schedule, privacy, seed, noise_seed, aggregator) -> str:
+    digest = hashlib.sha256(salt.encode())
     for h in hospitals:
         digest.update(f"{h.name} {h.declared_size}".encode())
         digest.update(np.ascontiguousarray(h.films.inputs.numpy()).data)

@@ -45,6 +45,10 @@ class Privacy:
         Release(self.noise_multiplier, 1.0, 0)
         if not self.max_grad_norm > 0:
             raise UserError(f"max_grad_norm is {self.max_grad_norm}: it must be above 0")
+        if not 0 < self.target_epsilon < float("inf"):
+            raise UserError(f"target_epsilon is {self.target_epsilon}: it must be above 0 and finite")
+        if not 0 < self.target_delta < 1:
+            raise UserError(f"target_delta is {self.target_delta}: it must be in (0, 1), below 1 / number of films")
         if self.unit != "film":
             raise UserError(f"unit is {self.unit!r}: only 'film' is implemented")
 

@@ -83,8 +83,8 @@ class Ledger:
         what
             Names the release, such as ``round 3``.
         repeatable
-            The same name stands for the same bytes (a seeded run, which isn't private anyway): it is charged once.
-            Otherwise a name that comes again is another release, and charged again.
+            The same name and mechanism stand for the same bytes (a seeded run, which isn't private anyway): charged
+            once. Otherwise a name that comes again is another release, and charged again.
 
         Raises
         ------
@@ -107,7 +107,12 @@ class Ledger:
             try:
                 names = (what, f"{what} (again %")
                 again = db.execute("SELECT COUNT(*) FROM charges WHERE what = ? OR what LIKE ?", names).fetchone()[0]
-                if again and repeatable:
+                same = db.execute(
+                    "SELECT COUNT(*) FROM charges WHERE (what = ? OR what LIKE ?) AND noise_multiplier = ? "
+                    "AND sample_rate = ? AND steps = ?",
+                    (*names, release.noise_multiplier, release.sample_rate, release.steps),
+                ).fetchone()[0]
+                if same and repeatable:
                     return
                 spent = _releases(db)
                 if not self._affords(spent, release):

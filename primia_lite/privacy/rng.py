@@ -16,6 +16,8 @@ import os
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 
+from primia_lite.config import UserError
+
 _BLOCK = 1 << 16
 
 
@@ -35,6 +37,7 @@ class SecureGenerator:
             raise ValueError(f"a ChaCha20 key has 32 bytes, got {len(key)}")
         self._key = key or os.urandom(32)
         self.seeded = seeded
+        self._served = False
         self._stream = Cipher(algorithms.ChaCha20(self._key, bytes(16)), mode=None).encryptor()
 
     @classmethod
@@ -51,6 +54,21 @@ class SecureGenerator:
         """An independent generator for one purpose, the same one for the same labels (HMAC-SHA256 of the key)."""
         name = "/".join(str(label) for label in labels).encode()
         return SecureGenerator(hmac.digest(self._key, name, "sha256"), seeded=self.seeded)
+
+    def serve_once(self) -> None:
+        """Mark this generator as used for a release; its children repeat, so a second release needs another one.
+
+        Raises
+        ------
+        UserError
+            It was used before, and isn't seeded: two releases with one noise give their difference away exactly.
+        """
+        if self._served and not self.seeded:
+            raise UserError(
+                "this SecureGenerator has made the noise of a release already, and would repeat it: take a new one, or "
+                "a child of its own for each release, rng.child(round, hospital)"
+            )
+        self._served = True
 
     def __reduce__(self):
         # The state would let whoever reads the file subtract the noise.

@@ -35,6 +35,8 @@ def test_a_name_that_comes_again_is_charged_again_unless_repeatable(tmp_path):
     for _ in range(3):
         ledger.charge("round 2", STEP, repeatable=True)
     assert len(ledger.charges()) == 4
+    ledger.charge("round 2", Release(2.0, 0.25, 2), repeatable=True)  # another mechanism is another release
+    assert len(ledger.charges()) == 5
 
 
 def test_charges_outlive_the_process(tmp_path):

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -241,6 +242,82 @@ def test_normalisation_and_training_share_one_budget(tmp_path):
     assert 7.5 <= result.epsilon_max <= 8.0
     with pytest.raises(BudgetError):
         group[0].update(4, result.state, training, privacy, rng, tmp_path)
+
+
+def test_each_unseeded_update_has_noise_of_its_own(tmp_path):
+    """One generator passed for two rounds: equal noise would make the difference of the updates exact."""
+    noisy = Privacy(1000.0, 0.5, target_epsilon=100.0)
+    rng, hospital = SecureGenerator(), hospitals()[0]
+    state = build("litenet", 3, (8,)).state_dict()
+    one, two = (hospital.update(i, state, TRAINING, noisy, rng, tmp_path / str(i)).delta["weight"] for i in (1, 2))
+    assert float((one - two).std()) == pytest.approx(np.sqrt(2) * float(one.std()), rel=0.7)
+    rng = SecureGenerator()
+    local_update(state, hospital.films, TRAINING, noisy, rng, declared_size=60)
+    with pytest.raises(UserError, match="would repeat it: take a new one"):
+        local_update(state, hospital.films, TRAINING, noisy, rng, declared_size=60)
+
+
+def test_a_run_does_not_go_on_with_a_ledger_that_was_deleted(tmp_path):
+    federate(hospitals(), TRAINING, Schedule(2), PRIVACY, folder=tmp_path, progress=None)
+    (tmp_path / "ledger-A.sqlite").unlink()
+    with pytest.raises(UserError, match="hospital A's ledger .* has 0 steps, but 2 rounds are done"):
+        federate(hospitals(), TRAINING, Schedule(2), PRIVACY, folder=tmp_path, progress=None)
+
+
+def test_fresh_deletes_a_run_and_nothing_else(tmp_path):
+    (tmp_path / "thesis.tex").write_text("a year's work")
+    federate(hospitals(), TRAINING, Schedule(1), PRIVACY, folder=tmp_path, fresh=True, progress=None)
+    result = federate(hospitals(), TRAINING, Schedule(2), PRIVACY, folder=tmp_path, fresh=True, progress=None)
+    assert (tmp_path / "thesis.tex").exists()
+    assert result.epsilon_max == pytest.approx(PRIVACY.epsilon(0.5, 2))
+    Ledger(tmp_path / "other" / "ledger-A.sqlite", 100.0, 1e-4).charge("normalisation", Release(10.0, 1.0, 1))
+    with pytest.raises(UserError, match="holds ledgers but no run"):
+        federate(hospitals(), TRAINING, Schedule(1), PRIVACY, folder=tmp_path / "other", fresh=True, progress=None)
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    def second(record):
+        with pytest.raises(UserError, match="another process is training in"):
+            federate(hospitals(), TRAINING, Schedule(2), folder=tmp_path, progress=None)
+        tried.append(record["round"])
+
+    tried = []
+    federate(hospitals(), TRAINING, Schedule(2), folder=tmp_path, progress=second)
+    assert tried == [1, 2]
+
+
+def test_a_stored_update_answers_only_the_same_weights_and_settings(tmp_path):
+    hospital, state = hospitals()[0], build("litenet", 3, (8,)).state_dict()
+    first = hospital.update(1, state, TRAINING, PRIVACY, SecureGenerator(), tmp_path)
+    other = {name: value + 1.0 for name, value in state.items()}
+    second = hospital.update(1, other, TRAINING, PRIVACY, SecureGenerator(), tmp_path)
+    assert not same(first.delta, second.delta)
+    assert len(hospital.ledger(tmp_path, PRIVACY).charges()) == 2
+
+
+def test_contradictions_are_refused_before_anything_is_charged(tmp_path):
+    group = hospitals()
+    for training in (TRAINING.changed(augmentation=("mixup",)), TRAINING.changed(class_weights="balanced")):
+        with pytest.raises(UserError, match="mixup blends|balanced"):
+            group[0].update(1, build("litenet", 3, (8,)).state_dict(), training, PRIVACY, SecureGenerator(), tmp_path)
+        with pytest.raises(UserError, match="mixup blends|balanced"):
+            federate(group, training, Schedule(1), PRIVACY, folder=tmp_path, progress=None)
+    assert not list(tmp_path.glob("ledger-*"))
+    waves = [replace(h, films=replace(h.films, model="scatternet"), _ledgers={}) for h in group]
+    with pytest.raises(UserError, match="prepared for scatternet, but litenet is to be trained"):
+        federate(waves, TRAINING, Schedule(1), progress=None)
+    group[1].films = replace(group[1].films, normalisation=(0.1, 0.2))
+    with pytest.raises(UserError, match="hospital B's films were normalised unlike those of A"):
+        federate(group, TRAINING, Schedule(1), progress=None)
+    with pytest.raises(UserError, match="prepared in different ways"):
+        pool(group)
+    with pytest.raises(UserError, match="target_delta is 0.01, but hospital C declares 100 films"):
+        federate(hospitals(), TRAINING, Schedule(1), Privacy(1.0, 1.0, 8.0, 0.01), folder=tmp_path, progress=None)
+    with pytest.raises(UserError, match="declared_size is -5"):
+        Hospital("A", tabular(10), declared_size=-5)
+    for epsilon, delta in ((-3.0, 1e-4), (float("inf"), 1e-4), (8.0, 7.0)):
+        with pytest.raises(UserError, match="target_"):
+            Privacy(1.0, 1.0, epsilon, delta)
 
 
 def test_a_stored_update_is_sent_again_and_not_charged_again(tmp_path):
