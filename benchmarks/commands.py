@@ -22,13 +22,16 @@ from primia_lite.config import repo_root
 
 def make(target: str, folder: Path, cache: Path) -> float:
     """Seconds that `make <target>` takes; ends this benchmark if it fails."""
-    own = ("PRIMIA_LITE_RESULTS", "PRIMIA_LITE_CACHE", "PRIMIA_LITE_RUNS", "PRIMIA_LITE_FIGURES", "OMP_NUM_THREADS")
+    own = ("PRIMIA_LITE_RESULTS", "PRIMIA_LITE_CACHE", "PRIMIA_LITE_RUNS", "PRIMIA_LITE_FIGURES", "OMP_NUM_THREADS",
+           "PROFILE", "DATA", "ONLY", "OUT", "TESTS", "MAKEFLAGS")  # fmt: skip
     environment = {name: value for name, value in os.environ.items() if name not in own}
+    if environment.get("PRIMIA_LITE_DATA"):
+        environment["PRIMIA_LITE_DATA"] = str(Path(environment["PRIMIA_LITE_DATA"]).resolve())
     started = time.perf_counter()
     print(f"== make {target}", flush=True)
     done = subprocess.run(["make", target], cwd=folder, env=environment | {"PIP_CACHE_DIR": str(cache)})
     if done.returncode:
-        sys.exit(f"make {target} failed in {folder}: see above")
+        sys.exit(f"make {target} failed: see above")
     return time.perf_counter() - started
 
 

@@ -182,9 +182,14 @@ def write_results(name: str, origin: dict, metrics: dict[str, dict]) -> Path:
     for metric, entry in metrics.items():
         if not {"unit", "n"} <= entry.keys() or not {"mean", "median"} & entry.keys():
             raise UserError(f"metric {metric!r} needs mean or median, n and unit; it has {sorted(entry)}")
-        bad = [key for key, value in entry.items() if key != "unit" and not _finite(value)]
+        bad = [key for key, value in entry.items() if not isinstance(value, str) and not _finite(value)]
         if bad:
             raise UserError(f"metric {metric!r} is not finite: {bad}")
-    # numpy's numbers become Python's
-    text = json.dumps({"origin": origin, "metrics": metrics}, indent=1, allow_nan=False, default=float) + "\n"
+
+    def plain(value: object) -> object:
+        if hasattr(value, "item"):  # numpy's numbers become Python's
+            return value.item()
+        raise UserError(f"{value!r} can't be written to a results file: give numbers, texts, lists")
+
+    text = json.dumps({"origin": origin, "metrics": metrics}, indent=1, allow_nan=False, default=plain) + "\n"
     return write_atomic(results_dir() / f"{name}.json", text.encode())

@@ -90,8 +90,6 @@ def local_update(
         raise UserError("with DP a step's denominator must be public: give the hospital's declared_size")
     if declared_size is not None and declared_size < 1:
         raise UserError(f"declared_size is {declared_size}: it must be at least 1")
-    if privacy:
-        rng.serve_once()
     model = models.build(training.model, training.n_classes, films.inputs.shape[2:], **training.model_options)
     try:
         model.load_state_dict(global_state)
@@ -100,6 +98,8 @@ def local_update(
             f"the global weights don't fit {training.model} with {training.n_classes} classes on films of shape "
             f"{tuple(films.inputs.shape[2:])}: {str(error).splitlines()[-1].strip()}"
         ) from error
+    if privacy:
+        rng.serve_once()
     expected_batch = training.sample_rate * (declared_size or len(films))
     with torch_threads(1 if models.spec(training.model).extract else cores()):
         losses = train(model, films, training, privacy, rng, expected_batch)

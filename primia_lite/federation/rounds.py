@@ -27,6 +27,7 @@ from primia_lite.metrics import scores
 from primia_lite.models import Films
 from primia_lite.privacy.accounting import epsilon
 from primia_lite.privacy.dpsgd import Privacy
+from primia_lite.privacy.ledger import charged_for
 from primia_lite.privacy.rng import SecureGenerator
 from primia_lite.runtime import seed_for, write_atomic
 from primia_lite.training import Training, check_options, predict
@@ -151,8 +152,8 @@ def federate(
     _check(hospitals, training, privacy)
     if folder is None:
         return _run(hospitals, training, schedule, privacy, seed, noise_seed, None, validation, aggregator, progress)
-    folder.mkdir(parents=True, exist_ok=True)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / "run.lock", timeout=0):  # the system lets go of it when a process is killed
             if fresh:
                 _forget(folder)
@@ -161,6 +162,8 @@ def federate(
             )
     except Timeout as error:
         raise UserError(f"another process is training in {folder}: wait for it, or choose another folder") from error
+    except OSError as error:
+        raise UserError(f"can't work in {folder}: {error.strerror or error}") from error
 
 
 def _check(hospitals: Sequence[Hospital], training: Training, privacy: Privacy | None) -> None:
@@ -180,16 +183,27 @@ def _check(hospitals: Sequence[Hospital], training: Training, privacy: Privacy |
             )
 
 
-_FILES = ("run.json", "checkpoint.pt", "ledger-*.sqlite*", "update-*.pt", ".checkpoint.pt.*", ".update-*")
+# Of a run, in the order of deletion: what names the run goes last, so that a kill in between leaves it to be deleted.
+_FILES = (
+    "checkpoint.pt",
+    "update-*.pt",
+    "ledger-*.sqlite*",
+    ".checkpoint.pt.*",
+    ".update-*",
+    ".run.json.*",
+    "run.json",
+)
 
 
 def _forget(folder: Path) -> None:
     """Delete a run, and only a run, from its folder."""
-    if not (folder / "run.json").exists() and list(folder.glob("ledger-*.sqlite")):
-        raise UserError(
-            f"{folder} holds ledgers but no run, such as those of a normalisation shared under DP: fresh=True would "
-            "delete them. Leave it out, or choose another folder"
-        )
+    for path in folder.glob("ledger-*.sqlite"):
+        others = [what for what in charged_for(path) if not what.startswith("round ")]
+        if others:
+            raise UserError(
+                f"{path} is charged for more than this run ({others[0]}): fresh=True would forget that. Leave it out, "
+                "or choose another folder"
+            )
     for pattern in _FILES:
         for path in folder.glob(pattern):
             path.unlink()
@@ -306,6 +320,10 @@ class _Server:
     def resume(self, folder: Path, salt: str, key: str) -> None:
         # The key is written before the first update is stored: a folder never holds updates of an unknown run.
         if not (folder / "run.json").exists():
+            if (folder / "checkpoint.pt").exists():
+                raise UserError(
+                    f"{folder} has a checkpoint but no run.json that says of which run: start anew, fresh=True"
+                )
             write_atomic(folder / "run.json", json.dumps({"salt": salt, "key": key}).encode())
         if json.loads((folder / "run.json").read_text())["key"] != key:
             raise UserError(
@@ -322,7 +340,7 @@ class _Server:
 def _salt(folder: Path) -> str:
     """Of the run's key: without it, a hash of private films would confirm a guess at them."""
     try:
-        return json.loads((folder / "run.json").read_text())["salt"]
+        return json.loads((folder / "run.json").read_text()).get("salt", "")
     except FileNotFoundError:
         return os.urandom(16).hex()
 

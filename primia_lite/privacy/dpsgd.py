@@ -74,7 +74,7 @@ class Privacy:
         also
             Other releases charged to the same ledger, such as a normalisation shared under DP.
         """
-        sigma = calibrate_noise_multiplier(target_epsilon, target_delta, sample_rate, steps + spare_steps, also)
+        sigma = calibrate_noise_multiplier(target_epsilon, target_delta, sample_rate, steps + spare_steps, tuple(also))
         return cls(sigma, max_grad_norm, target_epsilon, target_delta)
 
     def release(self, sample_rate: float, steps: int) -> Release:

@@ -157,6 +157,15 @@ class Ledger:
         return low
 
 
+def charged_for(path: Path) -> list[str]:
+    """What a ledger's file was charged for, in order."""
+    with closing(sqlite3.connect(path, timeout=30)) as db:
+        try:
+            return [what for (what,) in db.execute("SELECT what FROM charges ORDER BY id")]
+        except sqlite3.DatabaseError:
+            return []  # cut off before it had a table, or damaged: nothing can be read from it
+
+
 def _split(spent: list[Release], release: Release) -> tuple[tuple[Release, ...], tuple[float, float], int]:
     """What was released by other mechanisms; this mechanism; its steps with ``release`` added."""
     mechanism = (release.noise_multiplier, release.sample_rate)

@@ -39,3 +39,14 @@ def test_readme_quotes_the_paper_profile(metric):
 def test_readme_quotes_the_benchmark():
     for name in ("phantom_films_per_s", "litenet_films_per_s"):
         assert f"{metrics('bench/pipeline.json')[name]['median']:.0f} films/s" in README
+
+
+def test_readme_quotes_the_benchmark_of_the_commands():
+    found = metrics("bench/commands.json")
+    quotes = [
+        f"{found['setup_s']['median']:.0f} s, {found['setup_disk_gib']['median']:.1f} GiB of disk",
+        f"{found['run_s']['median']:.0f} s, {found['run_peak_memory_mib']['median']:,.0f} MiB",
+        f"{found['test_s']['median'] / 60:.1f} minutes",
+        *(f"| {found[f'notebook_{number}_s']['median']:.0f} s |" for number in ("00", "01", "02")),
+    ]
+    assert [quote for quote in quotes if quote not in README] == []

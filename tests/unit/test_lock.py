@@ -68,9 +68,10 @@ def test_environment_yml_agrees_with_pyproject(root, project):
         assert f"--no-deps {package}=={project[package]}" in (root / "environment.yml").read_text()
 
 
-@pytest.mark.parametrize("page", ["README.md", "environment.yml", "data/README.md"])
+@pytest.mark.parametrize("page", ["README.md", "environment.yml"])
 def test_versions_in_the_documentation_are_the_locks(root, lock, page):
     quoted = re.findall(r"\b([A-Za-z][\w.-]*)==(\d[\w.]*)", (root / page).read_text())
+    assert quoted
     pins = {name: pin(r) for name, r in lock.items()}
     assert [
         (n, v) for n, v in quoted if canonicalize_name(n) != "flit-core" and pins.get(canonicalize_name(n)) != v

@@ -7,6 +7,7 @@ import random
 import signal
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -270,9 +271,33 @@ def test_fresh_deletes_a_run_and_nothing_else(tmp_path):
     result = federate(hospitals(), TRAINING, Schedule(2), PRIVACY, folder=tmp_path, fresh=True, progress=None)
     assert (tmp_path / "thesis.tex").exists()
     assert result.epsilon_max == pytest.approx(PRIVACY.epsilon(0.5, 2))
-    Ledger(tmp_path / "other" / "ledger-A.sqlite", 100.0, 1e-4).charge("normalisation", Release(10.0, 1.0, 1))
-    with pytest.raises(UserError, match="holds ledgers but no run"):
-        federate(hospitals(), TRAINING, Schedule(1), PRIVACY, folder=tmp_path / "other", fresh=True, progress=None)
+    other = tmp_path / "other"
+    Ledger(other / "ledger-A.sqlite", 100.0, 1e-4).charge("normalisation", Release(10.0, 1.0, 1))
+    for _ in ("before a run", "after it"):
+        with pytest.raises(UserError, match=r"is charged for more than this run \(normalisation\)"):
+            federate(hospitals(), TRAINING, Schedule(1), PRIVACY, folder=other, fresh=True, progress=None)
+        federate(hospitals(), TRAINING, Schedule(1), PRIVACY, folder=other, progress=None)
+
+
+def test_a_kill_while_fresh_deletes_leaves_a_folder_that_can_be_started_anew(tmp_path, monkeypatch):
+    first = federate(hospitals(), TRAINING, Schedule(2), folder=tmp_path, progress=None)
+    unlink, done = Path.unlink, []
+
+    def killed(self, *args, **kwargs):
+        if done:
+            raise KeyboardInterrupt
+        done.append(self)
+        unlink(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "unlink", killed)
+        federate(hospitals(), TRAINING, Schedule(2), folder=tmp_path, fresh=True, progress=None)
+    assert (tmp_path / "run.json").exists() and not (tmp_path / "checkpoint.pt").exists()
+    again = federate(hospitals(), TRAINING, Schedule(2), folder=tmp_path, fresh=True, progress=None)
+    assert same(first.state, again.state)
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(UserError, match="has a checkpoint but no run.json"):
+        federate(hospitals(), TRAINING, Schedule(2), folder=tmp_path, progress=None)
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path):
@@ -345,24 +370,28 @@ def test_no_state_of_a_generator_is_on_the_disk(tmp_path):
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
-    federate(hospitals(), TRAINING, Schedule(2), folder=tmp_path, progress=None)
-    good = (tmp_path / "checkpoint.pt").read_bytes()
+    if not os.path.exists("/proc/self/fd"):
+        pytest.skip("needs /proc")
     real = os.fsync
+    good = {}
 
     def full(descriptor):
         if "checkpoint" in os.readlink(f"/proc/self/fd/{descriptor}"):
             raise OSError(errno.ENOSPC, "No space left on device")
         real(descriptor)
 
-    if not os.path.exists("/proc/self/fd"):
-        pytest.skip("needs /proc")
-    (tmp_path / "again").mkdir()
-    (tmp_path / "again" / "checkpoint.pt").write_bytes(good)
-    monkeypatch.setattr(os, "fsync", full)
+    def after(record):
+        if record["round"] == 2:
+            good["bytes"] = (tmp_path / "checkpoint.pt").read_bytes()
+            monkeypatch.setattr(os, "fsync", full)
+
     with pytest.raises(UserError, match="could not write checkpoint.pt .*No space left on device.*is intact"):
-        federate(hospitals(), TRAINING, Schedule(4), folder=tmp_path / "again", progress=None)
-    assert (tmp_path / "again" / "checkpoint.pt").read_bytes() == good
-    assert not list((tmp_path / "again").glob(".checkpoint*"))
+        federate(hospitals(), TRAINING, Schedule(4), folder=tmp_path, progress=after)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == good["bytes"]
+    assert not list(tmp_path.glob(".checkpoint*"))
+    monkeypatch.setattr(os, "fsync", real)
+    resumed = federate(hospitals(), TRAINING, Schedule(4), folder=tmp_path, progress=None)
+    assert same(resumed.state, federate(hospitals(), TRAINING, Schedule(4), progress=None).state)
 
 
 def test_a_folder_of_another_run_is_refused_and_fresh_replaces_it(tmp_path):
