@@ -205,7 +205,7 @@ def _forget(folder: Path) -> None:
                 "or choose another folder"
             )
     for pattern in _FILES:
-        for path in folder.glob(pattern):
+        for path in sorted(folder.glob(pattern)):
             path.unlink()
 
 
