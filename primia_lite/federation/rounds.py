@@ -163,7 +163,9 @@ def federate(
     except Timeout as error:
         raise UserError(f"another process is training in {folder}: wait for it, or choose another folder") from error
     except OSError as error:
-        raise UserError(f"can't work in {folder}: {error.strerror or error}") from error
+        raise UserError(
+            f"can't work in {folder}: {error.strerror or error}. Free space, or choose a folder that can be written"
+        ) from error
 
 
 def _check(hospitals: Sequence[Hospital], training: Training, privacy: Privacy | None) -> None:
