@@ -14,7 +14,7 @@ from primia_lite import augmentation as aug
 from primia_lite import models
 from primia_lite.config import TrainingError, UserError
 from primia_lite.models import Films
-from primia_lite.privacy.dpsgd import Privacy, private_optimizer
+from primia_lite.privacy.dpsgd import PoissonBatch, Privacy, PrivateStep, Rows, poisson_batches
 from primia_lite.privacy.rng import SecureGenerator
 
 
@@ -27,7 +27,8 @@ class Training:
     model : ``litenet``, ``scatternet``, ``ckksnet`` or ``resnet18``
     n_classes : number of classes
     learning_rate : step size of SGD
-    sample_rate : q in (0, 1]; a step sees q times the declared number of films, on average under DP, exactly otherwise
+    sample_rate : q in (0, 1]; a step sees q times the declared number of patients (or films, where they are the unit)
+        on average under DP, and exactly q times the films otherwise
     local_steps : steps between two synchronisations; or
     local_epochs : passes over the films between two synchronisations (one epoch is round(1 / q) steps)
     momentum, weight_decay : of local SGD
@@ -102,7 +103,7 @@ def train(
     Parameters
     ----------
     expected_batch
-        Public denominator of a step's gradient: sample rate times the declared number of films.
+        Public denominator of a step's gradient under DP: sample rate times the declared number of units.
 
     Returns
     -------
@@ -123,20 +124,31 @@ def train(
         model.parameters(), training.learning_rate, momentum=training.momentum, weight_decay=training.weight_decay
     )
     if privacy:
-        step = private_optimizer(model, optimizer, privacy, expected_batch, rng.child("noise"))
-        batches = poisson_batches(len(films), training.sample_rate, training.steps_per_round, rng.child("sampling"))
+        step = PrivateStep(model, optimizer, privacy, expected_batch, rng.child("noise"), films)
+        batches = poisson_batches(
+            len(films.units(privacy.unit)), training.sample_rate, training.steps_per_round, rng.child("sampling")
+        )
     else:
         step = _PlainStep(model, optimizer)
         batches = shuffled_batches(len(films), training.sample_rate, training.steps_per_round, shuffle)
     losses = []
-    for number, index in enumerate(batches):
-        losses.append(step(_loss_function(films, index, training, weight, shuffle, all_views=bool(privacy)), index))
-        if len(index) and not np.isfinite(losses[-1]):
-            raise TrainingError(
-                f"the loss is {losses[-1]} at local step {number + 1} of {training.steps_per_round}: lower "
-                f"learning_rate (now {training.learning_rate}), or check the films for values that aren't finite"
-            )
+    for number, batch in enumerate(batches):
+        where = f"at local step {number + 1} of {training.steps_per_round}"
+        remedy = f"lower learning_rate (now {training.learning_rate}), or check the films for values that aren't finite"
+        try:
+            if privacy:
+                losses.append(step(batch, _private_rows(films, batch, training, privacy, weight, shuffle)))
+            else:
+                losses.append(step(_loss_function(films, batch, training, weight, shuffle), batch))
+        except FloatingPointError as error:
+            raise TrainingError(f"{error} {where}: the step is refused, its budget stays spent; {remedy}") from error
+        if len(batch) and not np.isfinite(losses[-1]):
+            raise TrainingError(f"the loss is {losses[-1]} {where}: {remedy}")
     return losses
+
+
+# Networks that are trained whole see so many films at once.
+_PART_FILMS = 256
 
 
 class _PlainStep:
@@ -148,20 +160,12 @@ class _PlainStep:
     def __call__(self, losses_of, index: torch.Tensor) -> float:
         self.optimizer.zero_grad()
         total = 0.0
-        for part in index.split(self.part_size):
-            loss = losses_of(self.model, part).mean(0).sum() / len(index)
+        for part in index.split(_PART_FILMS):
+            loss = losses_of(self.model, part).sum() / len(index)
             loss.backward()
             total += float(loss.detach())
         self.optimizer.step()
         return total
-
-    part_size = 256
-
-
-def poisson_batches(n: int, sample_rate: float, steps: int, rng: SecureGenerator) -> Iterator[torch.Tensor]:
-    """Each film takes part in each step with probability ``sample_rate``, independently; a batch may be empty."""
-    for _ in range(steps):
-        yield torch.from_numpy(np.flatnonzero(rng.bernoulli(n, sample_rate)))
 
 
 def shuffled_batches(n: int, sample_rate: float, steps: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
@@ -187,11 +191,45 @@ def _class_weights(training: Training, labels: torch.Tensor) -> torch.Tensor | N
     return torch.tensor(training.class_weights, dtype=torch.float32)
 
 
-def _loss_function(films, index, training, weight, generator, *, all_views):
-    """Cross-entropy [V, B] of each view of each film in a part of the batch, as a function of model and part.
+def _private_rows(
+    films: Films, batch: PoissonBatch, training: Training, privacy: Privacy, weight, generator: torch.Generator
+) -> Iterator[Rows]:
+    """The films of the units of a batch, whole units at a time.
 
-    With DP all cached views of a film count, as one gradient that is clipped once (augmentation multiplicity, De et al.
-    2022); without DP one view, drawn at random. Mixing is drawn here, once for the whole batch.
+    All cached views of a film count (augmentation multiplicity, De et al. 2022), as parts of its unit's one gradient.
+    """
+    owned = films.units(privacy.unit)
+    # Features are small: only networks that are trained whole need parts.
+    limit = _PART_FILMS if films.inputs.dim() == 5 else len(films)
+    for units in _split_units(batch.units, owned.count, limit):
+        index = owned.films(units)
+        inputs = augment(films, index, training.augmentation, generator, all_views=True)  # [B, V, ...]
+        views = inputs.shape[1]
+        count = owned.count[units] * views
+        share = (1.0 / count).repeat_interleave(count)
+        labels = films.labels[index].repeat_interleave(views)
+
+        def losses(logits: torch.Tensor, labels=labels, share=share) -> torch.Tensor:
+            return share * F.cross_entropy(
+                logits, labels, weight=weight, label_smoothing=training.label_smoothing, reduction="none"
+            )
+
+        yield Rows(inputs.flatten(0, 1), units, count, losses)
+
+
+def _split_units(units: torch.Tensor, count: torch.Tensor, limit: int) -> Iterator[torch.Tensor]:
+    """Parts of a batch of at most ``limit`` films, or of one unit that has more."""
+    films = count[units].cumsum(0)
+    while len(units):
+        fits = max(1, int((films <= limit).sum()))
+        yield units[:fits]
+        units, films = units[fits:], films[fits:] - films[fits - 1]
+
+
+def _loss_function(films, index, training, weight, generator):
+    """Cross-entropy [B] of films of a batch, as a function of model and part, one view drawn at random for each.
+
+    Mixing is drawn here, once for the whole batch.
     """
     mixed = "mixup" in training.augmentation and len(index) > 1
     if mixed:
@@ -204,38 +242,44 @@ def _loss_function(films, index, training, weight, generator, *, all_views):
         return F.cross_entropy(logits, labels, weight=weight, label_smoothing=smoothing, reduction="none")
 
     def losses(model: nn.Module, part: torch.Tensor) -> torch.Tensor:
-        inputs = augment(films, part, training.augmentation, generator, all_views=all_views)  # [V, B, ...]
-        labels = films.labels[part].repeat(len(inputs))
+        inputs = augment(films, part, training.augmentation, generator, all_views=False)[:, 0]
         if not mixed:
-            each = loss_of(model(inputs.flatten(0, 1)), labels)
-            return each.view(len(inputs), len(part))
+            return loss_of(model(inputs), films.labels[part])
         other = torch.tensor([partner[i] for i in part.tolist()])
-        partners = augment(films, other, training.augmentation, generator, all_views=False)
-        logits = model((share * inputs + (1 - share) * partners)[0])
+        partners = augment(films, other, training.augmentation, generator, all_views=False)[:, 0]
+        logits = model(share * inputs + (1 - share) * partners)
         both = [loss_of(logits, films.labels[i]) for i in (part, other)]
-        return (share * both[0] + (1 - share) * both[1]).view(1, len(part))
+        return share * both[0] + (1 - share) * both[1]
 
     return losses
 
 
 def augment(films, index: torch.Tensor, augmentation: tuple[str, ...], generator: torch.Generator, *, all_views: bool):
-    """Inputs [V, B, ...] of some films: all their cached views, or one of them at random; pixels are changed anew."""
-    inputs = films.inputs[index]
+    """Inputs [B, V, ...] of some films: all their cached views, or one of them at random; pixels are changed anew."""
     if all_views:
-        inputs = inputs.transpose(0, 1)
+        inputs = _gathered(films, index)
     else:
-        view = torch.randint(inputs.shape[1], (len(index),), generator=generator)
-        inputs = inputs[torch.arange(len(index)), view][None]
+        view = torch.randint(films.inputs.shape[1], (len(index),), generator=generator)
+        inputs = films.inputs[index, view][:, None]
     if inputs.dim() == 5 and len(index):
-        pixels = inputs[0]
+        pixels = inputs[:, 0]
         if "flip" in augmentation:
             pixels = aug.flip(pixels, generator)
         if "shift" in augmentation:
             pixels = aug.shift(pixels, generator)
         if "jitter" in augmentation:
             pixels = films.normalise(aug.jitter(films.denormalise(pixels), generator))
-        inputs = pixels[None]
+        inputs = pixels[:, None]
     return inputs
+
+
+def _gathered(films: Films, index: torch.Tensor) -> torch.Tensor:
+    """Inputs of some films, in memory that the next call uses again: fresh pages cost as much as a step of a head."""
+    if torch.equal(index, torch.arange(len(films))):
+        return films.inputs
+    if "gathered" not in films.cache:
+        films.cache["gathered"] = torch.empty_like(films.inputs)
+    return torch.index_select(films.inputs, 0, index, out=films.cache["gathered"][: len(index)])
 
 
 @torch.no_grad()

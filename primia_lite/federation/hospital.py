@@ -76,8 +76,8 @@ def local_update(
     rng
         Makes one release: with DP, an unseeded one that was used before is refused, because its noise would come again.
     declared_size
-        The public, rounded number of films; sample rate times this is the denominator of a private step. Required with
-        DP.
+        The public, rounded number of units (patients, or films where they are the unit); sample rate times this is the
+        denominator of a private step. Required with DP.
     observe
         Called with the list of step losses, which are private: a simulation may plot them, a deployment leaves it None.
 
@@ -113,12 +113,12 @@ def local_update(
     return Update(delta, training.steps_per_round, rng.seeded)
 
 
-def declare_size(n_films: int, to: int = 10) -> int:
-    """The cohort size that a hospital makes public, rounded to tens.
+def declare_size(n: int, to: int = 10) -> int:
+    """The number of films or patients that a hospital makes public, rounded to tens.
 
-    Public by declaration, not by DP: one film more may move it to the next ten. It is declared once for a cohort.
+    Public by declaration, not by DP: one more may move it to the next ten. It is declared once for a cohort.
     """
-    return max(to, to * round(n_films / to))
+    return max(to, to * round(n / to))
 
 
 @dataclass
@@ -130,12 +130,17 @@ class Hospital:
     name : such as ``A``
     films : its training films; nobody else sees them
     declared_size : the public, rounded number of its films
+    declared_patients : the public, rounded number of its patients
+    lasting_ledger : a ledger for all its releases, whatever the run; None where each run's folder has one of its own,
+        which is right for simulations only
     simulated_losses : step losses by round. Simulation only: private in a deployment
     """
 
     name: str
     films: Films
     declared_size: int = 0
+    declared_patients: int = 0
+    lasting_ledger: Ledger | None = None
     simulated_losses: dict[int, list[float]] = field(default_factory=dict)
     _ledgers: dict[tuple, Ledger] = field(default_factory=dict, repr=False)
 
@@ -148,8 +153,16 @@ class Hospital:
                 f"hospital {self.name} has films of one class only (label {only}): give it another partition"
             )
         self.declared_size = self.declared_size or declare_size(len(self.films))
-        if self.declared_size < 1:
-            raise UserError(f"hospital {self.name}: declared_size is {self.declared_size}, it must be at least 1")
+        self.declared_patients = self.declared_patients or declare_size(len(self.films.units("patient")))
+        if min(self.declared_size, self.declared_patients) < 1:
+            raise UserError(
+                f"hospital {self.name}: declared_size is {self.declared_size}, declared_patients "
+                f"{self.declared_patients}; both must be at least 1"
+            )
+
+    def declared(self, privacy: Privacy | None) -> int:
+        """The public number of what is protected, and of what weighs in a federation: films where there is no DP."""
+        return self.declared_patients if privacy and privacy.unit == "patient" else self.declared_size
 
     @classmethod
     def from_films(
@@ -159,9 +172,22 @@ class Hospital:
         return cls(name, models.prepare(model, films, augmentation=augmentation, **options))
 
     def ledger(self, folder: Path, privacy: Privacy) -> Ledger:
-        """Its ledger in a run's folder, opened once: it remembers how far the budget reaches."""
+        """Its lasting ledger if it has one, else that of the run's folder.
+
+        Raises
+        ------
+        UserError
+            The lasting ledger counts another unit, or the run's own ledger is another budget's.
+        """
+        if self.lasting_ledger:
+            if self.lasting_ledger.unit != privacy.unit:
+                raise UserError(
+                    f"hospital {self.name}'s ledger counts by {self.lasting_ledger.unit}, the run by {privacy.unit}: "
+                    "give both one unit"
+                )
+            return self.lasting_ledger
         path = folder / f"ledger-{self.name}.sqlite"
-        budget = (privacy.target_epsilon, privacy.target_delta, privacy.unit)
+        budget = (privacy.target_epsilon, privacy.target_delta, privacy.unit, privacy.plan)
         if (path, budget) not in self._ledgers or not path.exists():
             self._ledgers[path, budget] = Ledger(path, *budget)
         return self._ledgers[path, budget]
@@ -201,11 +227,17 @@ class Hospital:
         if privacy:
             if folder is None:
                 raise UserError("with DP a hospital keeps a ledger: give a folder")
+            if self.lasting_ledger and rng.seeded:
+                raise UserError(
+                    f"hospital {self.name} has a lasting ledger, but the noise comes from a seed and protects nobody: "
+                    "leave noise_seed out"
+                )
             release = privacy.release(training.sample_rate, training.steps_per_round)
-            self.ledger(folder, privacy).charge(f"round {round_number}", release, repeatable=rng.seeded)
+            what = f"{folder.name}: round {round_number}" if self.lasting_ledger else f"round {round_number}"
+            self.ledger(folder, privacy).charge(what, release, repeatable=rng.seeded)
         try:
             update = local_update(
-                global_state, self.films, training, privacy, _own(rng), declared_size=self.declared_size,
+                global_state, self.films, training, privacy, _own(rng), declared_size=self.declared(privacy),
                 observe=lambda losses: self.simulated_losses.__setitem__(round_number, losses),
             )  # fmt: skip
         except TrainingError as error:
@@ -239,10 +271,11 @@ def mean_and_std_under_dp(
 ) -> tuple[float, float]:
     """PriMIA's normalisation: pixel mean and standard deviation of all hospitals' films, shared under DP.
 
-    Each film adds (mean pixel, mean squared pixel), both in [0, 1], so a film changes a hospital's sum by at most √2 in
-    L2 norm; Gaussian noise of standard deviation √2 σ is added by each hospital. Charged to the hospital's ledger
-    before it is computed, as one release with sample rate 1. Training in the same ``folder`` adds to that ledger: leave
-    room for both by ``Privacy.for_budget(..., also=(Release(noise_multiplier, 1.0, 1),))``.
+    Each unit (see ``Privacy.unit``) adds (mean pixel, mean squared pixel) of its films, both in [0, 1], so it changes a
+    hospital's sum by at most √2 in L2 norm; Gaussian noise of standard deviation √2 σ is added by each hospital.
+    Charged to the hospital's ledger before it is computed, as one release with sample rate 1. Training in the same
+    ``folder`` adds to that ledger: leave room for both by
+    ``Privacy.for_budget(..., also=(Release(noise_multiplier, 1.0, 1),))``.
 
     Parameters
     ----------
@@ -257,21 +290,25 @@ def mean_and_std_under_dp(
     -------
     mean, std of pixels in [0, 1], for ``prepare(normalisation=...)``
     """
-    sums = np.zeros(2)
+    sums, declared = np.zeros(2), 0
     for name, films in hospitals:
         path = folder / f"ledger-{name}.sqlite"
         if fresh and (folder / "run.json").exists():
             raise UserError(f"{folder} holds a run, whose ledger can't be deleted: choose another folder")
         if fresh:
             path.unlink(missing_ok=True)
-        Ledger(path, privacy.target_epsilon, privacy.target_delta, privacy.unit).charge(
+        Ledger(path, privacy.target_epsilon, privacy.target_delta, privacy.unit, privacy.plan).charge(
             "normalisation", Release(noise_multiplier, 1.0, 1), repeatable=rng.seeded
         )
         pixels = films.images.reshape(len(films), -1) / 255.0
-        moments = np.stack([pixels.mean(1), (pixels**2).mean(1)]).sum(1)
+        moments = np.stack([pixels.mean(1), (pixels**2).mean(1)], 1)  # [N, 2]
+        if privacy.unit == "patient":
+            unit = np.unique(films.patient_id, return_inverse=True)[1]
+            moments = np.stack([np.bincount(unit, m) for m in moments.T], 1) / np.bincount(unit)[:, None]
         # A second release must not repeat the first one's noise: their difference would be exact.
         noise = _own(rng.child("normalisation", name)).normal(2) * np.sqrt(2.0) * noise_multiplier
-        sums += moments + noise
-    mean, square = sums / sum(declare_size(len(films)) for _, films in hospitals)
+        sums += moments.sum(0) + noise
+        declared += declare_size(len(moments))
+    mean, square = sums / declared
     mean = float(np.clip(mean, 0.05, 0.95))
     return mean, float(np.sqrt(np.clip(square - mean**2, 0.01, 0.25)))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -83,7 +84,7 @@ class Result:
 
     @property
     def epsilon_max(self) -> float:
-        """The worst hospital's ε: what holds for every film that lies at one hospital only."""
+        """The worst hospital's ε: what holds for each patient (or film) who is at one hospital only."""
         return max(self.epsilon.values(), default=float("inf"))
 
     @property
@@ -178,10 +179,12 @@ def _check(hospitals: Sequence[Hospital], training: Training, privacy: Privacy |
             )
         if h.films.normalisation != hospitals[0].films.normalisation:
             raise UserError(f"hospital {h.name}'s films were normalised unlike those of {hospitals[0].name}")
-        if privacy and privacy.target_delta >= 1 / h.declared_size:
-            raise UserError(
-                f"target_delta is {privacy.target_delta:g}, but hospital {h.name} declares {h.declared_size} films: a "
-                "delta of 1 / number of films or more lets a mechanism publish whole films. Take a smaller one"
+        if privacy and privacy.target_delta >= 1 / h.declared(privacy):
+            warnings.warn(
+                f"target_delta is {privacy.target_delta:g}, but hospital {h.name} declares {h.declared(privacy)} "
+                f"{privacy.unit}s: a delta of 1 / their number or more lets a mechanism publish one of them whole. "
+                "Take a smaller one",
+                stacklevel=4,
             )
 
 
@@ -216,8 +219,8 @@ def _run(hospitals, training, schedule, privacy, seed, noise_seed, folder, valid
     if any(tuple(h.films.inputs.shape[2:]) != in_shape for h in hospitals):
         raise UserError("the hospitals' films differ in size: load them all with one size")
     aggregator = aggregator or WeightedMean()
-    total = sum(h.declared_size for h in hospitals)
-    weights = {h.name: h.declared_size / total for h in hospitals}
+    total = sum(h.declared(privacy) for h in hospitals)
+    weights = {h.name: h.declared(privacy) / total for h in hospitals}
     rng = SecureGenerator.for_seed(noise_seed) if privacy else SecureGenerator.from_seed(seed)
 
     server = _Server.start(training, schedule, in_shape, seed)
@@ -226,10 +229,6 @@ def _run(hospitals, training, schedule, privacy, seed, noise_seed, folder, valid
     if folder:
         server.resume(folder, salt, key)
         _check_ledgers(hospitals, training, privacy, server.round, folder)
-    if privacy and server.round < schedule.rounds:
-        left = (schedule.rounds - server.round) * training.steps_per_round
-        for h in hospitals:
-            h.ledger(folder, privacy).expect(privacy.release(training.sample_rate, left))
     show = RoundProgress(progress, schedule.rounds, server.history) if isinstance(progress, str) else progress
     for number in range(server.round + 1, schedule.rounds + 1):
         updates = {
@@ -366,7 +365,8 @@ def _check_ledgers(hospitals, training, privacy, rounds_done: int, folder: Path)
 def _fingerprint(salt, hospitals, training, schedule, privacy, seed, noise_seed, aggregator) -> str:
     digest = hashlib.sha256(salt.encode())
     for h in hospitals:
-        digest.update(f"{h.name} {h.declared_size}".encode())
+        digest.update(f"{h.name} {h.declared_size} {h.declared_patients}".encode())
+        digest.update("\0".join(map(str, h.films.patient_id)).encode())
         digest.update(np.ascontiguousarray(h.films.inputs.numpy()).data)
         digest.update(h.films.labels.numpy().tobytes())
     settings = [training.as_dict(), asdict(schedule), privacy and privacy.as_dict(), seed, noise_seed, aggregator]

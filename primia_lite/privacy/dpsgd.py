@@ -1,26 +1,30 @@
-"""DP-SGD at one hospital, by Opacus: per-film gradients, clipping, Gaussian noise (Abadi et al., CCS 2016).
+"""DP-SGD at one hospital: per-unit gradients, clipping, Gaussian noise (Abadi et al., CCS 2016).
 
-Opacus computes the per-film gradients and clips them; the noise comes from
-:class:`~primia_lite.privacy.rng.SecureGenerator`.
+The unit is a patient with all their films (McMahan et al. 2018 call it user-level), or a single film. Sampling and
+noise come from :class:`~primia_lite.privacy.rng.SecureGenerator`, which says what its floating-point noise doesn't
+cover.
 """
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 
+import numpy as np
 import torch
-from opacus import GradSampleModule
-from opacus.optimizers import DPOptimizer
 from opacus.validators import ModuleValidator
 from torch import nn
 
 from primia_lite.config import UserError
+from primia_lite.models import Films, Units, ranges
 from primia_lite.privacy.accounting import Release, calibrate_noise_multiplier, epsilon
+from primia_lite.privacy.clipping import clipped_sum
+from primia_lite.privacy.ledger import UNITS
 from primia_lite.privacy.rng import SecureGenerator
 
-# Per-film gradients of a part of a batch stay below this; a larger batch is worked through in parts.
-_GRADIENT_BYTES = 512 * 2**20
+# Inputs and activations of a part of a batch stay near this; a larger batch is worked through in parts.
+_PART_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -30,27 +34,29 @@ class Privacy:
     Attributes
     ----------
     noise_multiplier : σ, the noise's standard deviation over ``max_grad_norm``
-    max_grad_norm : C, the L2 norm to which each film's gradient is clipped
+    max_grad_norm : C, the L2 norm to which each unit's gradient is clipped
     target_epsilon, target_delta : the budget of a hospital; a step that would exceed it is refused
-    unit : whose presence is hidden: ``film``
+    unit : whose presence is hidden: ``patient`` (with all their films at the hospital) or ``film``
+    plan : the releases that are fixed in advance; without one the ledger counts by a filter
     """
 
     noise_multiplier: float
     max_grad_norm: float
     target_epsilon: float
     target_delta: float = 1e-4
-    unit: str = "film"
+    unit: str = "patient"
+    plan: tuple[Release, ...] = ()
 
     def __post_init__(self):
         Release(self.noise_multiplier, 1.0, 0)
-        if not self.max_grad_norm > 0:
-            raise UserError(f"max_grad_norm is {self.max_grad_norm}: it must be above 0")
+        if not 0 < self.max_grad_norm < float("inf"):
+            raise UserError(f"max_grad_norm is {self.max_grad_norm}: it must be above 0 and finite")
         if not 0 < self.target_epsilon < float("inf"):
             raise UserError(f"target_epsilon is {self.target_epsilon}: it must be above 0 and finite")
         if not 0 < self.target_delta < 1:
-            raise UserError(f"target_delta is {self.target_delta}: it must be in (0, 1), below 1 / number of films")
-        if self.unit != "film":
-            raise UserError(f"unit is {self.unit!r}: only 'film' is implemented")
+            raise UserError(f"target_delta is {self.target_delta}: it must be in (0, 1), below 1 / number of patients")
+        if self.unit not in UNITS:
+            raise UserError(f"unit is {self.unit!r}: choose one of {', '.join(UNITS)}")
 
     @classmethod
     def for_budget(
@@ -61,10 +67,11 @@ class Privacy:
         steps: int,
         max_grad_norm: float,
         target_delta: float = 1e-4,
+        unit: str = "patient",
         spare_steps: int = 0,
         also: tuple[Release, ...] = (),
     ) -> Privacy:
-        """The least noise that keeps ``steps`` steps at ``sample_rate`` within the budget.
+        """The least noise that keeps ``steps`` steps at ``sample_rate`` within the budget, and the plan to take them.
 
         Parameters
         ----------
@@ -75,34 +82,23 @@ class Privacy:
             Other releases charged to the same ledger, such as a normalisation shared under DP.
         """
         sigma = calibrate_noise_multiplier(target_epsilon, target_delta, sample_rate, steps + spare_steps, tuple(also))
-        return cls(sigma, max_grad_norm, target_epsilon, target_delta)
+        plan = (*also, Release(sigma, sample_rate, steps + spare_steps))
+        return cls(sigma, max_grad_norm, target_epsilon, target_delta, unit, plan)
 
     def release(self, sample_rate: float, steps: int) -> Release:
         return Release(self.noise_multiplier, sample_rate, steps)
 
     def epsilon(self, sample_rate: float, steps: int) -> float:
-        """ε of so many steps."""
+        """ε of so many steps, fixed in advance."""
         return epsilon(self.release(sample_rate, steps), self.target_delta)
 
     def as_dict(self) -> dict:
         return asdict(self)
 
 
-class NoisyOptimizer(DPOptimizer):
-    """Opacus's optimiser with noise from the cryptographic generator."""
-
-    def __init__(self, *args, rng: SecureGenerator, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.rng = rng
-
-    def add_noise(self):
-        for p in self.params:
-            noise = torch.from_numpy(self.rng.normal(p.numel())).to(p.dtype).view_as(p)
-            p.grad = p.summed_grad.view_as(p) + self.noise_multiplier * self.max_grad_norm * noise
-
-
 def check_model(model: nn.Module) -> None:
-    """Raise UserError, naming layer and fix, for a model that mixes films (BatchNorm) or that Opacus can't clip."""
+    """Raise UserError, naming layer and fix, for a model that mixes films (BatchNorm) or whose gradients can't be
+    clipped."""
     for name, layer in model.named_modules():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):
             raise UserError(
@@ -114,66 +110,183 @@ def check_model(model: nn.Module) -> None:
         raise UserError(f"DP-SGD can't train this model: {errors[0]}")
 
 
-def private_optimizer(
-    model: nn.Module, optimizer: torch.optim.Optimizer, privacy: Privacy, expected_batch: float, rng: SecureGenerator
-) -> PrivateStep:
-    """Wrap a model and its optimiser for DP-SGD.
+# --- who takes part ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PoissonBatch:
+    """The units that take part in a step, int64 [m] (may be empty), drawn independently with one probability."""
+
+    units: torch.Tensor
+    sample_rate: float
+
+    def __len__(self) -> int:
+        return len(self.units)
+
+
+def poisson_batches(n_units: int, sample_rate: float, steps: int, rng: SecureGenerator) -> Iterator[PoissonBatch]:
+    """Each unit takes part in each step with probability ``sample_rate``, independently; a batch may be empty."""
+    for _ in range(steps):
+        yield PoissonBatch(torch.from_numpy(np.flatnonzero(rng.bernoulli(n_units, sample_rate))), sample_rate)
+
+
+# --- a step -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a network sees of some units in a step: one row for each view of each of their films.
+
+    Attributes
+    ----------
+    inputs : float32 [R, ...], the rows of a unit together, film by film and view by view
+    units : int64 [U], the numbers of the units, in that order
+    count : int64 [U], how many rows each has
+    losses : logits [R, K] -> [R], weighted so that a unit's rows add up to the mean loss over its films and views
+    """
+
+    inputs: torch.Tensor
+    units: torch.Tensor
+    count: torch.Tensor
+    losses: Callable[[torch.Tensor], torch.Tensor]
+
+    @property
+    def owner(self) -> torch.Tensor:
+        """int64 [R]: which of the ``units`` a row belongs to."""
+        return torch.arange(len(self.units)).repeat_interleave(self.count)
+
+
+class PrivateStep:
+    """One step of DP-SGD: clip each unit's gradient to C, sum, add noise σC, divide by the public expected batch.
+
+    A patient's gradient is the mean over their films and over the films' views (augmentation multiplicity, De et al.
+    2022), so its sensitivity stays C.
+
+    Parameters
+    ----------
+    films
+        The hospital's; the Gram matrices that a linear head's norms need are kept with them.
+    expected_batch
+        Public: sample rate times the declared number of units.
 
     Raises
     ------
     UserError
         See :func:`check_model`.
     """
-    check_model(model)
-    return PrivateStep(model, optimizer, privacy, expected_batch, rng)
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        privacy: Privacy,
+        expected_batch: float,
+        rng: SecureGenerator,
+        films: Films | None = None,
+    ):
+        check_model(model)
+        self.model, self.optimizer, self.privacy, self.rng = model, optimizer, privacy, rng
+        self.expected_batch = expected_batch
+        # A linear head on features that don't change needs no backward pass through anything.
+        self.head = HeadGram.of(films, privacy.unit) if isinstance(model, nn.Linear) and films is not None else None
+
+    def __call__(self, batch: PoissonBatch, parts: Iterator[Rows]) -> float:
+        """Take the step; returns the mean loss (private), nan for an empty batch.
+
+        Parameters
+        ----------
+        parts
+            The batch's units, each whole in one part.
+
+        Raises
+        ------
+        UserError
+            The batch wasn't drawn by :func:`poisson_batches`.
+        FloatingPointError
+            A unit's gradient isn't finite; the model is left as it was.
+        """
+        if not isinstance(batch, PoissonBatch):
+            raise UserError(
+                "this batch was not drawn by Poisson sampling: the ε of DP-SGD holds for that alone, not for shuffled "
+                "batches of fixed size. Draw it by poisson_batches"
+            )
+        parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        total = {name: torch.zeros_like(p) for name, p in parameters.items()}
+        loss, bound = 0.0, self.privacy.max_grad_norm
+        for rows in parts:
+            if self.head:
+                part, norms, losses = self.head.clipped_sum(self.model, rows, bound)
+            else:
+                run = partial(_losses, rows)
+                part, norms, losses = clipped_sum(self.model, run, rows.owner, len(rows.units), bound)
+            if not torch.isfinite(norms).all():
+                raise FloatingPointError("a gradient isn't finite")
+            loss += float(losses.sum())
+            for name, value in part.items():
+                total[name] += value
+        # An empty batch still takes its step: noise alone. Leaving it out would tell that nobody was sampled.
+        for name, p in parameters.items():
+            noise = torch.from_numpy(self.rng.normal(p.numel())).to(p.dtype).view_as(p)
+            p.grad = (total[name] + self.privacy.noise_multiplier * bound * noise) / self.expected_batch
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss / len(batch) if len(batch) else float("nan")
 
 
-class PrivateStep:
-    """One step of DP-SGD: clip each film's gradient to C, sum, add noise σC, divide by the public expected batch.
+def _losses(rows: Rows, model: nn.Module) -> torch.Tensor:
+    return rows.losses(model(rows.inputs))
 
-    A film's gradient is the mean over its views (augmentation multiplicity, De et al. 2022), so its sensitivity stays
-    C.
+
+class HeadGram:
+    """Inner products of the feature rows that belong to one unit: all that a linear head's gradient norms need.
+
+    The gradient of a unit is the sum over its rows of e_i (x_i, 1)^T, e_i the loss's derivative by the logits, so its
+    squared norm is the sum over pairs of rows of (e_i . e_j) (x_i . x_j + 1) (the identity behind ghost clipping,
+    Goodfellow 2015; Li et al. 2022). The features don't change, so the second factors are computed once.
     """
 
-    def __init__(self, model, optimizer, privacy: Privacy, expected_batch: float, rng: SecureGenerator):
-        self.model = model
-        self.wrapped = GradSampleModule(model, loss_reduction="sum")
-        self.optimizer = NoisyOptimizer(
-            optimizer,
-            noise_multiplier=privacy.noise_multiplier,
-            max_grad_norm=privacy.max_grad_norm,
-            expected_batch_size=expected_batch,
-            rng=rng,
-        )
-        self.part_size = max(1, _GRADIENT_BYTES // (4 * sum(p.numel() for p in model.parameters() if p.requires_grad)))
+    def __init__(self, inputs: torch.Tensor, units: Units):
+        """inputs : float32 [N, V, D]"""
+        views, d = inputs.shape[1:]
+        first, second, product, pairs_of = [], [], [], []
+        for m in units.count.unique().tolist():  # units with as many films go together
+            alike = (units.count == m).nonzero()[:, 0]
+            i, j = torch.triu_indices(m * views, m * views)
+            weight = torch.where(i == j, 1.0, 2.0)  # (i, j) stands for (j, i), too
+            for some in alike.split(max(1, _PART_BYTES // (4 * m * views * d))):
+                x = inputs[units.films(some)].view(len(some), m * views, d)
+                gram = torch.bmm(x, x.transpose(1, 2))[:, i, j].double()
+                product.append(((gram + 1.0) * weight).flatten())
+                first.append(i.repeat(len(some)))
+                second.append(j.repeat(len(some)))
+                pairs_of.append(some.repeat_interleave(len(i)))
+        order = torch.argsort(torch.cat(pairs_of), stable=True)
+        # Rows of a pair, counted from the first row of their unit.
+        self.first, self.second, self.product = (torch.cat(each)[order] for each in (first, second, product))
+        rows = units.count * views
+        self.count = rows * (rows + 1) // 2
+        self.start = self.count.cumsum(0) - self.count
 
-    def __call__(self, losses_of, index: torch.Tensor) -> float:
-        """Take the step; returns the mean loss (private), nan for an empty batch."""
-        total = 0.0
-        parts = index.split(self.part_size)
-        for number, part in enumerate(parts):
-            self.optimizer.signal_skip_step(do_skip=number < len(parts) - 1)
-            if len(part):
-                with warnings.catch_warnings():
-                    # Opacus's hooks sit on modules whose input needs no gradient: harmless, and said at every step.
-                    warnings.filterwarnings("ignore", message=".*(backward hook|non-full backward).*")
-                    losses = losses_of(self.wrapped, part)
-                    loss = losses.mean(0).sum()
-                    loss.backward()
-                self._average_views(len(losses))
-                total += float(loss.detach())
-            else:
-                self._no_gradients()
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-        return total / len(index) if len(index) else float("nan")
+    @classmethod
+    def of(cls, films: Films, unit: str) -> HeadGram:
+        if ("gram", unit) not in films.cache:
+            films.cache["gram", unit] = cls(films.inputs, films.units(unit))
+        return films.cache["gram", unit]
 
-    def _average_views(self, n: int):
-        # The loss is already a mean over views, so the sum over a film's views is its one gradient.
-        for p in self.optimizer.params if n > 1 else ():
-            p.grad_sample = p.grad_sample.unflatten(0, (n, -1)).sum(0)
-
-    def _no_gradients(self):
-        # An empty batch still takes its step: noise alone. Leaving it out would tell that nobody was sampled.
-        for p in self.optimizer.params:
-            p.grad_sample = torch.zeros(0, *p.shape)
+    def clipped_sum(self, head: nn.Linear, rows: Rows, max_grad_norm: float):
+        """As :func:`primia_lite.privacy.clipping.clipped_sum`, in closed form."""
+        with torch.no_grad():
+            logits = (head.weight @ rows.inputs.T).T + head.bias  # for few classes faster than head(inputs)
+        logits.requires_grad_()
+        losses = rows.losses(logits)
+        (error,) = torch.autograd.grad(losses.sum(), logits)
+        count = self.count[rows.units]
+        pair = ranges(self.start[rows.units], count)
+        unit = torch.arange(len(count)).repeat_interleave(count)
+        begin = (rows.count.cumsum(0) - rows.count)[unit]
+        exact = error.T.double()
+        product = exact[:, self.first[pair] + begin] * exact[:, self.second[pair] + begin]
+        square = torch.zeros(len(count), dtype=torch.float64).index_add_(0, unit, product.sum(0) * self.product[pair])
+        norms = square.clamp(min=0).sqrt().float()
+        error = error * (max_grad_norm / norms).clamp(max=1.0).repeat_interleave(rows.count)[:, None]
+        return {"weight": error.T @ rows.inputs, "bias": error.sum(0)}, norms, losses.detach()

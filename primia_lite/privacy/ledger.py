@@ -1,59 +1,113 @@
 """A hospital's own account of what it has released. A release is charged before it is computed, never after.
 
 One SQLite file per hospital. A crash can charge a release that never left; it can't release one that wasn't charged.
+
+What may still be released is decided in one of two ways, fixed when the file is made:
+
+- by a *filter*: the releases' parameters may be chosen along the way, each after looking at what came before (Feldman
+  and Zrnic 2021; :func:`primia_lite.privacy.accounting.filter_epsilon`). The way of a ledger that lasts.
+- by a *plan*: mechanisms and numbers of steps named before the first charge. The tight ε by PLD holds for it, but
+  nothing outside it is allowed.
 """
 
 from __future__ import annotations
 
 import sqlite3
 import time
+from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
 
+from primia_lite import __version__
 from primia_lite.config import BudgetError, UserError
-from primia_lite.privacy.accounting import Release, epsilon, merge
+from primia_lite.privacy.accounting import (
+    Release,
+    Releases,
+    epsilon,
+    filter_epsilon,
+    filter_order,
+    from_json,
+    merge,
+    to_json,
+)
 
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS budget (target_epsilon REAL NOT NULL, target_delta REAL NOT NULL, unit TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS charges (
-    id INTEGER PRIMARY KEY, time TEXT NOT NULL, what TEXT NOT NULL UNIQUE,
-    noise_multiplier REAL NOT NULL, sample_rate REAL NOT NULL, steps INTEGER NOT NULL
+UNITS = ("patient", "film")
+_APPLICATION, _FORMAT = 0x504C4467, 2  # SQLite's application_id and user_version: whose file it is, how it is laid out
+_SCHEMA = f"""
+PRAGMA application_id = {_APPLICATION};
+PRAGMA user_version = {_FORMAT};
+CREATE TABLE budget (
+    target_epsilon REAL NOT NULL, target_delta REAL NOT NULL, unit TEXT NOT NULL, filter_order INTEGER NOT NULL,
+    plan TEXT NOT NULL, code TEXT NOT NULL
+);
+CREATE TABLE charges (
+    id INTEGER PRIMARY KEY, time TEXT NOT NULL, what TEXT NOT NULL UNIQUE, mechanism TEXT NOT NULL,
+    noise_multiplier REAL NOT NULL, sample_rate REAL NOT NULL, steps INTEGER NOT NULL, unit TEXT NOT NULL,
+    code TEXT NOT NULL
 );
 """
+MECHANISM = "Poisson-subsampled Gaussian, add or remove one unit"
 
 
 class Ledger:
     """Charges of one hospital against one budget (ε, δ) per unit.
 
+    Parameters
+    ----------
+    path
+        The file; made if it isn't there. Left as it is, and checked, if it is.
+    target_epsilon, target_delta, unit
+        The budget. All left out: an existing ledger is opened, whatever its budget.
+    plan
+        Releases that are fixed before the first charge; see the module's text. Left out, the filter decides.
+
     Raises
     ------
     UserError
-        The file was opened before with another budget, or isn't a ledger.
+        The file was made for another budget, plan or by other code, is damaged, locked or isn't a ledger; or there is
+        none and no budget to make one; or the plan itself exceeds the budget.
     """
 
-    def __init__(self, path: str | Path, target_epsilon: float, target_delta: float, unit: str = "film"):
+    def __init__(
+        self,
+        path: str | Path,
+        target_epsilon: float | None = None,
+        target_delta: float | None = None,
+        unit: str = "patient",
+        plan: Releases = (),
+    ):
         self.path = Path(path)
-        self.target_epsilon, self.target_delta = target_epsilon, target_delta
-        self._affordable: dict[tuple, int] = {}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        plan = merge(plan)
+        wanted = None if target_epsilon is None else (target_epsilon, target_delta, unit)
+        if wanted is None and not self.path.exists():
+            raise UserError(f"there is no ledger {self.path}: to make one give target_epsilon, target_delta and unit")
+        if wanted:
+            _check_budget(*wanted)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with closing(self._connect()) as db:
-                db.executescript(_SCHEMA)
                 db.execute("BEGIN IMMEDIATE")
-                row = db.execute("SELECT target_epsilon, target_delta, unit FROM budget").fetchone()
-                if row is None:
-                    db.execute("INSERT INTO budget VALUES (?, ?, ?)", (target_epsilon, target_delta, unit))
+                row = self._read(db) or self._make(db, wanted, plan)
                 db.execute("COMMIT")
         except sqlite3.DatabaseError as error:
             raise UserError(
                 f"{self.path} can't be used as a privacy ledger ({error}). If another process holds it, wait for that "
                 "one; if the file is damaged, restore it from a backup: without it nobody knows what was spent"
             ) from error
-        if row is not None and row != (target_epsilon, target_delta, unit):
+        self.target_epsilon, self.target_delta, self.unit, self.order, stored = row
+        self.plan = from_json(stored)
+        # Whether the plan needs the tight ε. A matter of the plan alone, so it is settled before any data is seen.
+        self.by_plan = bool(self.plan) and self._filter(self.plan) > self.target_epsilon
+        if wanted and wanted != row[:3]:
             raise UserError(
                 f"{self.path} was opened for epsilon {row[0]:g}, delta {row[1]:g}, unit {row[2]}; now epsilon "
                 f"{target_epsilon:g}, delta {target_delta:g}, unit {unit} is asked for: use the same budget, or "
                 "another folder"
+            )
+        if wanted and plan != self.plan:
+            raise UserError(
+                f"{self.path} was opened for the plan {_words(self.plan)}; now {_words(plan)} is asked for. A plan "
+                "counts only if it is made before the first charge: use the same one, or another folder"
             )
 
     def _connect(self) -> sqlite3.Connection:
@@ -61,19 +115,78 @@ class Ledger:
         db.execute("PRAGMA synchronous=FULL")
         return db
 
+    def _read(self, db: sqlite3.Connection) -> tuple | None:
+        tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        if not tables:
+            return None
+        application = db.execute("PRAGMA application_id").fetchone()[0]
+        layout = db.execute("PRAGMA user_version").fetchone()[0]
+        if application != _APPLICATION and not {"budget", "charges"} <= tables:
+            raise UserError(f"{self.path} is a database, but not a privacy ledger: name another file")
+        if layout != _FORMAT:
+            raise UserError(
+                f"{self.path} was written by other code (ledger format {layout}; primia_lite {__version__} reads "
+                f"{_FORMAT}): use the version that wrote it, or start a new ledger and count what the old one says as "
+                "spent"
+            )
+        return db.execute("SELECT target_epsilon, target_delta, unit, filter_order, plan FROM budget").fetchone()
+
+    def _make(self, db: sqlite3.Connection, wanted: tuple | None, plan: tuple[Release, ...]) -> tuple:
+        if wanted is None:
+            raise UserError(f"{self.path} is empty: to make it a ledger give target_epsilon, target_delta and unit")
+        if plan and epsilon(plan, wanted[1]) > wanted[0]:
+            raise BudgetError(
+                f"the plan {_words(plan)} costs epsilon {epsilon(plan, wanted[1]):.3f}, more than the budget of "
+                f"{wanted[0]:g}: plan more noise or fewer steps"
+            )
+        for statement in filter(str.strip, _SCHEMA.split(";")):  # executescript would commit in between
+            db.execute(statement)
+        row = (*wanted, filter_order(wanted[0], wanted[1], plan), to_json(plan))
+        db.execute("INSERT INTO budget VALUES (?, ?, ?, ?, ?, ?)", (*row, __version__))
+        return row
+
     def charges(self) -> list[Release]:
         with closing(self._connect()) as db:
             return _releases(db)
 
-    def epsilon(self) -> float:
-        """ε of everything ever charged, at the budget's δ."""
-        return epsilon(self.charges(), self.target_delta)
+    def _filter(self, releases: Releases) -> float:
+        return filter_epsilon(releases, self.target_delta, self.order)
 
-    def expect(self, release: Release) -> None:
-        """Work out once whether the budget allows a whole run, so that its charges needn't. Charges nothing."""
-        others, mechanism, steps = _split(self.charges(), release)
-        if epsilon([*others, Release(*mechanism, steps)], self.target_delta) <= self.target_epsilon:
-            self._affordable[others, mechanism] = steps
+    def within_plan(self, releases: Iterable[Release]) -> bool:
+        """Whether releases are part of the plan."""
+        planned = {(r.noise_multiplier, r.sample_rate): r.steps for r in self.plan}
+        return all(r.steps <= planned.get((r.noise_multiplier, r.sample_rate), 0) for r in merge(releases))
+
+    def epsilon(self) -> float:
+        """ε of everything ever charged, at the budget's δ: by PLD within the plan, by the filter otherwise."""
+        charges = self.charges()
+        return epsilon(charges, self.target_delta) if self.within_plan(charges) else self._filter(charges)
+
+    def spent(self) -> dict:
+        """How much is spent, each way of counting by its name.
+
+        Returns
+        -------
+        ``epsilon``: what is guaranteed; ``filter``: valid for parameters chosen along the way; ``pld``: valid if they
+        were fixed in advance; ``budget``, ``delta``, ``unit``, ``order``; ``rule``: what decides on the next release
+        """
+        charges = self.charges()
+        return {
+            "epsilon": self.epsilon(), "filter": self._filter(charges), "pld": epsilon(charges, self.target_delta),
+            "budget": self.target_epsilon, "delta": self.target_delta, "unit": self.unit, "order": self.order,
+            "rule": "plan" if self.by_plan else "filter",
+        }  # fmt: skip
+
+    def statement(self) -> list[dict]:
+        """Every charge with its time, mechanism, σ, q, steps, unit, code version, and the filter's ε up to it."""
+        with closing(self._connect()) as db:
+            cursor = db.execute("SELECT * FROM charges ORDER BY id")
+            rows = [dict(zip([column[0] for column in cursor.description], row, strict=True)) for row in cursor]
+        so_far: list[Release] = []
+        for row in rows:
+            so_far.append(Release(row["noise_multiplier"], row["sample_rate"], row["steps"]))
+            row["filter_epsilon"] = self._filter(so_far)
+        return rows
 
     def charge(self, what: str, release: Release, *, repeatable: bool = False) -> None:
         """Write down a release before it is computed.
@@ -91,70 +204,60 @@ class Ledger:
         BudgetError
             It would exceed the budget; nothing is charged.
         UserError
-            The charge can't be written (a full disk, another process that holds the file); nothing is charged.
+            The charge can't be written (a full disk, another process that holds the file, a damaged file); nothing is
+            charged.
         """
         try:
-            self._charge(what, release, repeatable)
+            with closing(self._connect()) as db:
+                db.execute("BEGIN IMMEDIATE")  # one process at a time reads what is spent and adds to it
+                try:
+                    self._charge(db, what, release, repeatable)
+                finally:
+                    if db.in_transaction:
+                        db.execute("ROLLBACK")
         except sqlite3.Error as error:
             raise UserError(
                 f"{self.path} can't be charged ({error}), so nothing was computed: free space, or wait for the process "
                 "that holds it, then start again"
             ) from error
 
-    def _charge(self, what: str, release: Release, repeatable: bool) -> None:
-        with closing(self._connect()) as db:
-            db.execute("BEGIN IMMEDIATE")
-            try:
-                names = (what, f"{what} (again %")
-                again = db.execute("SELECT COUNT(*) FROM charges WHERE what = ? OR what LIKE ?", names).fetchone()[0]
-                same = db.execute(
-                    "SELECT COUNT(*) FROM charges WHERE (what = ? OR what LIKE ?) AND noise_multiplier = ? "
-                    "AND sample_rate = ? AND steps = ?",
-                    (*names, release.noise_multiplier, release.sample_rate, release.steps),
-                ).fetchone()[0]
-                if same and repeatable:
-                    return
-                spent = _releases(db)
-                if not self._affords(spent, release):
-                    now = epsilon([*spent, release], self.target_delta)
-                    raise BudgetError(
-                        f"{self.path.stem}: {what} would bring epsilon to {now:.3f}, over the budget of "
-                        f"{self.target_epsilon:g} (delta {self.target_delta:g}; "
-                        f"{epsilon(spent, self.target_delta):.3f} is spent). "
-                        "The rounds done so far are in checkpoint.pt beside the ledger. To go "
-                        "further, start a run with more noise or fewer steps"
-                    )
-                name = f"{what} (again {again})" if again else what
-                db.execute(
-                    "INSERT INTO charges (time, what, noise_multiplier, sample_rate, steps) VALUES (?, ?, ?, ?, ?)",
-                    (time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), name,
-                     release.noise_multiplier, release.sample_rate, release.steps),
-                )  # fmt: skip
-                db.execute("COMMIT")
-            finally:
-                if db.in_transaction:
-                    db.execute("ROLLBACK")
+    def _charge(self, db: sqlite3.Connection, what: str, release: Release, repeatable: bool) -> None:
+        names = (what, f"{what} (again %")
+        again = db.execute("SELECT COUNT(*) FROM charges WHERE what = ? OR what LIKE ?", names).fetchone()[0]
+        same = db.execute(
+            "SELECT COUNT(*) FROM charges WHERE (what = ? OR what LIKE ?) AND noise_multiplier = ? "
+            "AND sample_rate = ? AND steps = ?",
+            (*names, release.noise_multiplier, release.sample_rate, release.steps),
+        ).fetchone()[0]
+        if same and repeatable:
+            return
+        self._allow(what, _releases(db), release)
+        db.execute(
+            "INSERT INTO charges (time, what, mechanism, noise_multiplier, sample_rate, steps, unit, code) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), f"{what} (again {again})" if again else what,
+             MECHANISM, release.noise_multiplier, release.sample_rate, release.steps, self.unit, __version__),
+        )  # fmt: skip
+        db.execute("COMMIT")
 
-    def _affords(self, spent: list[Release], release: Release) -> bool:
-        # ε grows with the steps and a PLD takes half a second: look ahead, and remember how far the budget reaches.
-        others, mechanism, steps = _split(spent, release)
-        if steps > self._affordable.get((others, mechanism), 0):
-            self._affordable[others, mechanism] = self._most_steps(others, mechanism, steps)
-        return steps <= self._affordable[others, mechanism]
-
-    def _most_steps(self, others: tuple[Release, ...], mechanism: tuple[float, float], steps: int) -> int:
-        """The largest number of steps up to 2 ``steps`` that the budget allows, by bisection."""
-
-        def within(n: int) -> bool:
-            return epsilon([*others, Release(*mechanism, n)], self.target_delta) <= self.target_epsilon
-
-        if within(2 * steps):
-            return 2 * steps
-        low, high = 0, 2 * steps
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if within(middle) else (low, middle)
-        return low
+    def _allow(self, what: str, spent: list[Release], release: Release) -> None:
+        after = [*spent, release]
+        if self.by_plan and self.within_plan(after):
+            return
+        if not self.by_plan and self._filter(after) <= self.target_epsilon:
+            return
+        count = (lambda r: epsilon(r, self.target_delta)) if self.by_plan else self._filter
+        rule = (
+            f"its plan ({_words(self.plan)}) allows nothing else"
+            if self.by_plan and count(after) <= self.target_epsilon
+            else f"{what} would bring epsilon to {count(after):.3f}, over the budget of {self.target_epsilon:g}"
+        )
+        raise BudgetError(
+            f"{self.path.stem}: {rule} (delta {self.target_delta:g}, unit {self.unit}, by "
+            f"{'PLD' if self.by_plan else f'an RDP filter of order {self.order}'}; {count(spent):.3f} is spent). "
+            "Nothing was computed; rounds done so far are in checkpoint.pt of the run's folder. To go further, start "
+            "a run with more noise or fewer steps"
+        )
 
 
 def charged_for(path: Path) -> list[str]:
@@ -166,12 +269,19 @@ def charged_for(path: Path) -> list[str]:
             return []  # cut off before it had a table, or damaged: nothing can be read from it
 
 
-def _split(spent: list[Release], release: Release) -> tuple[tuple[Release, ...], tuple[float, float], int]:
-    """What was released by other mechanisms; this mechanism; its steps with ``release`` added."""
-    mechanism = (release.noise_multiplier, release.sample_rate)
-    total = merge([*spent, release])
-    others = tuple(r for r in total if (r.noise_multiplier, r.sample_rate) != mechanism)
-    return others, mechanism, sum(r.steps for r in total if r not in others)
+def _check_budget(target_epsilon: float, target_delta: float | None, unit: str) -> None:
+    if not 0 < target_epsilon < float("inf"):
+        raise UserError(f"target_epsilon is {target_epsilon}: it must be above 0 and finite")
+    if target_delta is None or not 0 < target_delta < 1:
+        raise UserError(f"target_delta is {target_delta}: it must be in (0, 1), below 1 / number of patients")
+    if unit not in UNITS:
+        raise UserError(f"unit is {unit!r}: choose one of {', '.join(UNITS)}")
+
+
+def _words(plan: tuple[Release, ...]) -> str:
+    return " + ".join(
+        f"{r.steps} steps of sigma {r.noise_multiplier:g} at rate {r.sample_rate:g}" for r in plan
+    ) or "none"  # fmt: skip
 
 
 def _releases(db: sqlite3.Connection) -> list[Release]:

@@ -2,15 +2,34 @@
 
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from opacus.accountants import PRVAccountant
 from scipy.optimize import brentq
-from scipy.stats import norm
+from scipy.stats import binom, norm
 
 from primia_lite.config import UserError
-from primia_lite.privacy.accounting import Release, calibrate_noise_multiplier, epsilon, merge
+from primia_lite.privacy.accounting import (
+    Release,
+    attacker_power,
+    calibrate_noise_multiplier,
+    child_epsilon,
+    clt_mu,
+    epsilon,
+    epsilon_bracket,
+    federation_epsilon,
+    filter_epsilon,
+    filter_order,
+    from_json,
+    gaussian_delta,
+    gaussian_epsilon,
+    group_privacy,
+    merge,
+    selection_epsilon,
+    to_json,
+)
 from primia_lite.privacy.dpsgd import Privacy
 
 
@@ -94,5 +113,188 @@ def test_calibration_leaves_room_for_what_else_is_released_and_for_spare_steps()
     ],
 )
 def test_bad_values_are_named(call, message):
+    with pytest.raises(UserError, match=message):
+        call()
+
+
+# --- from both sides --------------------------------------------------------------------------------------------------
+
+TYPICAL = [Release(1.5616, 0.25, 101), Release(8.1332, 0.25, 101), Release(14.9237, 0.25, 101), Release(5.46, 1.0, 101)]
+
+
+@pytest.mark.parametrize("release", TYPICAL)
+def test_the_bracket_is_tight_and_both_accountants_agree(release):
+    pld, prv = epsilon_bracket(release, 1e-4), epsilon_bracket(release, 1e-4, "prv")
+    assert pld.lower < pld.estimate < pld.upper and pld.gap <= 0.01
+    # Two libraries, two methods, intervals that both claim to hold the truth.
+    assert max(pld.lower, prv.lower) <= min(pld.upper, prv.upper)
+    assert pld.upper <= epsilon(release, 1e-4)
+
+
+@pytest.mark.parametrize("sigma", [0.7, 2.0, 20.0])
+@pytest.mark.parametrize("accountant", ["pld", "prv"])
+def test_the_bracket_holds_the_exact_gaussian(sigma, accountant):
+    exact = exact_gaussian_epsilon(sigma / 3, 1e-5)
+    bracket = epsilon_bracket(Release(sigma, 1.0, 9), 1e-5, accountant)
+    assert bracket.lower <= exact <= bracket.upper + 1e-9
+
+
+def test_the_worse_direction_counts():
+    """At few steps and a high rate removing a unit tells more than adding one: the bracket must be of the larger."""
+    from dp_accounting.pld import privacy_loss_distribution as pld
+
+    both = pld.from_gaussian_mechanism(0.8, sampling_prob=0.3).self_compose(3)
+    directions = [p.get_epsilon_for_delta(1e-4) for p in (both._pmf_remove, both._pmf_add)]
+    assert directions[0] != pytest.approx(directions[1], rel=0.01)
+    bracket = epsilon_bracket(Release(0.8, 0.3, 3), 1e-4)
+    assert bracket.lower <= max(directions) <= bracket.upper + 1e-6
+
+
+def test_mixed_releases_have_a_bracket_too():
+    bracket = epsilon_bracket([Release(10.0, 1.0, 1), Release(2.0, 0.25, 60)], 1e-4)
+    alone = epsilon_bracket(Release(2.0, 0.25, 60), 1e-4)
+    assert alone.upper < bracket.lower and bracket.gap < 0.01
+
+
+def test_the_gaussian_profile_inverts_and_does_not_overflow():
+    for mu in (0.1, 1.0, 5.0, 60.0):
+        assert gaussian_delta(gaussian_epsilon(mu, 1e-5), mu) == pytest.approx(1e-5, rel=1e-6)
+    assert gaussian_epsilon(0.5, 1e-5) == pytest.approx(exact_gaussian_epsilon(2.0, 1e-5), rel=1e-9)
+
+
+def test_the_central_limit_may_understate():
+    release = Release(0.8, 0.1, 5)
+    assert epsilon(release, 1e-4, "gdp") < epsilon_bracket(release, 1e-4).lower
+    # and is near where noise is large and steps are many
+    many = Release(20.0, 0.1, 2000)
+    assert epsilon(many, 1e-4, "gdp") == pytest.approx(epsilon(many, 1e-4), rel=0.01)
+    assert clt_mu(many) == pytest.approx(0.1 * math.sqrt(2000 * math.expm1(1 / 400)))
+
+
+def test_the_accountants_are_ordered_as_labelled():
+    release = TYPICAL[0]
+    assert epsilon(release, 1e-4, "pld") <= epsilon(release, 1e-4, "prv") * 1.001
+    assert epsilon(release, 1e-4, "prv") < epsilon(release, 1e-4, "rdp") <= filter_epsilon(release, 1e-4, 3) * 1.0001
+
+
+# --- parameters chosen along the way ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", [2, 5, 30])
+def test_the_filter_is_the_sum_of_renyi_divergences(order):
+    """Full batches: the divergence of order a is a / (2 sigma^2) a step, whatever was chosen when (Mironov 2017)."""
+    releases = [Release(3.0, 1.0, 4), Release(7.0, 1.0, 2)]
+    rdp = order / 2 * (4 / 9 + 2 / 49)
+    want = rdp + math.log(1 - 1 / order) - math.log(1e-5 * order) / (order - 1)
+    assert filter_epsilon(releases, 1e-5, order) == pytest.approx(want, rel=1e-9)
+    assert filter_epsilon(releases, 1e-5, order) >= epsilon(releases, 1e-5)
+
+
+def test_the_filters_order_is_the_best_for_what_is_planned():
+    plan = TYPICAL[0]
+    order = filter_order(8.0, 1e-4, plan)
+    assert all(filter_epsilon(plan, 1e-4, order) <= filter_epsilon(plan, 1e-4, other) for other in (2, 3, 4, 8, 20))
+    # without a plan: the order under which a given budget holds most full-batch releases
+    for target in (0.5, 1.0, 8.0):
+        order = filter_order(target, 1e-4)
+
+        def room(order, target=target):
+            return (target - filter_epsilon(Release(1e6, 1.0, 1), 1e-4, order)) / order
+
+        assert all(room(order) >= room(other) - 1e-9 for other in (2, 3, 5, 9, 14, 24, 40) if room(other) < target / 2)
+
+
+# --- units, hospitals, tuning -----------------------------------------------------------------------------------------
+
+
+def test_a_child_with_one_film_has_the_films_epsilon_and_one_with_more_a_larger_one():
+    release = Release(1.5616, 0.25, 101)
+    values = [child_epsilon(release, k, 1e-4) for k in (1, 2, 14)]
+    assert values[0] == epsilon(release, 1e-4)
+    assert values[1] == pytest.approx(19.7, abs=0.2) and values[2] == pytest.approx(404, abs=3)
+    assert all(v <= group_privacy(8.0, 1e-4, k)[0] * 1.5 for v, k in zip(values, (1, 2, 14), strict=True) if k < 3)
+
+
+def test_a_child_in_full_batches_is_the_exact_gaussian():
+    exact = exact_gaussian_epsilon(6.0 / 3 / math.sqrt(10), 1e-4)
+    assert child_epsilon(Release(6.0, 1.0, 10), 3, 1e-4) == pytest.approx(exact, rel=0.001)
+
+
+def test_a_childs_epsilon_bounds_what_a_simulated_attacker_reaches():
+    """One step, by numerical integration of the mixture itself: nothing shared with dp-accounting."""
+    sigma, q, k, delta = 1.0, 0.3, 3, 1e-3
+    x = np.linspace(-12, 15, 400_001)
+    absent = norm.pdf(x, 0, sigma)
+    present = sum(binom.pmf(j, k, q) * norm.pdf(x, j, sigma) for j in range(k + 1))
+
+    def gap(eps):
+        worst = max(
+            np.trapezoid(np.clip(p - math.exp(eps) * r, 0, None), x) for p, r in ((present, absent), (absent, present))
+        )
+        return worst - delta
+
+    assert child_epsilon(Release(sigma, q, 1), k, delta) == pytest.approx(brentq(gap, 0.01, 20), rel=2e-3)
+
+
+def test_group_privacy_is_the_stated_formula():
+    assert group_privacy(1.0, 1e-5, 1) == (1.0, 1e-5)
+    assert group_privacy(0.5, 1e-5, 3) == (1.5, pytest.approx(3e-5 * math.e))
+    assert group_privacy(8.0, 1e-4, 200)[1] == math.inf
+
+
+def test_hospitals_take_the_maximum_and_a_shared_child_composes():
+    spent = {"A": Release(2.0, 0.25, 30), "B": Release(3.0, 0.25, 30), "C": ()}
+    alone = epsilon(spent["A"], 1e-4)
+    assert federation_epsilon(spent, 1e-4) == alone
+    shared = federation_epsilon(spent, 1e-4, shared_patients=True)
+    assert alone < shared <= alone + epsilon(spent["B"], 1e-4)
+    assert federation_epsilon({}, 1e-4) == 0
+
+
+def test_trying_more_costs_more_and_selection_less_than_showing_all():
+    trial = Release(4.0, 0.25, 50)
+    one = epsilon(trial, 1e-4, "rdp")
+    few, many = selection_epsilon(trial, 3, 1e-4), selection_epsilon(trial, 30, 1e-4)
+    assert one < few < many < epsilon([trial] * 30, 1e-4)
+
+
+def test_an_attackers_power_is_the_exact_one_of_the_gaussian():
+    rates = np.array([0.0, 1e-4, 0.01, 0.1, 0.5, 1.0])
+    exact = norm.cdf(norm.ppf(rates) + 0.5)
+    np.testing.assert_allclose(attacker_power(Release(4.0, 1.0, 4), rates), exact, atol=2e-4)
+    np.testing.assert_allclose(attacker_power([], rates), rates)
+
+
+def test_no_test_on_samples_beats_the_stated_power():
+    """The likelihood ratio on 200,000 draws of one subsampled step, in both directions."""
+    sigma, q, n = 1.0, 0.4, 200_000
+    rng = np.random.default_rng(0)
+    absent, present = rng.normal(0, sigma, n), rng.normal(rng.random(n) < q, sigma)
+    rates = np.array([0.001, 0.01, 0.1, 0.3])
+    reached = np.mean(present > np.quantile(absent, 1 - rates)[:, None], axis=1)
+    bound = attacker_power(Release(sigma, q, 1), rates)
+    assert (reached <= bound + 4 * np.sqrt(bound / n) + 1e-3).all()
+    assert (reached >= bound * 0.55).all()  # the bound serves both directions, so one alone stays below it
+
+
+def test_releases_survive_json():
+    assert from_json(to_json(TYPICAL)) == merge(TYPICAL)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Release(math.nan, 0.5, 1), "noise_multiplier is nan"),
+        (lambda: Release(math.inf, 0.5, 1), "noise_multiplier is inf"),
+        (lambda: Release(1.0, 1.5, 1), "sample_rate is 1.5"),
+        (lambda: Release(1.0, math.nan, 1), "sample_rate is nan"),
+        (lambda: Release(1.0, 0.5, 1.5), "steps is 1.5"),
+        (lambda: epsilon_bracket(TYPICAL[0], 1e-4, "rdp"), "gives no lower bound"),
+        (lambda: child_epsilon(TYPICAL[0], 0, 1e-4), "films is 0"),
+        (lambda: selection_epsilon(TYPICAL[0], 0, 1e-4), "mean_trials is 0"),
+        (lambda: filter_epsilon(TYPICAL[0], 1.0, 3), "delta is 1"),
+    ],
+)
+def test_more_bad_values_are_named(call, message):
     with pytest.raises(UserError, match=message):
         call()

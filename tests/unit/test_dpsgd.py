@@ -1,5 +1,7 @@
 """DP-SGD: what is clipped, how much noise, who is sampled."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,123 +11,215 @@ from torch.nn import functional as F
 
 from primia_lite.config import TrainingError, UserError
 from primia_lite.models import Films, build
-from primia_lite.privacy.dpsgd import Privacy, PrivateStep, check_model
+from primia_lite.privacy.dpsgd import HeadGram, PoissonBatch, Privacy, PrivateStep, Rows, check_model, poisson_batches
 from primia_lite.privacy.rng import SecureGenerator
-from primia_lite.training import Training, poisson_batches, shuffled_batches, train
+from primia_lite.training import Training, shuffled_batches, train
+
+TINY = 1e-9  # noise too small to matter
 
 
-def tabular(n=40, d=6, classes=3, seed=0, scale=1.0):
+def tabular(n=40, d=6, classes=3, seed=0, scale=1.0, views=1, patients=None):
     generator = torch.Generator().manual_seed(seed)
-    inputs = scale * torch.randn(n, 1, d, generator=generator)
+    inputs = scale * torch.randn(n, views, d, generator=generator)
     labels = torch.randint(classes, (n,), generator=generator)
-    return Films(inputs, labels, np.arange(n).astype(str))
+    owner = np.arange(n) if patients is None else np.sort(np.random.default_rng(seed).integers(patients, size=n))
+    return Films(inputs, labels, owner.astype(str))
 
 
-def losses_of(films):
-    return lambda model, part: F.cross_entropy(model(films.inputs[part, 0]), films.labels[part], reduction="none")[None]
-
-
-def clipped_sum(model, films, index, bound):
-    """The clipped sum by one backward pass per film: plain torch, nothing shared with the product."""
+def clipped_sum(model, films, bound, unit="patient", units=None):
+    """The clipped sum by one backward pass per unit: plain torch, nothing shared with the product."""
     total = [torch.zeros_like(p) for p in model.parameters()]
-    for i in index:
-        loss = F.cross_entropy(model(films.inputs[i, 0][None]), films.labels[i][None])
-        gradient = torch.autograd.grad(loss, list(model.parameters()))
+    owner = films.patient_id if unit == "patient" else np.arange(len(films))
+    for u in np.unique(owner) if units is None else units:
+        mine = torch.from_numpy(np.flatnonzero(owner == u))
+        each = [F.cross_entropy(model(films.inputs[i]), films.labels[i].repeat(films.inputs.shape[1])) for i in mine]
+        gradient = torch.autograd.grad(torch.stack(each).mean(), list(model.parameters()))
         norm = torch.sqrt(sum((g**2).sum() for g in gradient))
         for t, g in zip(total, gradient, strict=True):
             t += g * min(1.0, bound / float(norm))
     return total
 
 
-@pytest.mark.parametrize("part_size", [1000, 7])
+def all_in(model, films, privacy, expected=1.0, seed=0, rate=1.0):
+    """One step with rate 1, learning rate 1: how the parameters moved."""
+    before = [p.detach().clone() for p in model.parameters()]
+    training = Training(sample_rate=rate, learning_rate=1.0)
+    train(model, films, training, privacy, SecureGenerator.from_seed(seed), expected)
+    return [old - p.detach() for old, p in zip(before, model.parameters(), strict=True)]
+
+
+@pytest.mark.parametrize("unit", ["patient", "film"])
+@pytest.mark.parametrize("part_films", [1000, 7])
 @pytest.mark.parametrize("name", ["litenet", "ckksnet"])
-def test_clipped_sum_equals_plain_torch(name, part_size):
+def test_clipped_sum_equals_plain_torch(name, part_films, unit, monkeypatch):
     torch.manual_seed(0)
-    in_shape = (6,) if name == "litenet" else (1, 28, 28)
-    films = Films(torch.randn(20, 1, *in_shape), torch.randint(3, (20,)), np.arange(20).astype(str))
+    in_shape, views = ((6,), 3) if name == "litenet" else ((1, 28, 28), 1)
+    owner = np.sort(np.random.default_rng(0).integers(9, size=20)).astype(str)
+    owner = owner[np.random.default_rng(1).permutation(20)]  # a patient's films lie anywhere
+    films = Films(torch.randn(20, views, *in_shape), torch.randint(3, (20,)), owner)
     model = build(name, 3, in_shape, seed=1)
     with torch.no_grad():
         for p in model.parameters():
             p += 0.05 * torch.randn_like(p)
-    before = [p.detach().clone() for p in model.parameters()]
-    expected = clipped_sum(model, films, range(20), 0.8)
-    tiny = 1e-9  # noise too small to matter
-    step = PrivateStep(
-        model, torch.optim.SGD(model.parameters(), 1.0), Privacy(tiny, 0.8, 8), 5.0, SecureGenerator.from_seed(0)
-    )
-    step.part_size = part_size
-    step(losses_of(films), torch.arange(20))
-    for p, old, want in zip(model.parameters(), before, expected, strict=True):
-        torch.testing.assert_close(old - p.detach(), want / 5.0, atol=1e-5, rtol=1e-4)
+    monkeypatch.setattr("primia_lite.training._PART_FILMS", part_films)
+    bound = 0.6
+    expected = clipped_sum(model, films, bound, unit)
+    moved = all_in(model, films, Privacy(TINY, bound, 8, unit=unit), expected=5.0)
+    for got, want in zip(moved, expected, strict=True):
+        torch.testing.assert_close(got, want / 5.0, atol=1e-5, rtol=1e-4)
 
 
-def test_views_are_averaged_before_clipping():
+def test_a_patient_with_many_films_counts_as_one_with_one():
+    """Ten copies of a film are one gradient, of the length of one film's."""
+    film = tabular(n=1, scale=3.0)
+    ten = Films(film.inputs.repeat(10, 1, 1), film.labels.repeat(10), np.repeat(["child"], 10))
+    one, many = (all_in(build("litenet", 3, (6,)), f, Privacy(TINY, 0.5, 8)) for f in (film, ten))
+    for a, b in zip(one, many, strict=True):
+        torch.testing.assert_close(a, b)
+    by_film = all_in(build("litenet", 3, (6,)), ten, Privacy(TINY, 0.5, 8, unit="film"))
+    torch.testing.assert_close(by_film[0], 10 * one[0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("views", [1, 4])
+def test_the_heads_closed_form_gives_the_norms_of_autograd(views):
+    films = tabular(n=60, d=8, views=views, patients=17, seed=3)
+    model = build("litenet", 3, (8,))
+    torch.nn.init.normal_(model.weight)
+    owned = films.units("patient")
+    unit, counts = owned.of_film, owned.count * views
+    share = (1.0 / counts).repeat_interleave(counts)
+    labels = films.labels[owned.order].repeat_interleave(views)
+    rows = Rows(
+        films.inputs[owned.order].flatten(0, 1), torch.arange(len(counts)), counts,
+        lambda logits: share * F.cross_entropy(logits, labels, reduction="none"),
+    )  # fmt: skip
+    total, norms, _ = HeadGram.of(films, "patient").clipped_sum(model, rows, 0.7)
+    for u in range(len(counts)):
+        own = F.cross_entropy(
+            model(films.inputs[unit == u].flatten(0, 1)), films.labels[unit == u].repeat_interleave(views)
+        )
+        gradient = torch.autograd.grad(own, list(model.parameters()))
+        assert float(norms[u]) == pytest.approx(float(torch.sqrt(sum((g**2).sum() for g in gradient))), rel=1e-5)
+    for got, want in zip(total.values(), clipped_sum(model, films, 0.7), strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    assert HeadGram.of(films, "patient") is HeadGram.of(films, "patient")
+    assert HeadGram.of(films.subset(np.arange(5)), "patient") is not HeadGram.of(films, "patient")
+
+
+@pytest.mark.parametrize("name", ["litenet", "ckksnet"])
+def test_a_whole_step_equals_opacus(name):
+    """Opacus's own hooks and optimiser, unit film, on the same batch: clipped sum over the expected batch."""
+    from opacus import GradSampleModule
+    from opacus.optimizers import DPOptimizer
+
     torch.manual_seed(0)
-    films = Films(torch.randn(9, 4, 6), torch.randint(3, (9,)), np.arange(9).astype(str))
-    model = build("litenet", 3, (6,))
-    want = [torch.zeros_like(p) for p in model.parameters()]
-    for i in range(9):
-        loss = F.cross_entropy(model(films.inputs[i]), films.labels[i].repeat(4))
-        gradient = torch.autograd.grad(loss, list(model.parameters()))
-        norm = torch.sqrt(sum((g**2).sum() for g in gradient))
-        for w, g in zip(want, gradient, strict=True):
-            w += g * min(1.0, 0.3 / float(norm))
-    training = Training(sample_rate=1.0, learning_rate=1.0, augmentation=("jitter",))
-    train(model, films, training, Privacy(1e-9, 0.3, 8), SecureGenerator.from_seed(0), 9.0)
-    for p, w in zip(model.parameters(), want, strict=True):
-        torch.testing.assert_close(-p.detach(), w / 9.0, atol=1e-5, rtol=1e-4)
+    in_shape = (6,) if name == "litenet" else (1, 28, 28)
+    films = Films(torch.randn(20, 1, *in_shape), torch.randint(3, (20,)), np.arange(20).astype(str))
+    ours, peer = build(name, 3, in_shape, seed=1), build(name, 3, in_shape, seed=1)
+    moved = all_in(ours, films, Privacy(TINY, 0.4, 8, unit="film"), expected=20.0)
+    before = [p.detach().clone() for p in peer.parameters()]
+    wrapped = GradSampleModule(peer, loss_reduction="sum")
+    optimizer = DPOptimizer(
+        torch.optim.SGD(peer.parameters(), 1.0), noise_multiplier=0.0, max_grad_norm=0.4, expected_batch_size=20
+    )
+    F.cross_entropy(wrapped(films.inputs[:, 0]), films.labels, reduction="sum").backward()
+    optimizer.step()
+    for got, old, p in zip(moved, before, peer.parameters(), strict=True):
+        torch.testing.assert_close(got, old - p.detach(), atol=1e-5, rtol=1e-4)
 
 
-def noise_of_steps(n_steps, sigma, bound, expected_batch, index):
-    films = tabular()
+def noise_of_steps(n_steps, sigma, bound, expected_batch, sample_rate=1e-9):
     moved = []
     for s in range(n_steps):
-        model = build("litenet", 3, (6,))
-        step = PrivateStep(
-            model, torch.optim.SGD(model.parameters(), 1.0), Privacy(sigma, bound, 8), expected_batch,
-            SecureGenerator.from_seed(s),
-        )  # fmt: skip
-        step(losses_of(films), index)
-        moved.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        privacy = Privacy(sigma, bound, 8)
+        step = all_in(build("litenet", 3, (6,)), tabular(), privacy, expected_batch, seed=s, rate=sample_rate)
+        moved.append(torch.cat([p.flatten() for p in step]))
     return torch.stack(moved).numpy()
 
 
 def test_an_empty_batch_is_noise_of_the_stated_scale():
     sigma, bound, expected = 1.3, 0.5, 10.0
-    noise = noise_of_steps(400, sigma, bound, expected, torch.arange(0)) / (sigma * bound / expected)
+    noise = noise_of_steps(400, sigma, bound, expected) / (sigma * bound / expected)
     assert stats.kstest(noise.ravel(), "norm").pvalue > 1e-3
     assert abs(noise.std() - 1) < 4 / np.sqrt(2 * noise.size)
 
 
 def test_noise_is_added_once_however_many_parts(monkeypatch):
     sigma, bound, expected = 1.3, 0.5, 10.0
-    monkeypatch.setattr("primia_lite.privacy.dpsgd._GRADIENT_BYTES", 4 * 21 * 3)  # parts of three films
-    index = torch.arange(10)
-    moved = noise_of_steps(400, sigma, bound, expected, index)
-    assert abs(moved.std(0).mean() / (sigma * bound / expected) - 1) < 0.03
+    monkeypatch.setattr("primia_lite.training._PART_FILMS", 3)
+    torch.manual_seed(0)
+    films = Films(torch.randn(10, 1, 1, 12, 12), torch.randint(3, (10,)), np.arange(10).astype(str))
+    moved = []
+    for s in range(200):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(144, 3))
+        torch.nn.init.zeros_(model[1].weight)
+        moved.append(all_in(model, films, Privacy(sigma, bound, 8), expected, seed=s)[0].flatten())
+    assert abs(torch.stack(moved).std(0).mean() / (sigma * bound / expected) - 1) < 0.03
 
 
-def test_one_film_moves_the_sum_by_at_most_the_clip():
-    films = tabular(scale=100.0)
-    model = build("litenet", 3, (6,))
+@pytest.mark.parametrize("unit", ["patient", "film"])
+def test_one_unit_moves_the_sum_by_at_most_the_clip(unit):
+    films = tabular(scale=100.0, patients=12, views=2)
     for i in range(10):
-        moved = clipped_sum(model, films, [i], 0.5)
-        assert torch.sqrt(sum((m**2).sum() for m in moved)) <= 0.5 + 1e-6
-    privacy = Privacy(1e-9, 0.5, 8)
-    step = PrivateStep(model, torch.optim.SGD(model.parameters(), 1.0), privacy, 1.0, SecureGenerator.from_seed(0))
-    step(losses_of(films), torch.tensor([3]))
-    assert float(torch.sqrt(sum((p.detach() ** 2).sum() for p in model.parameters()))) == pytest.approx(0.5, abs=1e-4)
+        alone = films.subset(films.patient_id == films.patient_id[i]) if unit == "patient" else films.subset([i])
+        moved = all_in(build("litenet", 3, (6,)), alone, Privacy(TINY, 0.5, 8, unit=unit))
+        assert float(torch.sqrt(sum((m**2).sum() for m in moved))) == pytest.approx(0.5, abs=1e-4)
+
+
+def test_adding_a_patient_moves_the_sum_by_at_most_the_clip_whatever_their_films():
+    films = tabular(n=40, scale=50.0, patients=12)
+    without = films.subset(films.patient_id != films.patient_id[0])
+    assert len(films) - len(without) > 1
+    moved = [all_in(build("litenet", 3, (6,)), f, Privacy(TINY, 0.5, 8)) for f in (films, without)]
+    difference = torch.sqrt(sum(((a - b) ** 2).sum() for a, b in zip(*moved, strict=True)))
+    assert float(difference) <= 0.5 + 1e-4
 
 
 def test_poisson_sampling_rate_and_independence():
     n, q, steps = 50, 0.2, 4000
     taken = np.zeros((steps, n), bool)
     for row, batch in zip(taken, poisson_batches(n, q, steps, SecureGenerator.from_seed(5)), strict=True):
-        row[batch.numpy()] = True
+        row[batch.units.numpy()] = True
     assert stats.binomtest(int(taken.sum()), steps * n, q).pvalue > 1e-3
     # Batch sizes are binomial: a shuffled, fixed-size batch would have no variance.
     assert taken.sum(1).var() == pytest.approx(n * q * (1 - q), rel=0.12)
     assert abs(np.corrcoef(taken[:, 0], taken[:, 1])[0, 1]) < 4 / np.sqrt(steps)
+
+
+def test_patients_are_sampled_whole(monkeypatch):
+    """A sampled patient brings all films, another one none, and patients come at the rate, not films."""
+    films, seen = tabular(n=60, patients=15), []
+    films = films.subset(np.random.default_rng(2).permutation(60))  # a patient's films lie anywhere
+    clipped = HeadGram.clipped_sum
+
+    def watch(self, head, rows, bound):
+        seen.append(replace(rows, inputs=rows.inputs.clone()))
+        return clipped(self, head, rows, bound)
+
+    monkeypatch.setattr(HeadGram, "clipped_sum", watch)
+    training = Training(sample_rate=0.3, learning_rate=0.1, local_steps=400)
+    train(build("litenet", 3, (6,)), films, training, Privacy(1.0, 1.0, 8), SecureGenerator.from_seed(1), 4.0)
+    films_of, n = films.units("patient").count, 0
+    for rows in seen:
+        assert torch.equal(rows.count, films_of[rows.units])
+        for unit, inputs in zip(rows.units, rows.inputs.split(rows.count.tolist()), strict=True):
+            assert torch.equal(inputs, films.inputs[films.units("patient").of_film == unit, 0])
+        n += len(rows.units)
+    assert stats.binomtest(n, 400 * len(films_of), 0.3).pvalue > 1e-3
+
+
+def test_shuffled_batches_of_fixed_size_are_refused():
+    films = tabular()
+    model = build("litenet", 3, (6,))
+    step = PrivateStep(
+        model, torch.optim.SGD(model.parameters(), 1.0), Privacy(1.0, 1.0, 8), 10.0, SecureGenerator(), films
+    )
+    batch = next(shuffled_batches(len(films), 0.25, 1, torch.Generator().manual_seed(0)))
+    with pytest.raises(UserError, match="not drawn by Poisson sampling.*poisson_batches"):
+        step(batch, [])
+    assert (model.weight == 0).all()
+    step(PoissonBatch(torch.arange(0), 0.25), [])
+    assert (model.weight != 0).all()
 
 
 def test_private_training_samples_by_poisson_and_plain_training_by_shuffling(monkeypatch):
@@ -174,12 +268,18 @@ def test_options_that_contradict_dp_are_refused(changes, message):
         train(build("litenet", 3, (6,)), tabular(), Training(**changes), Privacy(1.0, 1.0, 8), SecureGenerator(), 10.0)
 
 
-def test_a_loss_that_is_not_finite_is_named():
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_named_and_its_step_is_refused(bad):
     films = tabular()
-    films.inputs[3] = float("nan")
-    for privacy in (None, Privacy(1.0, 1.0, 8)):
-        with pytest.raises(TrainingError, match="the loss is nan at local step 1 of 1: lower learning_rate"):
-            train(build("litenet", 3, (6,)), films, Training(sample_rate=1.0), privacy, SecureGenerator(), 40.0)
+    films.inputs[3] = bad
+    training = Training(sample_rate=1.0)
+    with pytest.raises(TrainingError, match="the loss is nan at local step 1 of 1: lower learning_rate"):
+        train(build("litenet", 3, (6,)), films, training, None, SecureGenerator(), 40.0)
+    model = build("litenet", 3, (6,))
+    refused = "a gradient isn't finite at local step 1 of 1: the step is refused, its budget stays spent"
+    with pytest.raises(TrainingError, match=refused):
+        train(model, films, training, Privacy(1.0, 1.0, 8), SecureGenerator(), 40.0)
+    assert (model.weight == 0).all()
 
 
 @pytest.mark.parametrize(

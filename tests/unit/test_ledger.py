@@ -10,7 +10,7 @@ import time
 import pytest
 
 from primia_lite.config import BudgetError, UserError
-from primia_lite.privacy.accounting import Release, epsilon
+from primia_lite.privacy.accounting import Release, calibrate_noise_multiplier, epsilon, filter_epsilon
 from primia_lite.privacy.ledger import Ledger
 
 STEP = Release(1.0, 0.25, 2)
@@ -23,8 +23,9 @@ def test_charges_add_up_until_the_budget_is_spent(tmp_path):
         for paid in range(1000):
             ledger.charge(f"round {paid}", STEP)
     assert len(ledger.charges()) == paid
-    assert ledger.epsilon() <= 4.0
-    assert epsilon([*ledger.charges(), STEP], 1e-4) > 4.0
+    assert ledger.epsilon() == filter_epsilon(ledger.charges(), 1e-4, ledger.order) <= 4.0
+    assert filter_epsilon([*ledger.charges(), STEP], 1e-4, ledger.order) > 4.0
+    assert epsilon(ledger.charges(), 1e-4) < ledger.epsilon()  # what it would be, had all been fixed in advance
 
 
 def test_a_name_that_comes_again_is_charged_again_unless_repeatable(tmp_path):
@@ -110,3 +111,158 @@ def test_a_full_disk_is_named_and_nothing_is_charged(tmp_path, monkeypatch):
             ledger.charge(f"round {number} " + "x" * 200, Release(50.0, 0.01, 1), repeatable=True)
     monkeypatch.setattr(Ledger, "_connect", connect)
     assert len(ledger.charges()) == number
+
+
+# --- filter and plan --------------------------------------------------------------------------------------------------
+
+
+def test_parameters_chosen_along_the_way_are_counted_by_the_filter(tmp_path):
+    """An analyst who doubles the noise whenever refused still ends within the budget."""
+    ledger, sigma, refused = Ledger(tmp_path / "a.sqlite", 2.0, 1e-4), 1.0, 0
+    for number in range(60):
+        try:
+            ledger.charge(f"query {number}", Release(sigma, 0.5, 1))
+        except BudgetError:
+            sigma, refused = 2 * sigma, refused + 1
+    spent = ledger.spent()
+    assert refused >= 2 and len({r.noise_multiplier for r in ledger.charges()}) >= 2
+    assert spent["pld"] < spent["filter"] == spent["epsilon"] <= 2.0 and spent["rule"] == "filter"
+
+
+def test_a_plan_is_counted_tightly_and_allows_nothing_else(tmp_path):
+    sigma = calibrate_noise_multiplier(3.0, 1e-4, 0.5, 10)
+    plan = Release(sigma, 0.5, 10)
+    ledger = Ledger(tmp_path / "a.sqlite", 3.0, 1e-4, plan=plan)
+    assert ledger.by_plan and filter_epsilon(plan, 1e-4, ledger.order) > 3.0
+    for number in range(10):
+        ledger.charge(f"round {number}", Release(sigma, 0.5, 1))
+    assert ledger.epsilon() == epsilon(plan, 1e-4) <= 3.0
+    with pytest.raises(BudgetError, match="round 10 would bring epsilon to .* over the budget of 3 .*by PLD"):
+        ledger.charge("round 10", Release(sigma, 0.5, 1))
+    other = Ledger(tmp_path / "b.sqlite", 3.0, 1e-4, plan=plan)
+    with pytest.raises(BudgetError, match="its plan .10 steps of sigma .* allows nothing else"):
+        other.charge("a look", Release(1000.0, 1.0, 1))
+
+
+def test_a_plan_that_the_filter_can_afford_leaves_room_for_more(tmp_path):
+    ledger = Ledger(tmp_path / "a.sqlite", 8.0, 1e-4, plan=Release(3.0, 0.25, 10))
+    assert not ledger.by_plan
+    ledger.charge("round 1", Release(3.0, 0.25, 10))
+    assert ledger.epsilon() == epsilon(Release(3.0, 0.25, 10), 1e-4)
+    ledger.charge("something else", Release(5.0, 1.0, 1))
+    assert ledger.epsilon() == ledger.spent()["filter"]
+
+
+def test_a_plan_is_made_before_the_first_charge_or_not_at_all(tmp_path):
+    plan = Release(3.0, 0.25, 10)
+    Ledger(tmp_path / "a.sqlite", 8.0, 1e-4).charge("round 1", STEP)
+    with pytest.raises(UserError, match="opened for the plan none; now 10 steps of sigma 3"):
+        Ledger(tmp_path / "a.sqlite", 8.0, 1e-4, plan=plan)
+    with pytest.raises(BudgetError, match="the plan .* costs epsilon .*, more than the budget of 0.1"):
+        Ledger(tmp_path / "c.sqlite", 0.1, 1e-4, plan=plan)
+    assert not Ledger(tmp_path / "c.sqlite", 8.0, 1e-4, plan=plan).charges()
+
+
+# --- what is written, and by whom -------------------------------------------------------------------------------------
+
+
+def test_the_statement_names_time_mechanism_noise_rate_steps_unit_and_code(tmp_path):
+    from primia_lite import __version__
+
+    ledger = Ledger(tmp_path / "a.sqlite", 50.0, 1e-4, "film")
+    ledger.charge("round 1", STEP)
+    ledger.charge("round 2", STEP)
+    first, second = ledger.statement()
+    assert first["mechanism"].startswith("Poisson-subsampled Gaussian") and first["unit"] == "film"
+    assert (first["noise_multiplier"], first["sample_rate"], first["steps"]) == (1.0, 0.25, 2)
+    assert first["code"] == __version__ and first["time"].endswith("Z")
+    assert 0 < first["filter_epsilon"] < second["filter_epsilon"] == ledger.epsilon()
+
+
+def test_an_existing_ledger_opens_without_its_budget(tmp_path):
+    Ledger(tmp_path / "a.sqlite", 2.0, 1e-5, "film").charge("round 1", Release(9.0, 0.25, 1))
+    again = Ledger(tmp_path / "a.sqlite")
+    assert (again.target_epsilon, again.target_delta, again.unit) == (2.0, 1e-5, "film") and again.epsilon() > 0
+    with pytest.raises(UserError, match="there is no ledger"):
+        Ledger(tmp_path / "nowhere.sqlite")
+
+
+def test_other_databases_and_other_code_are_refused(tmp_path):
+    import sqlite3
+
+    for name, statements in {
+        "shop": ["CREATE TABLE orders (id INTEGER)"],
+        "older": ["CREATE TABLE budget (x)", "CREATE TABLE charges (x)"],
+        "newer": ["CREATE TABLE budget (x)", f"PRAGMA application_id = {0x504C4467}", "PRAGMA user_version = 99"],
+    }.items():
+        with sqlite3.connect(tmp_path / f"{name}.sqlite") as db:
+            for statement in statements:
+                db.execute(statement)
+        db.close()
+    with pytest.raises(UserError, match="is a database, but not a privacy ledger"):
+        Ledger(tmp_path / "shop.sqlite", 8.0, 1e-4)
+    for name, layout in (("older", 0), ("newer", 99)):
+        with pytest.raises(UserError, match=f"written by other code .ledger format {layout};"):
+            Ledger(tmp_path / f"{name}.sqlite", 8.0, 1e-4)
+
+
+def test_a_ledger_that_another_process_holds_is_named(tmp_path, monkeypatch):
+    import sqlite3
+
+    ledger = Ledger(tmp_path / "a.sqlite", 50.0, 1e-4)
+    holder = sqlite3.connect(tmp_path / "a.sqlite", isolation_level=None)
+    holder.execute("BEGIN EXCLUSIVE")
+    monkeypatch.setattr(Ledger, "_connect", lambda self: sqlite3.connect(self.path, timeout=0.1, isolation_level=None))
+    with pytest.raises(UserError, match="can't be charged .database is locked.*nothing was computed"):
+        ledger.charge("round 1", STEP)
+    with pytest.raises(UserError, match="database is locked.*wait for that one"):
+        Ledger(tmp_path / "a.sqlite", 50.0, 1e-4)
+    holder.execute("ROLLBACK")
+    holder.close()
+    ledger.charge("round 1", STEP)
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        ((0.0, 1e-4), "target_epsilon is 0"),
+        ((float("inf"), 1e-4), "target_epsilon is inf"),
+        ((1.0, None), "target_delta is None"),
+        ((1.0, 1.0), "target_delta is 1"),
+        ((1.0, 1e-4, "child"), "unit is 'child'"),
+    ],
+)
+def test_bad_budgets_are_named(tmp_path, budget, message):
+    with pytest.raises(UserError, match=message):
+        Ledger(tmp_path / "a.sqlite", *budget)
+
+
+RACER = textwrap.dedent(
+    """
+    import sys
+    from primia_lite.config import BudgetError
+    from primia_lite.privacy.accounting import Release
+    from primia_lite.privacy.ledger import Ledger
+    ledger = Ledger(sys.argv[1], 1.0, 1e-4)
+    for i in range(200):
+        try:
+            ledger.charge(f"{sys.argv[2]} {i}", Release(20.0, 1.0, 1))
+        except BudgetError:
+            print("refused", i, flush=True)
+            break
+        print("released", i, flush=True)
+    """
+)
+
+
+def test_two_processes_at_once_never_overspend_together(tmp_path):
+    """Each alone would stay within the budget for long; together they stop where one of them would."""
+    path = tmp_path / "a.sqlite"
+    command = [sys.executable, "-c", RACER, str(path)]
+    racers = [subprocess.Popen([*command, name], stdout=subprocess.PIPE, text=True) for name in ("x", "y")]
+    said = [racer.communicate(timeout=120)[0].splitlines() for racer in racers]
+    assert all(lines[-1].startswith("refused") for lines in said)
+    charges = Ledger(path).charges()
+    assert len(charges) == sum(line.startswith("released") for lines in said for line in lines)
+    order = Ledger(path).order
+    assert filter_epsilon(charges, 1e-4, order) <= 1.0 < filter_epsilon([*charges, charges[0]], 1e-4, order)

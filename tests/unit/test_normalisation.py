@@ -17,9 +17,9 @@ from primia_lite.privacy.dpsgd import Privacy
 from primia_lite.privacy.ledger import Ledger
 from primia_lite.privacy.rng import SecureGenerator
 
-PRIVACY = Privacy(1.0, 1.0, target_epsilon=8.0)
+PRIVACY = Privacy(1.0, 1.0, target_epsilon=8.0, unit="film")
 TINY = 1e-9  # noise too small to matter, and a budget that allows it
-ANY = Privacy(1.0, 1.0, target_epsilon=1e30)
+ANY = Privacy(1.0, 1.0, target_epsilon=1e30, unit="film")
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def hospitals():
 @pytest.fixture
 def without_accountant(monkeypatch):
     """Charges cost nothing to work out: for tests of the noise alone."""
-    monkeypatch.setattr("primia_lite.privacy.ledger.epsilon", lambda *_: 0.0)
+    monkeypatch.setattr("primia_lite.privacy.ledger.filter_epsilon", lambda *_: 0.0)
 
 
 def test_without_noise_it_is_the_mean_over_the_declared_sizes(hospitals, tmp_path, without_accountant):
@@ -95,9 +95,9 @@ def test_each_hospital_is_charged_before_it_computes(hospitals, tmp_path, withou
 def test_the_charge_is_one_gaussian_release_of_all_films(hospitals, tmp_path):
     mean_and_std_under_dp(hospitals, 2.0, tmp_path, PRIVACY, SecureGenerator())
     for name in "AB":
-        ledger = Ledger(tmp_path / f"ledger-{name}.sqlite", 8.0, 1e-4)
+        ledger = Ledger(tmp_path / f"ledger-{name}.sqlite")
         assert ledger.charges() == [Release(2.0, 1.0, 1)]
-        assert ledger.epsilon() == epsilon(Release(2.0, 1.0, 1), 1e-4)
+        assert ledger.spent()["pld"] == epsilon(Release(2.0, 1.0, 1), 1e-4) < ledger.epsilon()
 
 
 def test_a_charge_over_the_budget_computes_nothing(hospitals, tmp_path, monkeypatch):
@@ -108,11 +108,11 @@ def test_a_charge_over_the_budget_computes_nothing(hospitals, tmp_path, monkeypa
     tight = Privacy(1.0, 1.0, target_epsilon=0.1)
     with pytest.raises(BudgetError, match="ledger-A: normalisation would bring epsilon to"):
         mean_and_std_under_dp(hospitals, 2.0, tmp_path, tight, SecureGenerator())
-    assert Ledger(tmp_path / "ledger-A.sqlite", 0.1, 1e-4).charges() == []
+    assert Ledger(tmp_path / "ledger-A.sqlite").charges() == []
 
 
 def charges(folder: Path) -> int:
-    return len(Ledger(folder / "ledger-A.sqlite", 8.0, 1e-4).charges())
+    return len(Ledger(folder / "ledger-A.sqlite").charges())
 
 
 def test_a_repeat_is_charged_again_unless_a_seed_repeats_it(hospitals, tmp_path, without_accountant):
@@ -149,3 +149,17 @@ def test_a_second_release_has_noise_of_its_own(hospitals, tmp_path, without_acco
         mean_and_std_under_dp(hospitals, 1.0, tmp_path / f"s{i}", ANY, SecureGenerator.from_seed(1)) for i in (1, 2)
     ]
     assert seeded[0] == seeded[1]
+
+
+def test_a_patients_films_count_as_one(hospitals, tmp_path, without_accountant):
+    """Unit patient: the mean over patients of the mean over their films, and the declared number of patients."""
+    by_patient = Privacy(1.0, 1.0, target_epsilon=1e30)
+    name, films = hospitals[1]
+    mean, std = mean_and_std_under_dp([(name, films)], TINY, tmp_path, by_patient, SecureGenerator())
+    pixels = films.images.reshape(len(films), -1) / 255.0
+    patients = np.unique(films.patient_id)
+    assert len(patients) < len(films)
+    own = [pixels[films.patient_id == p] for p in patients]
+    each = np.array([[films.mean(), (films**2).mean()] for films in own])
+    want, square = each.sum(0) / declare_size(len(patients))
+    assert mean == pytest.approx(want, abs=1e-6) and std == pytest.approx(np.sqrt(square - want**2), abs=1e-6)

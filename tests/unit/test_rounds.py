@@ -20,7 +20,7 @@ from primia_lite.federation.aggregation import WeightedMean
 from primia_lite.federation.hospital import Hospital, Update, declare_size, local_update, mean_and_std_under_dp
 from primia_lite.federation.rounds import Schedule, federate, pool
 from primia_lite.models import Films, build
-from primia_lite.privacy.accounting import Release
+from primia_lite.privacy.accounting import Release, filter_epsilon, filter_order
 from primia_lite.privacy.dpsgd import Privacy
 from primia_lite.privacy.ledger import Ledger
 from primia_lite.privacy.rng import SecureGenerator
@@ -132,7 +132,11 @@ def test_update_survives_bytes():
 def test_epsilon_is_reported_for_each_hospital_and_as_the_maximum(tmp_path):
     result = federate(hospitals(), TRAINING, Schedule(3), PRIVACY, folder=tmp_path, progress=None)
     assert set(result.epsilon) == {"A", "B", "C"}
-    assert result.epsilon_max == max(result.epsilon.values()) == pytest.approx(PRIVACY.epsilon(0.5, 3))
+    filtered = filter_epsilon(PRIVACY.release(0.5, 3), 1e-4, filter_order(100.0, 1e-4))
+    assert result.epsilon_max == max(result.epsilon.values()) == pytest.approx(filtered)
+    planned = Privacy.for_budget(8.0, sample_rate=0.5, steps=3, max_grad_norm=0.5)
+    result = federate(hospitals(), TRAINING, Schedule(3), planned, folder=tmp_path / "planned", progress=None)
+    assert result.epsilon_max == pytest.approx(planned.epsilon(0.5, 3)) and result.epsilon_max <= 8.0
     assert not result.seeded and result.label == ""
     seeded = federate(hospitals(), TRAINING, Schedule(1), PRIVACY, folder=tmp_path / "s", noise_seed=1, progress=None)
     assert seeded.label == "seeded: not private"
@@ -270,7 +274,7 @@ def test_fresh_deletes_a_run_and_nothing_else(tmp_path):
     federate(hospitals(), TRAINING, Schedule(1), PRIVACY, folder=tmp_path, fresh=True, progress=None)
     result = federate(hospitals(), TRAINING, Schedule(2), PRIVACY, folder=tmp_path, fresh=True, progress=None)
     assert (tmp_path / "thesis.tex").exists()
-    assert result.epsilon_max == pytest.approx(PRIVACY.epsilon(0.5, 2))
+    assert sum(r.steps for r in result.hospitals[0].ledger(tmp_path, PRIVACY).charges()) == 2
     other = tmp_path / "other"
     Ledger(other / "ledger-A.sqlite", 100.0, 1e-4).charge("normalisation", Release(10.0, 1.0, 1))
     for _ in ("before a run", "after it"):
@@ -336,8 +340,6 @@ def test_contradictions_are_refused_before_anything_is_charged(tmp_path):
         federate(group, TRAINING, Schedule(1), progress=None)
     with pytest.raises(UserError, match="prepared in different ways"):
         pool(group)
-    with pytest.raises(UserError, match="target_delta is 0.01, but hospital C declares 100 films"):
-        federate(hospitals(), TRAINING, Schedule(1), Privacy(1.0, 1.0, 8.0, 0.01), folder=tmp_path, progress=None)
     with pytest.raises(UserError, match="declared_size is -5"):
         Hospital("A", tabular(10), declared_size=-5)
     for epsilon, delta in ((-3.0, 1e-4), (float("inf"), 1e-4), (8.0, 7.0)):
@@ -401,16 +403,85 @@ def test_a_folder_of_another_run_is_refused_and_fresh_replaces_it(tmp_path):
     federate(hospitals(), TRAINING.changed(learning_rate=0.1), Schedule(2), folder=tmp_path, fresh=True, progress=None)
 
 
+# --- units and ledgers ------------------------------------------------------------------------------------------------
+
+
+def families(n=60, seed=0, films_each=3):
+    films = tabular(n, seed)
+    return replace(films, patient_id=np.array([f"{seed}-{i // films_each}" for i in range(n)]))
+
+
+def test_the_unit_sets_the_declared_number_the_weights_and_the_ledger(tmp_path):
+    group = [Hospital("A", families(60)), Hospital("B", tabular(60, 1))]
+    assert [(h.declared_size, h.declared_patients) for h in group] == [(60, 20), (60, 60)]
+    by_patient = Privacy(2.0, 0.5, target_epsilon=100.0)
+    by_film = replace(by_patient, unit="film")
+    assert [group[0].declared(p) for p in (by_patient, by_film, None)] == [20, 60, 60]
+    weights = []
+
+    class Watch:
+        name = "watch"
+
+        def aggregate(self, updates, given):
+            weights.append(given)
+            return WeightedMean().aggregate(updates, given)
+
+    for privacy in (by_patient, by_film, None):
+        where = tmp_path / (privacy.unit if privacy else "plain")
+        federate(group, TRAINING, Schedule(1), privacy, folder=where, aggregator=Watch(), progress=None)
+    assert weights == [{"A": 0.25, "B": 0.75}, {"A": 0.5, "B": 0.5}, {"A": 0.5, "B": 0.5}]
+    assert Ledger(tmp_path / "patient" / "ledger-A.sqlite").unit == "patient"
+    assert Ledger(tmp_path / "film" / "ledger-A.sqlite").unit == "film"
+
+
+def test_a_lasting_ledger_counts_every_run_and_outlives_fresh(tmp_path):
+    lasting = Ledger(tmp_path / "hospital-A.sqlite", 9.0, 1e-4)
+    group = hospitals()
+    group[0].lasting_ledger = lasting
+    for name in ("first", "second"):
+        for _ in range(2):
+            federate(group, TRAINING, Schedule(2), PRIVACY, folder=tmp_path / name, fresh=True, progress=None)
+    assert sum(r.steps for r in lasting.charges()) == 8
+    assert [row["what"] for row in lasting.statement()][:3] == [
+        "first: round 1", "first: round 2", "first: round 1 (again 1)"
+    ]  # fmt: skip
+    assert not (tmp_path / "first" / "ledger-A.sqlite").exists()
+    with pytest.raises(BudgetError, match="hospital-A: third: round"):
+        federate(group, TRAINING, Schedule(90), PRIVACY, folder=tmp_path / "third", progress=None)
+    assert lasting.epsilon() <= 9.0
+    with pytest.raises(UserError, match="ledger counts by patient, the run by film"):
+        group[0].update(1, {}, TRAINING, replace(PRIVACY, unit="film"), SecureGenerator(), tmp_path)
+    with pytest.raises(UserError, match="noise comes from a seed"):
+        group[0].update(1, {}, TRAINING, PRIVACY, SecureGenerator.from_seed(1), tmp_path)
+
+
+def test_a_delta_that_allows_publishing_a_patient_warns(tmp_path):
+    generous = Privacy(1.0, 1.0, 80.0, 0.01)
+    with pytest.warns(UserWarning, match="target_delta is 0.01, but hospital C declares 100 patients"):
+        federate(hospitals(), TRAINING, Schedule(1), generous, folder=tmp_path, progress=None)
+
+
+def test_a_refused_step_stays_charged(tmp_path):
+    group = hospitals()
+    group[0].films.inputs[3] = float("inf")
+    with pytest.raises(TrainingError, match="hospital A, round 1: a gradient isn't finite .*its budget stays spent"):
+        federate(group, TRAINING.changed(sample_rate=1.0), Schedule(1), PRIVACY, folder=tmp_path, progress=None)
+    assert group[0].ledger(tmp_path, PRIVACY).charges() == [Release(2.0, 1.0, 1)]
+    assert not list(tmp_path.glob("update-*"))
+
+
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
 def test_a_spent_budget_stops_the_run_and_keeps_what_was_reached(tmp_path):
-    tight = Privacy(2.0, 0.5, target_epsilon=PRIVACY.epsilon(0.5, 2) + 0.01)
+    tight, order = Privacy(2.0, 0.5, target_epsilon=3.0), filter_order(3.0, 1e-4)
+    fits = max(n for n in range(20) if filter_epsilon(tight.release(0.5, n), 1e-4, order) <= 3.0)
+    assert 1 <= fits < 12
     with pytest.raises(
-        BudgetError, match="ledger-A: round 3 would bring epsilon to .*over the budget.*in checkpoint.pt"
+        BudgetError, match=f"ledger-A: round {fits + 1} would bring epsilon to .*over the budget.*in checkpoint.pt"
     ):
-        federate(hospitals(), TRAINING, Schedule(5), tight, folder=tmp_path, progress=None)
-    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["round"] == 2
+        federate(hospitals(), TRAINING, Schedule(12), tight, folder=tmp_path, progress=None)
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["round"] == fits
 
 
 def test_an_exploding_loss_names_hospital_and_round():

@@ -83,7 +83,7 @@ def test_a_batch_in_parts_takes_the_same_step(monkeypatch, extra):
     films = tabular(n=50)
     training = Training(sample_rate=0.6, local_steps=5, learning_rate=0.5, augmentation=extra)
     whole, losses = run(films, training)
-    monkeypatch.setattr(product._PlainStep, "part_size", 7)
+    monkeypatch.setattr(product, "_PART_FILMS", 7)
     parts, losses_of_parts = run(films, training)
     same(whole, parts, atol=1e-6, rtol=1e-5)
     np.testing.assert_allclose(losses, losses_of_parts, rtol=1e-5)
@@ -133,12 +133,10 @@ def test_mixup_mixes_labels_as_it_mixes_films():
     index = torch.randperm(16)
     shares = []
     for seed in range(20):
-        losses = product._loss_function(
-            films, index, training, None, torch.Generator().manual_seed(seed), all_views=False
-        )
+        losses = product._loss_function(films, index, training, None, torch.Generator().manual_seed(seed))
         seen = []
         got = losses(lambda x, seen=seen: seen.append(x) or model(x), index)
-        assert got.shape == (1, 16)
+        assert got.shape == (16,)
         (mixed,) = seen
         own = films.inputs[index, 0]
         # Which partner and which share: every mixed film lies on the line from its own film to some film of the batch.
@@ -156,7 +154,7 @@ def test_mixup_mixes_labels_as_it_mixes_films():
                 + share * F.cross_entropy(logits, films.labels[index[j]])
                 for j, share in fits
             ]
-            assert min(abs(float((value - got[0, i]).detach())) for value in values) < 1e-4
+            assert min(abs(float((value - got[i]).detach())) for value in values) < 1e-4
             shares.append(fits[0][1])
     assert min(shares) + 1e-6 >= 0 and max(shares) <= 1 + 1e-6 and np.std(shares) > 0.1
 
@@ -165,9 +163,9 @@ def test_mixup_of_one_film_is_the_film():
     films = tabular(n=5)
     training = Training(augmentation=("mixup",))
     model, index = nn.Linear(6, 3), torch.tensor([2])
-    losses = product._loss_function(films, index, training, None, torch.Generator().manual_seed(0), all_views=False)
+    losses = product._loss_function(films, index, training, None, torch.Generator().manual_seed(0))
     want = F.cross_entropy(model(films.inputs[index, 0]), films.labels[index])
-    torch.testing.assert_close(losses(model, index)[0, 0], want)
+    torch.testing.assert_close(losses(model, index)[0], want)
 
 
 # --- views ------------------------------------------------------------------------------------------------------------
@@ -179,11 +177,11 @@ def test_each_view_is_drawn_about_equally_often():
         torch.arange(float(views)).view(1, views, 1).repeat(n, 1, 1), torch.zeros(n).long(), np.arange(n).astype(str)
     )
     drawn = augment(films, torch.arange(n), ("jitter",), torch.Generator().manual_seed(0), all_views=False)
-    assert drawn.shape == (1, n, 1)
+    assert drawn.shape == (n, 1, 1)
     counts = torch.bincount(drawn.flatten().long(), minlength=views).numpy()
     assert (abs(counts - n / views) < 5 * np.sqrt(n / views)).all()
     everything = augment(films, torch.tensor([5, 9]), ("jitter",), torch.Generator(), all_views=True)
-    assert everything.shape == (views, 2, 1) and everything[:, 0, 0].tolist() == [0, 1, 2, 3]
+    assert everything.shape == (2, views, 1) and everything[0, :, 0].tolist() == [0, 1, 2, 3]
 
 
 def pixels(n=12, size=20):
@@ -196,14 +194,14 @@ def test_pixels_are_changed_anew_and_keep_their_scale(all_views):
     films = pixels()
     index, generator = torch.arange(12), torch.Generator().manual_seed(0)
     plain = augment(films, index, (), generator, all_views=all_views)
-    assert torch.equal(plain[0], films.inputs[:, 0])
+    assert torch.equal(plain, films.inputs)
     kinds = ("flip", "shift", "jitter")
     first, second = (augment(films, index, kinds, generator, all_views=all_views) for _ in range(2))
     assert first.shape == plain.shape and not torch.equal(first, second)
     grey = films.denormalise(first)
     assert grey.min() >= -1e-6 and grey.max() <= 1 + 1e-6
     nobody = augment(films, index[:0], kinds, generator, all_views=all_views)
-    assert nobody.shape == (1, 0, 1, 20, 20)
+    assert nobody.shape == (0, 1, 1, 20, 20)
 
 
 def test_predict_averages_the_logits_of_a_films_views():
