@@ -120,10 +120,10 @@ class Spec:
 
 
 def linear_head(n_classes: int, in_shape: tuple[int, ...], **_) -> nn.Module:
-    """One linear layer that starts at zero: every film begins at even odds."""
-    head = nn.Linear(in_shape[-1], n_classes)
+    """One linear layer that starts at zero: every film begins at even odds. What would be its bias is the weight of a
+    constant feature (see :func:`features`)."""
+    head = nn.Linear(in_shape[-1], n_classes, bias=False)
     nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
     return head
 
 
@@ -213,20 +213,24 @@ def _extractor(kind: Callable):
 _EXTRACTOR_VERSION = {"litenet": 2, "scatternet": 2}
 # Of the whitening: enough phantoms for a covariance, its smallest directions raised to a share of the largest.
 _PUBLIC_FILMS, _PUBLIC_SEED, _FLOOR = 600, 7919, 0.003
+_BIAS_INPUT = 0.1
 
 
 def features(name: str, images: np.ndarray, *, cache: bool = True, progress: bool = True) -> np.ndarray:
-    """Features of a frozen network, centred and whitened on phantom films, float32 [N, D], each film's of L2 norm 1.
+    """Features of a frozen network, centred and whitened on phantom films, each film's of L2 norm 1, and the constant
+    0.1: float32 [N, D + 1].
 
     Raw features share most of their length, and the rest lies in few directions: a clipped gradient spends its budget
-    there. The whitening is fitted on films that the phantom draws, so it is public and costs no ε.
+    there. The whitening is fitted on films that the phantom draws, so it is public and costs no ε. The constant is what
+    a bias would see; an ordinary bias sees 1, and takes half of each clipped gradient's squared length.
 
     Parameters
     ----------
     images : uint8 [N, H, W]
     """
     mean, whiten = _whitening(name, images.shape[-1])
-    return F.normalize(torch.from_numpy(_extract(name, images, cache, progress) - mean) @ whiten, dim=1).numpy()
+    white = F.normalize(torch.from_numpy(_extract(name, images, cache, progress) - mean) @ whiten, dim=1)
+    return F.pad(white, (0, 1), value=_BIAS_INPUT).numpy()
 
 
 @functools.lru_cache(maxsize=4)

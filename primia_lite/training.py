@@ -137,7 +137,7 @@ def train(
         remedy = f"lower learning_rate (now {training.learning_rate}), or check the films for values that aren't finite"
         try:
             if privacy:
-                losses.append(step(batch, _private_rows(films, batch, training, privacy, weight, shuffle)))
+                losses.append(step(batch, private_rows(films, batch, training, privacy, weight, shuffle)))
             else:
                 losses.append(step(_loss_function(films, batch, training, weight, shuffle), batch))
         except FloatingPointError as error:
@@ -191,7 +191,7 @@ def _class_weights(training: Training, labels: torch.Tensor) -> torch.Tensor | N
     return torch.tensor(training.class_weights, dtype=torch.float32)
 
 
-def _private_rows(
+def private_rows(
     films: Films, batch: PoissonBatch, training: Training, privacy: Privacy, weight, generator: torch.Generator
 ) -> Iterator[Rows]:
     """The films of the units of a batch, whole units at a time.

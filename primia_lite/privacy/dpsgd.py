@@ -188,7 +188,8 @@ class PrivateStep:
         self.model, self.optimizer, self.privacy, self.rng = model, optimizer, privacy, rng
         self.expected_batch = expected_batch
         # A linear head on features that don't change needs no backward pass through anything.
-        self.head = HeadGram.of(films, privacy.unit) if isinstance(model, nn.Linear) and films is not None else None
+        linear = isinstance(model, nn.Linear) and model.bias is None
+        self.head = HeadGram.of(films, privacy.unit) if linear and films is not None else None
 
     def __call__(self, batch: PoissonBatch, parts: Iterator[Rows]) -> float:
         """Take the step; returns the mean loss (private), nan for an empty batch.
@@ -240,8 +241,8 @@ def _losses(rows: Rows, model: nn.Module) -> torch.Tensor:
 class HeadGram:
     """Inner products of the feature rows that belong to one unit: all that a linear head's gradient norms need.
 
-    The gradient of a unit is the sum over its rows of e_i (x_i, 1)^T, e_i the loss's derivative by the logits, so its
-    squared norm is the sum over pairs of rows of (e_i . e_j) (x_i . x_j + 1) (the identity behind ghost clipping,
+    The gradient of a unit is the sum over its rows of e_i x_i^T, e_i the loss's derivative by the logits, so its
+    squared norm is the sum over pairs of rows of (e_i . e_j) (x_i . x_j) (the identity behind ghost clipping,
     Goodfellow 2015; Li et al. 2022). The features don't change, so the second factors are computed once.
     """
 
@@ -256,7 +257,7 @@ class HeadGram:
             for some in alike.split(max(1, _PART_BYTES // (4 * m * views * d))):
                 x = inputs[units.films(some)].view(len(some), m * views, d)
                 gram = torch.bmm(x, x.transpose(1, 2))[:, i, j].double()
-                product.append(((gram + 1.0) * weight).flatten())
+                product.append((gram * weight).flatten())
                 first.append(i.repeat(len(some)))
                 second.append(j.repeat(len(some)))
                 pairs_of.append(some.repeat_interleave(len(i)))
@@ -276,7 +277,7 @@ class HeadGram:
     def clipped_sum(self, head: nn.Linear, rows: Rows, max_grad_norm: float):
         """As :func:`primia_lite.privacy.clipping.clipped_sum`, in closed form."""
         with torch.no_grad():
-            logits = (head.weight @ rows.inputs.T).T + head.bias  # for few classes faster than head(inputs)
+            logits = (head.weight @ rows.inputs.T).T  # for few classes faster than head(inputs)
         logits.requires_grad_()
         losses = rows.losses(logits)
         (error,) = torch.autograd.grad(losses.sum(), logits)
@@ -289,4 +290,4 @@ class HeadGram:
         square = torch.zeros(len(count), dtype=torch.float64).index_add_(0, unit, product.sum(0) * self.product[pair])
         norms = square.clamp(min=0).sqrt().float()
         error = error * (max_grad_norm / norms).clamp(max=1.0).repeat_interleave(rows.count)[:, None]
-        return {"weight": error.T @ rows.inputs, "bias": error.sum(0)}, norms, losses.detach()
+        return {"weight": error.T @ rows.inputs}, norms, losses.detach()

@@ -144,10 +144,11 @@ def test_scatternet_equals_kymatio(films):
 # --- features and their cache -----------------------------------------------------------------------------------------
 
 
-def test_features_have_unit_norm(few_public_films, films):
+def test_features_have_unit_norm_and_a_small_constant_for_the_bias(few_public_films, films):
     out = models.features("scatternet", films.images)
-    assert out.shape == (10, 868) and out.dtype == np.float32
-    np.testing.assert_allclose(np.linalg.norm(out, axis=1), 1.0, atol=1e-5)
+    assert out.shape == (10, 869) and out.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(out[:, :-1], axis=1), 1.0, atol=1e-5)
+    assert (out[:, -1] == np.float32(0.1)).all()
 
 
 def test_whitened_features_are_centred_and_spread_on_films_not_seen_before(few_public_films, monkeypatch):
@@ -262,7 +263,7 @@ def test_views_of_a_frozen_network(few_public_films, films, monkeypatch, kinds, 
 
 def test_first_view_of_a_frozen_network_is_the_film_itself(few_public_films, films):
     out = models.prepare("scatternet", films, augmentation=("flip",))
-    assert out.inputs.shape == (10, 2, 868)
+    assert out.inputs.shape == (10, 2, 869)
     np.testing.assert_array_equal(out.inputs[:, 0].numpy(), models.features("scatternet", films.images))
     np.testing.assert_array_equal(
         out.inputs[:, 1].numpy(), models.features("scatternet", np.ascontiguousarray(films.images[:, :, ::-1]))
