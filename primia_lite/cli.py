@@ -54,6 +54,10 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("--sheet", metavar="PNG", help="save a contact sheet: films of each class, side by side")
     data.set_defaults(call=_data)
 
+    ledger = commands.add_parser("ledger", help="what a hospital's privacy ledger was charged for, and what is left")
+    ledger.add_argument("file", metavar="FILE", help="such as runs/smoke-phantom/state/.../ledger-A.sqlite")
+    ledger.set_defaults(call=_ledger)
+
     bench = commands.add_parser("bench", help="list the benchmarks, or run one")
     bench.add_argument("name", nargs="?")
     bench.add_argument("arguments", nargs=argparse.REMAINDER, help="given to the benchmark")
@@ -85,6 +89,13 @@ def _data(args: argparse.Namespace) -> int:
     print(describe.table(films))
     if args.sheet:
         print(f"contact sheet: {describe.save_sheet(films, args.sheet)}")
+    return 0
+
+
+def _ledger(args: argparse.Namespace) -> int:
+    from primia_lite import describe
+
+    print(describe.ledger(args.file))
     return 0
 
 

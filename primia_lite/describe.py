@@ -1,4 +1,4 @@
-"""``primia-lite data``: which sources there are, what is in one, and how its films look."""
+"""``primia-lite data`` and ``primia-lite ledger``: what there is, as text and pictures."""
 
 from __future__ import annotations
 
@@ -102,3 +102,34 @@ def save_sheet(films: ChestXrays, path: str | Path, per_class: int = 8) -> Path:
     buffer = io.BytesIO()
     canvas.save(buffer, "PNG")
     return write_atomic(path, buffer.getvalue())
+
+
+def ledger(path: str | Path) -> str:
+    """Every charge of a privacy ledger, what is spent by each way of counting, and the budget.
+
+    Raises
+    ------
+    UserError
+        There is no such ledger, or it can't be read.
+    """
+    from primia_lite.privacy.ledger import Ledger
+
+    book = Ledger(path)
+    rows = [("time", "release", "sigma", "q", "steps", "unit", "code", "epsilon so far (filter)")]
+    rows += [
+        (r["time"], r["what"], f"{r['noise_multiplier']:g}", f"{r['sample_rate']:g}", r["steps"], r["unit"], r["code"],
+         f"{r['filter_epsilon']:.3f}") for r in book.statement()
+    ]  # fmt: skip
+    spent = book.spent()
+    rule = {
+        "plan": "its plan, fixed before the first charge, counts by PLD and allows nothing else",
+        "filter": f"an RDP filter of order {spent['order']} decides, valid for parameters chosen along the way",
+    }[spent["rule"]]
+    return "\n".join([
+        _columns(rows),
+        "",
+        f"spent   epsilon {spent['epsilon']:.3f} of {spent['budget']:g} at delta {spent['delta']:g}, for one "
+        f"{spent['unit']}, added or removed",
+        f"        by the filter {spent['filter']:.3f}; by PLD, if all was fixed in advance, {spent['pld']:.3f}",
+        f"rule    {rule}",
+    ])  # fmt: skip

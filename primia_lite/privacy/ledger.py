@@ -255,8 +255,8 @@ class Ledger:
         raise BudgetError(
             f"{self.path.stem}: {rule} (delta {self.target_delta:g}, unit {self.unit}, by "
             f"{'PLD' if self.by_plan else f'an RDP filter of order {self.order}'}; {count(spent):.3f} is spent). "
-            "Nothing was computed; rounds done so far are in checkpoint.pt of the run's folder. To go further, start "
-            "a run with more noise or fewer steps"
+            "Nothing was computed. Ask for more noise or fewer steps; what a run has reached is in checkpoint.pt of "
+            "its folder"
         )
 
 

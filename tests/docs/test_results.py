@@ -31,9 +31,26 @@ def test_results_have_origin_and_shape(path):
      "acc3_federated_dp", "mcc3_federated_dp"],
 )  # fmt: skip
 def test_readme_quotes_the_paper_profile(metric):
-    entry = metrics("paper/02_federated_dp_training.json")[metric]
-    quoted = f"{entry['mean']:.3f} ± {entry['std']:.3f} [{entry['ci95_low']:.3f}, {entry['ci95_high']:.3f}]"
-    assert quoted in README
+    assert quoted(metrics("paper/02_federated_dp_training.json")[metric]) in README
+
+
+def quoted(entry: dict) -> str:
+    return f"{entry['mean']:.3f} ± {entry['std']:.3f} [{entry['ci95_low']:.3f}, {entry['ci95_high']:.3f}]"
+
+
+@pytest.mark.parametrize("network", ["", "scatternet_"])
+@pytest.mark.parametrize("label", ["8", "1", "05"])
+def test_readme_quotes_what_privacy_costs(label, network):
+    found = metrics("paper/03_privacy_accounting.json")
+    for name in ("auroc", "mcc3"):
+        assert quoted(found[f"{name}_{network}patient_eps{label}"]) in README
+    assert f"({found[f'epsilon_patient_eps{label}']['mean']:.3f} spent)" in README
+
+
+def test_readme_quotes_the_benchmark_of_private_steps():
+    found = metrics("bench/dpsgd.json")
+    for name in ("ratio_head_to_plain", "ratio_cnn_to_plain", "speedup_cnn_over_opacus_hooks"):
+        assert f"{found[name]['median']:.2f}x" in README
 
 
 def test_readme_quotes_the_benchmark():
@@ -47,6 +64,6 @@ def test_readme_quotes_the_benchmark_of_the_commands():
         f"{found['setup_s']['median']:.0f} s, {found['setup_disk_gib']['median']:.1f} GiB of disk",
         f"{found['run_s']['median']:.0f} s, {found['run_peak_memory_mib']['median']:,.0f} MiB",
         f"{found['test_s']['median'] / 60:.1f} minutes",
-        *(f"| {found[f'notebook_{number}_s']['median']:.0f} s |" for number in ("00", "01", "02")),
+        *(f"| {found[f'notebook_{number}_s']['median']:.0f} s |" for number in ("00", "01", "02", "03")),
     ]
     assert [quote for quote in quotes if quote not in README] == []

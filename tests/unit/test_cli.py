@@ -213,3 +213,17 @@ def test_a_profile_with_a_mistake_is_named(tmp_path, monkeypatch, text, message)
     monkeypatch.setattr(config, "repo_root", lambda: tmp_path)
     with pytest.raises(config.UserError, match=message):
         reproduce.plan("mine", notebooks=tmp_path / "notebooks")
+
+
+def test_ledger_prints_charges_what_is_spent_and_the_rule(tmp_path, capsys):
+    from primia_lite.privacy.accounting import Release
+    from primia_lite.privacy.ledger import Ledger
+
+    book = Ledger(tmp_path / "ledger-A.sqlite", 8.0, 1e-4)
+    book.charge("round 1", Release(2.0, 0.5, 3))
+    assert cli.main(["ledger", str(tmp_path / "ledger-A.sqlite")]) == 0
+    out = capsys.readouterr().out
+    assert "round 1" in out and "for one patient" in out and "an RDP filter of order 3 decides" in out
+    assert f"epsilon {book.epsilon():.3f} of 8 at delta 0.0001" in out
+    assert cli.main(["ledger", str(tmp_path / "nowhere.sqlite")]) == 2
+    assert "there is no ledger" in capsys.readouterr().err
