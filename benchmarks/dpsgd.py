@@ -2,7 +2,7 @@
 
 Same model, same batch, one thread, steps of all ways interleaved; medians, and medians of the paired ratios. Every
 private step is whole: clipping, sum, noise (ours from ChaCha20, Opacus's from torch's generator), update. The linear
-head is notebook 02's on real films: 1,060 patients with 1 to 30 films, four views, 2,369 features, a quarter of the
+head is notebook 02's on real films: 1,060 patients with 1 to 30 films, four views, 2,369 features, half of the
 patients in a step, unit patient; gathering the batch is counted. The networks see 64 random films of 64 px, unit film.
 """
 
@@ -147,7 +147,7 @@ def hospital_films(patients: int = 1060, views: int = 4, d: int = 2369) -> Films
     return Films(inputs, torch.randint(3, (len(owner),), generator=generator), owner.astype(str), model="litenet")
 
 
-def head_steps(sample_rate: float = 0.25) -> dict[str, Step]:
+def head_steps(sample_rate: float = 0.5) -> dict[str, Step]:
     hospital = hospital_films()
     units, views = hospital.units("patient"), hospital.inputs.shape[1]
     training = Training(sample_rate=sample_rate, label_smoothing=0.1)
@@ -229,7 +229,7 @@ def main() -> None:
             [difference_to_opacus(name)], "largest difference to Opacus / length of the sum"
         )
     for target in (8.0, 1.0, 0.5):
-        release = Release(calibrate_noise_multiplier(target, 1e-4, 0.25, 101), 0.25, 101)
+        release = Release(calibrate_noise_multiplier(target, 1e-4, 0.5, 41), 0.5, 41)
         started = time.perf_counter()
         bracket = epsilon_bracket(release, 1e-4)
         label = f"{target:g}".replace(".", "")

@@ -147,8 +147,10 @@ def train(
     return losses
 
 
-# Networks that are trained whole see so many films at once.
+# Networks that are trained whole see so many films at once; a linear head as many as the processor's cache holds, since
+# each row is read twice.
 _PART_FILMS = 256
+_CACHE_BYTES = 8 * 2**20
 
 
 class _PlainStep:
@@ -199,8 +201,7 @@ def private_rows(
     All cached views of a film count (augmentation multiplicity, De et al. 2022), as parts of its unit's one gradient.
     """
     owned = films.units(privacy.unit)
-    # Features are small: only networks that are trained whole need parts.
-    limit = _PART_FILMS if films.inputs.dim() == 5 else len(films)
+    limit = _PART_FILMS if films.inputs.dim() == 5 else _CACHE_BYTES // films.inputs[0].nbytes
     for units in _split_units(batch.units, owned.count, limit):
         index = owned.films(units)
         inputs = augment(films, index, training.augmentation, generator, all_views=True)  # [B, V, ...]
@@ -275,10 +276,8 @@ def augment(films, index: torch.Tensor, augmentation: tuple[str, ...], generator
 
 def _gathered(films: Films, index: torch.Tensor) -> torch.Tensor:
     """Inputs of some films, in memory that the next call uses again: fresh pages cost as much as a step of a head."""
-    if torch.equal(index, torch.arange(len(films))):
-        return films.inputs
-    if "gathered" not in films.cache:
-        films.cache["gathered"] = torch.empty_like(films.inputs)
+    if len(films.cache.get("gathered", ())) < len(index):
+        films.cache["gathered"] = torch.empty(len(index), *films.inputs.shape[1:])
     return torch.index_select(films.inputs, 0, index, out=films.cache["gathered"][: len(index)])
 
 

@@ -62,6 +62,7 @@ def test_clipped_sum_equals_plain_torch(name, part_films, unit, monkeypatch):
         for p in model.parameters():
             p += 0.05 * torch.randn_like(p)
     monkeypatch.setattr("primia_lite.training._PART_FILMS", part_films)
+    monkeypatch.setattr("primia_lite.training._CACHE_BYTES", part_films * 3 * 6 * 4)  # of the head
     bound = 0.6
     expected = clipped_sum(model, films, bound, unit)
     moved = all_in(model, films, Privacy(TINY, bound, 8, unit=unit), expected=5.0)
