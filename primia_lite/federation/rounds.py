@@ -229,6 +229,14 @@ def _run(hospitals, training, schedule, privacy, seed, noise_seed, folder, valid
     if folder:
         server.resume(folder, salt, key)
         _check_ledgers(hospitals, training, privacy, server.round, folder)
+    left = (schedule.rounds - server.round) * training.steps_per_round
+    for h in hospitals if privacy and left else ():
+        if not h.ledger(folder, privacy).affords(privacy.release(training.sample_rate, left)):
+            warnings.warn(
+                f"hospital {h.name}'s ledger can't afford all {schedule.rounds - server.round} rounds: the run will "
+                "stop early. Plan it with Privacy.for_budget, or take more noise or fewer rounds",
+                stacklevel=3,
+            )
     show = RoundProgress(progress, schedule.rounds, server.history) if isinstance(progress, str) else progress
     for number in range(server.round + 1, schedule.rounds + 1):
         updates = {

@@ -224,7 +224,7 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
 
 
 def clt_mu(releases: Releases) -> float:
-    """μ = q sqrt(T (exp(1 / σ²) - 1)), the limit of many steps (Bu, Dong, Long, Su 2020, corollary 4)."""
+    """μ = q sqrt(T (exp(1 / σ²) - 1)), the limit of many steps (Bu, Dong, Long, Su 2020)."""
     return math.sqrt(
         sum(r.sample_rate**2 * r.steps * math.expm1(min(700.0, r.noise_multiplier**-2)) for r in merge(releases))
     )
@@ -249,7 +249,7 @@ def filter_order(target_epsilon: float, target_delta: float, plan: Releases = ()
 def filter_epsilon(releases: Releases, delta: float, order: int) -> float:
     """ε of releases whose parameters may depend on what was released before.
 
-    Feldman and Zrnic (2021, theorem 4.3): if a mechanism stops before the sum of its Rényi divergences of one order,
+    Feldman and Zrnic (2021): if a mechanism stops before the sum of its Rényi divergences of one order,
     fixed in advance, exceeds a bound, then it has that bound as a whole, however its parameters were chosen. Converted
     to (ε, δ) as by Canonne, Kamath and Steinke (2020, proposition 12).
     """

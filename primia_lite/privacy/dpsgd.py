@@ -270,9 +270,10 @@ class HeadGram:
 
     @classmethod
     def of(cls, films: Films, unit: str) -> HeadGram:
-        if ("gram", unit) not in films.cache:
-            films.cache["gram", unit] = cls(films.inputs, films.units(unit))
-        return films.cache["gram", unit]
+        key = ("gram", unit, films.inputs._version)  # films that were changed in place have other norms
+        if key not in films.cache:
+            films.cache[key] = cls(films.inputs, films.units(unit))
+        return films.cache[key]
 
     def clipped_sum(self, head: nn.Linear, rows: Rows, max_grad_norm: float):
         """As :func:`primia_lite.privacy.clipping.clipped_sum`, in closed form."""

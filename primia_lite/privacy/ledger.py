@@ -240,6 +240,14 @@ class Ledger:
         )  # fmt: skip
         db.execute("COMMIT")
 
+    def affords(self, release: Release) -> bool:
+        """Whether a release could be charged now. Charges nothing."""
+        try:
+            self._allow("", self.charges(), release)
+        except BudgetError:
+            return False
+        return True
+
     def _allow(self, what: str, spent: list[Release], release: Release) -> None:
         after = [*spent, release]
         if self.by_plan and self.within_plan(after):

@@ -105,6 +105,9 @@ def test_the_heads_closed_form_gives_the_norms_of_autograd(views):
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
     assert HeadGram.of(films, "patient") is HeadGram.of(films, "patient")
     assert HeadGram.of(films.subset(np.arange(5)), "patient") is not HeadGram.of(films, "patient")
+    before = HeadGram.of(films, "patient")
+    films.inputs[0] *= 2  # films that are changed in place are measured anew
+    assert HeadGram.of(films, "patient") is not before
 
 
 @pytest.mark.parametrize("name", ["litenet", "ckksnet"])
