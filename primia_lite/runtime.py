@@ -117,11 +117,12 @@ def write_atomic(path: str | Path, content: bytes | Callable[[IO[bytes]], object
     finally:
         if partial:
             Path(partial).unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
     return path
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make new, renamed and deleted files of a folder outlive a power cut, where the system can."""
     # Without this a power cut can undo the rename on some file systems.
     if os.name == "posix":
         with suppress(OSError):  # some network file systems can't: the file itself is written

@@ -199,6 +199,7 @@ def private_rows(
     """The films of the units of a batch, whole units at a time.
 
     All cached views of a film count (augmentation multiplicity, De et al. 2022), as parts of its unit's one gradient.
+    Parts share their memory: use each one up before the next is asked for.
     """
     owned = films.units(privacy.unit)
     limit = _PART_FILMS if films.inputs.dim() == 5 else _CACHE_BYTES // films.inputs[0].nbytes

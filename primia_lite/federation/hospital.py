@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from primia_lite.data import ChestXrays
 from primia_lite.models import Films
 from primia_lite.privacy.accounting import Release
 from primia_lite.privacy.dpsgd import Privacy
-from primia_lite.privacy.ledger import Ledger
+from primia_lite.privacy.ledger import Ledger, charged_for
 from primia_lite.privacy.rng import SecureGenerator
 from primia_lite.runtime import cores, torch_threads, write_atomic
 from primia_lite.training import Training, check_options, train
@@ -152,6 +153,12 @@ class Hospital:
             raise UserError(
                 f"hospital {self.name} has films of one class only (label {only}): give it another partition"
             )
+        # A step that is refused because a gradient isn't finite can be seen from outside, and ε doesn't cover that: the
+        # common cause is kept from ever reaching one.
+        if not (finite := torch.isfinite(self.films.inputs).flatten(1).all(1)).all():
+            raise UserError(
+                f"hospital {self.name}: film {int((~finite).nonzero()[0])} has values that aren't finite: leave it out"
+            )
         self.declared_size = self.declared_size or declare_size(len(self.films))
         self.declared_patients = self.declared_patients or declare_size(len(self.films.units("patient")))
         if min(self.declared_size, self.declared_patients) < 1:
@@ -177,7 +184,7 @@ class Hospital:
         Raises
         ------
         UserError
-            The lasting ledger counts another unit, or the run's own ledger is another budget's.
+            The lasting ledger counts another unit, or the run's own ledger is another budget's or was deleted.
         """
         if self.lasting_ledger:
             if self.lasting_ledger.unit != privacy.unit:
@@ -188,9 +195,17 @@ class Hospital:
             return self.lasting_ledger
         path = folder / f"ledger-{self.name}.sqlite"
         budget = (privacy.target_epsilon, privacy.target_delta, privacy.unit, privacy.plan)
-        if (path, budget) not in self._ledgers or not path.exists():
+        if (path, budget) not in self._ledgers:
             self._ledgers[path, budget] = Ledger(path, *budget)
+        if not path.exists():
+            raise UserError(
+                f"hospital {self.name}'s ledger {path} is gone: restore it from a backup, or start anew with fresh=True"
+            )
         return self._ledgers[path, budget]
+
+    def forget_ledgers(self, folder: Path) -> None:
+        """Let go of the ledgers of a run's folder, which was deleted."""
+        self._ledgers = {key: ledger for key, ledger in self._ledgers.items() if key[0].parent != folder}
 
     def update(
         self,
@@ -268,6 +283,7 @@ def mean_and_std_under_dp(
     rng: SecureGenerator,
     *,
     fresh: bool = False,
+    lasting_ledgers: Mapping[str, Ledger] | None = None,
 ) -> tuple[float, float]:
     """PriMIA's normalisation: pixel mean and standard deviation of all hospitals' films, shared under DP.
 
@@ -285,6 +301,17 @@ def mean_and_std_under_dp(
         The budget that is charged; its own noise multiplier belongs to the training.
     fresh
         Start new ledgers: for simulations, before a run begins in the folder.
+    lasting_ledgers
+        Of the hospitals that keep one whatever the run, by name (see :class:`Hospital`); charged in place of the
+        folder's.
+
+    Raises
+    ------
+    BudgetError
+        A budget doesn't allow it; nothing was computed for that hospital.
+    UserError
+        ``fresh`` would delete charges for more than a normalisation, or a seeded release would go into a lasting
+        ledger, or that counts another unit.
 
     Returns
     -------
@@ -295,11 +322,23 @@ def mean_and_std_under_dp(
         path = folder / f"ledger-{name}.sqlite"
         if fresh and (folder / "run.json").exists():
             raise UserError(f"{folder} holds a run, whose ledger can't be deleted: choose another folder")
-        if fresh:
-            path.unlink(missing_ok=True)
-        Ledger(path, privacy.target_epsilon, privacy.target_delta, privacy.unit, privacy.plan).charge(
-            "normalisation", Release(noise_multiplier, 1.0, 1), repeatable=rng.seeded
-        )
+        lasting = (lasting_ledgers or {}).get(name)
+        if lasting and rng.seeded:
+            raise UserError(
+                f"hospital {name} has a lasting ledger, but the noise comes from a seed and protects nobody"
+            )
+        if lasting and lasting.unit != privacy.unit:
+            raise UserError(
+                f"hospital {name}'s ledger counts by {lasting.unit}, privacy by {privacy.unit}: use one unit"
+            )
+        if fresh and not lasting and path.exists():
+            if others := [what for what in charged_for(path) if not what.startswith("normalisation")]:
+                raise UserError(
+                    f"{path} is charged for {others[0]}: fresh=True would forget that; choose another folder"
+                )
+            path.unlink()
+        ledger = lasting or Ledger(path, privacy.target_epsilon, privacy.target_delta, privacy.unit, privacy.plan)
+        ledger.charge("normalisation", Release(noise_multiplier, 1.0, 1), repeatable=rng.seeded)
         pixels = films.images.reshape(len(films), -1) / 255.0
         moments = np.stack([pixels.mean(1), (pixels**2).mean(1)], 1)  # [N, 2]
         if privacy.unit == "patient":

@@ -158,6 +158,8 @@ def federate(
         with FileLock(folder / "run.lock", timeout=0):  # the system lets go of it when a process is killed
             if fresh:
                 _forget(folder)
+                for h in hospitals:
+                    h.forget_ledgers(folder)
             return _run(
                 hospitals, training, schedule, privacy, seed, noise_seed, folder, validation, aggregator, progress
             )
@@ -195,13 +197,14 @@ _FILES = (
     "ledger-*.sqlite*",
     ".checkpoint.pt.*",
     ".update-*",
+    ".ledger-*",
     ".run.json.*",
     "run.json",
 )
 
 
 def _forget(folder: Path) -> None:
-    """Delete a run, and only a run, from its folder."""
+    """Delete a run, and only a run, from its folder; a ledger that can't be read is kept, and stops it."""
     for path in folder.glob("ledger-*.sqlite"):
         others = [what for what in charged_for(path) if not what.startswith("round ")]
         if others:

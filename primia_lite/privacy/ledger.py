@@ -12,15 +12,18 @@ What may still be released is decided in one of two ways, fixed when the file is
 
 from __future__ import annotations
 
+import os
+import secrets
 import sqlite3
 import time
-from collections.abc import Iterable
-from contextlib import closing
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from primia_lite import __version__
 from primia_lite.config import BudgetError, UserError
 from primia_lite.privacy.accounting import (
+    FILTER_ORDERS,
     Release,
     Releases,
     epsilon,
@@ -30,6 +33,7 @@ from primia_lite.privacy.accounting import (
     merge,
     to_json,
 )
+from primia_lite.runtime import sync_folder
 
 UNITS = ("patient", "film")
 _APPLICATION, _FORMAT = 0x504C4467, 2  # SQLite's application_id and user_version: whose file it is, how it is laid out
@@ -79,23 +83,15 @@ class Ledger:
         self.path = Path(path)
         plan = merge(plan)
         wanted = None if target_epsilon is None else (target_epsilon, target_delta, unit)
-        if wanted is None and not self.path.exists():
+        if not self.path.exists() and wanted is None:
             raise UserError(f"there is no ledger {self.path}: to make one give target_epsilon, target_delta and unit")
         if wanted:
             _check_budget(*wanted)
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with closing(self._connect()) as db:
-                db.execute("BEGIN IMMEDIATE")
-                row = self._read(db) or self._make(db, wanted, plan)
-                db.execute("COMMIT")
-        except sqlite3.DatabaseError as error:
-            raise UserError(
-                f"{self.path} can't be used as a privacy ledger ({error}). If another process holds it, wait for that "
-                "one; if the file is damaged, restore it from a backup: without it nobody knows what was spent"
-            ) from error
-        self.target_epsilon, self.target_delta, self.unit, self.order, stored = row
-        self.plan = from_json(stored)
+        if not self.path.exists():
+            self._make(wanted, plan)
+        with self._database() as db:
+            row = self._read(db)
+        self.target_epsilon, self.target_delta, self.unit, self.order, self.plan = row
         # Whether the plan needs the tight ε. A matter of the plan alone, so it is settled before any data is seen.
         self.by_plan = bool(self.plan) and self._filter(self.plan) > self.target_epsilon
         if wanted and wanted != row[:3]:
@@ -111,14 +107,31 @@ class Ledger:
             )
 
     def _connect(self) -> sqlite3.Connection:
-        db = sqlite3.connect(self.path, timeout=30, isolation_level=None)
-        db.execute("PRAGMA synchronous=FULL")
+        # Read and write, never create: a ledger that was deleted must not come back empty.
+        db = sqlite3.connect(f"{self.path.absolute().as_uri()}?mode=rw", timeout=30, isolation_level=None, uri=True)
+        db.execute("PRAGMA synchronous=EXTRA")  # FULL leaves a moment in which a power cut rolls a charge back
         return db
 
-    def _read(self, db: sqlite3.Connection) -> tuple | None:
+    @contextmanager
+    def _database(self, can_not: str = "be used as a privacy ledger") -> Iterator[sqlite3.Connection]:
+        """The file, checked for damage; what goes wrong becomes a UserError."""
+        try:
+            with closing(self._connect()) as db:
+                damage = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+                if damage != "ok":
+                    raise sqlite3.DatabaseError(damage.splitlines()[-1])
+                yield db
+        except sqlite3.Error as error:
+            raise UserError(
+                f"{self.path} can't {can_not} ({error}). If another process holds it, wait for that one; if the disk "
+                "is full, free space; if the file is damaged or gone, restore it from a backup: without it nobody "
+                "knows what was spent"
+            ) from error
+
+    def _read(self, db: sqlite3.Connection) -> tuple:
         tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         if not tables:
-            return None
+            raise sqlite3.DatabaseError("the file is empty")
         application = db.execute("PRAGMA application_id").fetchone()[0]
         layout = db.execute("PRAGMA user_version").fetchone()[0]
         if application != _APPLICATION and not {"budget", "charges"} <= tables:
@@ -129,24 +142,47 @@ class Ledger:
                 f"{_FORMAT}): use the version that wrote it, or start a new ledger and count what the old one says as "
                 "spent"
             )
-        return db.execute("SELECT target_epsilon, target_delta, unit, filter_order, plan FROM budget").fetchone()
+        row = db.execute("SELECT target_epsilon, target_delta, unit, filter_order, plan FROM budget").fetchone()
+        try:
+            return (*row[:4], from_json(row[4]))
+        except (TypeError, ValueError, UserError) as error:
+            raise sqlite3.DatabaseError("its budget or plan can't be read") from error
 
-    def _make(self, db: sqlite3.Connection, wanted: tuple | None, plan: tuple[Release, ...]) -> tuple:
-        if wanted is None:
-            raise UserError(f"{self.path} is empty: to make it a ledger give target_epsilon, target_delta and unit")
-        if plan and epsilon(plan, wanted[1]) > wanted[0]:
+    def _make(self, wanted: tuple, plan: tuple[Release, ...]) -> None:
+        """Write the file elsewhere and link it into place: it is there whole or not at all, and made once."""
+        target_epsilon, target_delta, _ = wanted
+        if plan and epsilon(plan, target_delta) > target_epsilon:
             raise BudgetError(
-                f"the plan {_words(plan)} costs epsilon {epsilon(plan, wanted[1]):.3f}, more than the budget of "
-                f"{wanted[0]:g}: plan more noise or fewer steps"
+                f"the plan {_words(plan)} costs epsilon {epsilon(plan, target_delta):.3f}, more than the budget of "
+                f"{target_epsilon:g}: plan more noise or fewer steps"
             )
-        for statement in filter(str.strip, _SCHEMA.split(";")):  # executescript would commit in between
-            db.execute(statement)
-        row = (*wanted, filter_order(wanted[0], wanted[1], plan), to_json(plan))
-        db.execute("INSERT INTO budget VALUES (?, ?, ?, ?, ?, ?)", (*row, __version__))
-        return row
+        order = filter_order(target_epsilon, target_delta, plan)
+        if not plan and filter_epsilon(Release(1e12, 1.0, 1), target_delta, order) >= target_epsilon:
+            raise UserError(
+                f"target_epsilon is {target_epsilon:g}: at delta {target_delta:g} a filter of order up to "
+                f"{FILTER_ORDERS[-1]} could release nothing. Take a larger epsilon, or a plan"
+            )
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        draft = self.path.with_name(f".{self.path.name}.{secrets.token_hex(8)}")
+        try:
+            with closing(sqlite3.connect(draft, isolation_level=None)) as db:
+                db.execute("PRAGMA synchronous=EXTRA")
+                db.executescript(_SCHEMA)
+                row = (*wanted, order, to_json(plan), __version__)
+                db.execute("INSERT INTO budget VALUES (?, ?, ?, ?, ?, ?)", row)
+            os.link(draft, self.path)
+            sync_folder(self.path.parent)
+        except FileExistsError:
+            pass  # another process was faster: its ledger counts
+        except (sqlite3.Error, OSError) as error:
+            raise UserError(
+                f"{self.path} can't be made ({error}): free space, or choose a folder that can be written"
+            ) from error
+        finally:
+            draft.unlink(missing_ok=True)
 
     def charges(self) -> list[Release]:
-        with closing(self._connect()) as db:
+        with self._database() as db:
             return _releases(db)
 
     def _filter(self, releases: Releases) -> float:
@@ -158,17 +194,22 @@ class Ledger:
         return all(r.steps <= planned.get((r.noise_multiplier, r.sample_rate), 0) for r in merge(releases))
 
     def epsilon(self) -> float:
-        """ε of everything ever charged, at the budget's δ: by PLD within the plan, by the filter otherwise."""
+        """ε used so far, at the budget's δ: by PLD under a plan, by the filter otherwise.
+
+        What is guaranteed whatever happens, also where releases are chosen or stopped after looking at others, is the
+        budget.
+        """
         charges = self.charges()
-        return epsilon(charges, self.target_delta) if self.within_plan(charges) else self._filter(charges)
+        return epsilon(charges, self.target_delta) if self.by_plan else self._filter(charges)
 
     def spent(self) -> dict:
-        """How much is spent, each way of counting by its name.
+        """How much is used so far, each way of counting by its name.
 
         Returns
         -------
-        ``epsilon``: what is guaranteed; ``filter``: valid for parameters chosen along the way; ``pld``: valid if they
-        were fixed in advance; ``budget``, ``delta``, ``unit``, ``order``; ``rule``: what decides on the next release
+        ``epsilon``: as by :meth:`epsilon`; ``filter``: valid for parameters chosen along the way; ``pld``: valid if
+        they were fixed in advance; ``budget``, ``delta``, ``unit``, ``order``; ``rule``: what decides on the next
+        release
         """
         charges = self.charges()
         return {
@@ -179,7 +220,7 @@ class Ledger:
 
     def statement(self) -> list[dict]:
         """Every charge with its time, mechanism, σ, q, steps, unit, code version, and the filter's ε up to it."""
-        with closing(self._connect()) as db:
+        with self._database() as db:
             cursor = db.execute("SELECT * FROM charges ORDER BY id")
             rows = [dict(zip([column[0] for column in cursor.description], row, strict=True)) for row in cursor]
         so_far: list[Release] = []
@@ -207,19 +248,13 @@ class Ledger:
             The charge can't be written (a full disk, another process that holds the file, a damaged file); nothing is
             charged.
         """
-        try:
-            with closing(self._connect()) as db:
-                db.execute("BEGIN IMMEDIATE")  # one process at a time reads what is spent and adds to it
-                try:
-                    self._charge(db, what, release, repeatable)
-                finally:
-                    if db.in_transaction:
-                        db.execute("ROLLBACK")
-        except sqlite3.Error as error:
-            raise UserError(
-                f"{self.path} can't be charged ({error}), so nothing was computed: free space, or wait for the process "
-                "that holds it, then start again"
-            ) from error
+        with self._database("be charged, so nothing was computed") as db:
+            db.execute("BEGIN IMMEDIATE")  # one process at a time reads what is spent and adds to it
+            try:
+                self._charge(db, what, release, repeatable)
+            finally:
+                if db.in_transaction:
+                    db.execute("ROLLBACK")
 
     def _charge(self, db: sqlite3.Connection, what: str, release: Release, repeatable: bool) -> None:
         names = (what, f"{what} (again %")
@@ -269,12 +304,23 @@ class Ledger:
 
 
 def charged_for(path: Path) -> list[str]:
-    """What a ledger's file was charged for, in order."""
-    with closing(sqlite3.connect(path, timeout=30)) as db:
-        try:
+    """What a ledger's file of any format was charged for, in order.
+
+    Raises
+    ------
+    UserError
+        It can't be read: nobody knows what it was charged for.
+    """
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", timeout=5, uri=True)) as db:
+            if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'charges'").fetchone():
+                return []
             return [what for (what,) in db.execute("SELECT what FROM charges ORDER BY id")]
-        except sqlite3.DatabaseError:
-            return []  # cut off before it had a table, or damaged: nothing can be read from it
+    except sqlite3.Error as error:
+        raise UserError(
+            f"{path} can't be read ({error}), so it isn't deleted: wait for the process that holds it; a damaged "
+            "ledger of a mere simulation you may delete by hand"
+        ) from error
 
 
 def _check_budget(target_epsilon: float, target_delta: float | None, unit: str) -> None:

@@ -163,3 +163,23 @@ def test_a_patients_films_count_as_one(hospitals, tmp_path, without_accountant):
     each = np.array([[films.mean(), (films**2).mean()] for films in own])
     want, square = each.sum(0) / declare_size(len(patients))
     assert mean == pytest.approx(want, abs=1e-6) and std == pytest.approx(np.sqrt(square - want**2), abs=1e-6)
+
+
+def test_a_lasting_ledger_is_charged_for_it_too(hospitals, tmp_path):
+    lasting = Ledger(tmp_path / "hospital-A.sqlite", 8.0, 1e-4, "film")
+    mean_and_std_under_dp(hospitals, 5.0, tmp_path, PRIVACY, SecureGenerator(), lasting_ledgers={"A": lasting})
+    assert lasting.charges() == [Release(5.0, 1.0, 1)]
+    assert not (tmp_path / "ledger-A.sqlite").exists() and (tmp_path / "ledger-B.sqlite").exists()
+    with pytest.raises(UserError, match="noise comes from a seed"):
+        mean_and_std_under_dp(
+            hospitals, 5.0, tmp_path, PRIVACY, SecureGenerator.from_seed(1), lasting_ledgers={"A": lasting}
+        )
+    by_patient = Privacy(1.0, 1.0, target_epsilon=8.0)
+    with pytest.raises(UserError, match="counts by film, privacy by patient"):
+        mean_and_std_under_dp(hospitals, 5.0, tmp_path, by_patient, SecureGenerator(), lasting_ledgers={"A": lasting})
+
+
+def test_fresh_forgets_no_other_charges(hospitals, tmp_path):
+    Ledger(tmp_path / "ledger-A.sqlite", 8.0, 1e-4, "film").charge("a study", Release(5.0, 1.0, 1))
+    with pytest.raises(UserError, match="is charged for a study: fresh=True would forget that"):
+        mean_and_std_under_dp(hospitals, 5.0, tmp_path, PRIVACY, SecureGenerator(), fresh=True)

@@ -269,6 +269,27 @@ def test_a_run_does_not_go_on_with_a_ledger_that_was_deleted(tmp_path):
         federate(hospitals(), TRAINING, Schedule(2), PRIVACY, folder=tmp_path, progress=None)
 
 
+def test_a_ledger_deleted_during_a_run_stops_it(tmp_path):
+    group = hospitals()
+
+    def delete(record):
+        if record["round"] == 2:
+            (tmp_path / "ledger-B.sqlite").unlink()
+
+    with pytest.raises(UserError, match="hospital B's ledger .* is gone: restore it"):
+        federate(group, TRAINING, Schedule(4), PRIVACY, folder=tmp_path, progress=delete)
+    result = federate(group, TRAINING, Schedule(1), PRIVACY, folder=tmp_path, fresh=True, progress=None)
+    assert set(result.epsilon) == set("ABC")
+
+
+def test_fresh_keeps_a_ledger_that_it_cannot_read(tmp_path):
+    federate(hospitals(), TRAINING, Schedule(1), PRIVACY, folder=tmp_path, progress=None)
+    (tmp_path / "ledger-A.sqlite").write_bytes(b"damaged" * 1000)
+    with pytest.raises(UserError, match="can't be read .*so it isn't deleted"):
+        federate(hospitals(), TRAINING, Schedule(1), PRIVACY, folder=tmp_path, fresh=True, progress=None)
+    assert (tmp_path / "ledger-A.sqlite").exists()
+
+
 def test_fresh_deletes_a_run_and_nothing_else(tmp_path):
     (tmp_path / "thesis.tex").write_text("a year's work")
     federate(hospitals(), TRAINING, Schedule(1), PRIVACY, folder=tmp_path, fresh=True, progress=None)
@@ -455,6 +476,13 @@ def test_a_lasting_ledger_counts_every_run_and_outlives_fresh(tmp_path):
         group[0].update(1, {}, TRAINING, PRIVACY, SecureGenerator.from_seed(1), tmp_path)
 
 
+def test_films_that_are_not_finite_never_reach_a_step():
+    films = tabular(20)
+    films.inputs[3] = float("nan")
+    with pytest.raises(UserError, match="hospital A: film 3 has values that aren't finite"):
+        Hospital("A", films)
+
+
 def test_a_delta_that_allows_publishing_a_patient_warns(tmp_path):
     generous = Privacy(1.0, 1.0, 80.0, 0.01)
     with pytest.warns(UserWarning, match="target_delta is 0.01, but hospital C declares 100 patients"):
@@ -463,7 +491,7 @@ def test_a_delta_that_allows_publishing_a_patient_warns(tmp_path):
 
 def test_a_refused_step_stays_charged(tmp_path):
     group = hospitals()
-    group[0].films.inputs[3] = float("inf")
+    group[0].films.inputs[3] = 1e30  # finite itself, but not in the squared norm of its gradient
     with pytest.raises(TrainingError, match="hospital A, round 1: a gradient isn't finite .*its budget stays spent"):
         federate(group, TRAINING.changed(sample_rate=1.0), Schedule(1), PRIVACY, folder=tmp_path, progress=None)
     assert group[0].ledger(tmp_path, PRIVACY).charges() == [Release(2.0, 1.0, 1)]
