@@ -2,7 +2,7 @@
 
 The unit is a patient with all their films (McMahan et al. 2018 call it user-level), or a single film. Sampling and
 noise come from :class:`~primia_lite.privacy.rng.SecureGenerator`, which says what its floating-point noise doesn't
-cover.
+cover. Nor does ε cover that a step is refused because a gradient isn't finite: that can be seen from outside.
 """
 
 from __future__ import annotations
