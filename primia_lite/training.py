@@ -208,15 +208,15 @@ def private_rows(
         inputs = augment(films, index, training.augmentation, generator, all_views=True)  # [B, V, ...]
         views = inputs.shape[1]
         count = owned.count[units] * views
-        share = (1.0 / count).repeat_interleave(count)
-        labels = films.labels[index].repeat_interleave(views)
+        target = _targets(films.labels[index], training, weight) / count.repeat_interleave(owned.count[units])[:, None]
+        yield Rows(inputs.flatten(0, 1), units, count, target.repeat_interleave(views, 0))
 
-        def losses(logits: torch.Tensor, labels=labels, share=share) -> torch.Tensor:
-            return share * F.cross_entropy(
-                logits, labels, weight=weight, label_smoothing=training.label_smoothing, reduction="none"
-            )
 
-        yield Rows(inputs.flatten(0, 1), units, count, losses)
+def _targets(labels: torch.Tensor, training: Training, weight: torch.Tensor | None) -> torch.Tensor:
+    """What cross-entropy compares with, [B, K]: smoothed labels times class weights, as torch's own has them."""
+    k, smoothing = training.n_classes, training.label_smoothing
+    weight = torch.ones(k) if weight is None else weight
+    return (1 - smoothing) * weight * F.one_hot(labels, k) + smoothing / k * weight
 
 
 def _split_units(units: torch.Tensor, count: torch.Tensor, limit: int) -> Iterator[torch.Tensor]:

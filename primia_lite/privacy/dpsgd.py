@@ -7,7 +7,7 @@ cover. Nor does ε cover that a step is refused because a gradient isn't finite:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -142,13 +142,18 @@ class Rows:
     inputs : float32 [R, ...], the rows of a unit together, film by film and view by view
     units : int64 [U], the numbers of the units, in that order
     count : int64 [U], how many rows each has
-    losses : logits [R, K] -> [R], weighted so that a unit's rows add up to the mean loss over its films and views
+    target : float32 [R, K], label (smoothed, class-weighted) times the row's share of its unit, so that a unit's rows
+        add up to the mean cross-entropy over its films and views
     """
 
     inputs: torch.Tensor
     units: torch.Tensor
     count: torch.Tensor
-    losses: Callable[[torch.Tensor], torch.Tensor]
+    target: torch.Tensor
+
+    def losses(self, logits: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy [R] of logits [R, K]."""
+        return -(self.target * logits.log_softmax(1)).sum(1)
 
     @property
     def owner(self) -> torch.Tensor:
@@ -278,17 +283,21 @@ class HeadGram:
     def clipped_sum(self, head: nn.Linear, rows: Rows, max_grad_norm: float):
         """As :func:`primia_lite.privacy.clipping.clipped_sum`, in closed form."""
         with torch.no_grad():
-            logits = (head.weight @ rows.inputs.T).T  # for few classes faster than head(inputs)
-        logits.requires_grad_()
-        losses = rows.losses(logits)
-        (error,) = torch.autograd.grad(losses.sum(), logits)
+            logp = (head.weight @ rows.inputs.T).T.log_softmax(1)  # for few classes faster than head(inputs)
+            losses = -(rows.target * logp).sum(1)
+            error = (
+                rows.target.sum(1, keepdim=True) * logp.exp() - rows.target
+            )  # derivative of the losses by the logits
         count = self.count[rows.units]
         pair = ranges(self.start[rows.units], count)
         unit = torch.arange(len(count)).repeat_interleave(count)
-        begin = (rows.count.cumsum(0) - rows.count)[unit]
-        exact = error.T.double()
-        product = exact[:, self.first[pair] + begin] * exact[:, self.second[pair] + begin]
-        square = torch.zeros(len(count), dtype=torch.float64).index_add_(0, unit, product.sum(0) * self.product[pair])
+        begin = (rows.count.cumsum(0) - rows.count).index_select(0, unit)
+        exact = error.double()
+        first, second, product = (t.index_select(0, pair) for t in (self.first, self.second, self.product))
+        dot = (exact.index_select(0, first + begin) * exact.index_select(0, second + begin)) @ exact.new_ones(
+            exact.shape[1]
+        )
+        square = torch.zeros(len(count), dtype=torch.float64).index_add_(0, unit, dot * product)
         norms = square.clamp(min=0).sqrt().float()
         error = error * (max_grad_norm / norms).clamp(max=1.0).repeat_interleave(rows.count)[:, None]
-        return {"weight": error.T @ rows.inputs}, norms, losses.detach()
+        return {"weight": error.T @ rows.inputs}, norms, losses

@@ -92,7 +92,7 @@ def test_the_heads_closed_form_gives_the_norms_of_autograd(views):
     labels = films.labels[owned.order].repeat_interleave(views)
     rows = Rows(
         films.inputs[owned.order].flatten(0, 1), torch.arange(len(counts)), counts,
-        lambda logits: share * F.cross_entropy(logits, labels, reduction="none"),
+        share[:, None] * F.one_hot(labels, 3),
     )  # fmt: skip
     total, norms, _ = HeadGram.of(films, "patient").clipped_sum(model, rows, 0.7)
     for u in range(len(counts)):
@@ -297,3 +297,23 @@ def test_what_is_not_finite_is_named_and_its_step_is_refused(bad):
 def test_bad_privacy_is_named(values, message):
     with pytest.raises(UserError, match=message):
         Privacy(*values)
+
+
+@pytest.mark.parametrize("name", ["litenet", "ckksnet"])
+def test_smoothing_and_class_weights_are_torchs_own(name):
+    in_shape = (6,) if name == "litenet" else (1, 14, 14)
+    generator = torch.Generator().manual_seed(0)
+    films = Films(
+        torch.randn(12, 1, *in_shape, generator=generator), torch.arange(12) % 3, np.arange(12).astype(str)
+    )  # fmt: skip
+    options = {"label_smoothing": 0.2, "class_weights": (0.5, 1.0, 3.0)}
+    model, plain = (build(name, 3, in_shape, seed=1) for _ in range(2))
+    training = Training(sample_rate=1.0, learning_rate=1.0, **options)
+    train(model, films, training, Privacy(TINY, 1e6, 8), SecureGenerator.from_seed(0), 12.0)
+    loss = F.cross_entropy(
+        plain(films.inputs[:, 0]), films.labels, torch.tensor(options["class_weights"]), label_smoothing=0.2,
+        reduction="none",
+    )  # fmt: skip
+    gradient = torch.autograd.grad(loss.sum(), list(plain.parameters()))
+    for new, old, g in zip(model.parameters(), plain.parameters(), gradient, strict=True):
+        torch.testing.assert_close(old.detach() - new.detach(), g / 12, atol=2e-3 * float(g.abs().max()), rtol=1e-3)
