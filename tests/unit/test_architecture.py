@@ -11,7 +11,7 @@ import pytest
 # A module or package may import from its own layer and from those before it.
 LAYERS = (
     {"__init__", "config", "runtime"},
-    {"data", "augmentation", "models", "metrics", "plotting"},
+    {"data", "augmentation", "networks", "models", "metrics", "plotting"},
     {"training", "privacy"},
     {"federation", "attacks", "encrypted"},
     {"widgets", "notebook", "reproduce", "describe", "doctor", "bench", "serve", "cli", "__main__"},

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from primia_lite import augmentation, models
+from primia_lite import augmentation, models, networks
 from primia_lite.config import UserError, cache_dir
 from primia_lite.data import phantom
 from primia_lite.privacy.dpsgd import check_model
@@ -80,10 +80,10 @@ def test_build_repeats_by_seed_and_leaves_the_global_generator(name):
 def test_ckksnet_has_only_what_ckks_computes():
     model = models.build("ckksnet", 2, (1, 28, 28), channels=4, hidden=16)
     kinds = [type(layer) for layer in model]
-    square, flatten = models.Square, nn.Flatten
+    square, flatten = networks.Square, nn.Flatten
     assert kinds == [nn.Conv2d, square, flatten, nn.Linear, square, nn.Linear]
     assert model[0].out_channels == 4 and model[3].out_features == 16 and model[5].out_features == 2
-    assert torch.equal(models.Square()(torch.tensor([-3.0, 2.0])), torch.tensor([9.0, 4.0]))
+    assert torch.equal(networks.Square()(torch.tensor([-3.0, 2.0])), torch.tensor([9.0, 4.0]))
 
 
 def test_resnet18_has_no_batchnorm_and_can_be_trained_privately():

@@ -1,0 +1,457 @@
+"""Films from an update: what a curious server can compute from what it is sent.
+
+Each attack takes an :class:`~primia_lite.attacks.view.AttackerView` and returns a :class:`Reconstruction`; of several
+starts the one with the least loss *as the attacker sees it* wins. Where a dense layer is among the network's layers,
+its gradient gives away which space its inputs lie in, and an attack that uses this needs no luck.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.nn import functional as F
+from torch.nn.grad import conv2d_weight
+
+from primia_lite.attacks.view import AttackerView
+from primia_lite.config import UserError
+from primia_lite.networks import Square
+from primia_lite.runtime import in_notebook
+
+Loss = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass
+class Reconstruction:
+    """What an attack ends with.
+
+    Attributes
+    ----------
+    images : float32 [B, 1, H, W] in [0, 1]
+    labels : int64 [B], known or inferred
+    loss : of the images, as the attacker sees it (which loss, each attack says)
+    history : (iteration, loss, images) along the way, of the best start
+    iterations, cpu_s : of all starts together; CPU seconds of the process
+    stopped : whether a user stopped it; the images are the best so far
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    loss: float
+    history: list[tuple[int, float, torch.Tensor]] = field(default_factory=list, repr=False)
+    iterations: int = 0
+    cpu_s: float = 0.0
+    stopped: bool = False
+
+
+# --- what needs no search ---------------------------------------------------------------------------------------------
+
+
+def infer_labels(view: AttackerView, n_films: int | None = None) -> torch.Tensor:
+    """Labels of a batch from the gradient of the last layer's bias, int64 [B], sorted.
+
+    That gradient is mean(p) - counts / B, p the softmax. For one film the label is where it is negative (iDLG, Zhao,
+    Mopuri, Bilen 2020). For more, p is estimated on grey noise, and counts are rounded (as Geng et al. 2021); exact as
+    long as p hardly depends on the film, as at initialisation.
+
+    Raises
+    ------
+    UserError
+        The network's last layer has no bias, or the number of films isn't known.
+    """
+    n = n_films or view.total_films
+    bias = _bias_gradient(view)
+    if n == 1:
+        return bias.argmin()[None]
+    with torch.no_grad():
+        p = view.model()(view.normalise(_noise_films((64, *view.in_shape), 0))).softmax(1).mean(0)
+    scale = n if not view.denominator else view.denominator
+    share = (n * p - scale * bias).clamp(min=0)
+    counts = share.floor()
+    for k in (share - counts).argsort(descending=True)[: int(n - counts.sum())].tolist():  # largest remainders
+        counts[k] += 1
+    return torch.arange(len(counts)).repeat_interleave(counts.long())[:n]
+
+
+def _last_dense(network: nn.Module) -> tuple[str, nn.Linear]:
+    found = [(name, layer) for name, layer in network.named_modules() if isinstance(layer, nn.Linear)]
+    if not found:
+        raise UserError("the network has no dense layer, whose bias gradient would tell the labels: give them")
+    return found[-1]
+
+
+def _bias_gradient(view: AttackerView) -> torch.Tensor:
+    name, layer = _last_dense(view.network)
+    gradient = dict(zip([n for n, _ in view.network.named_parameters()], view.gradient(), strict=True))
+    if layer.bias is None:
+        raise UserError(f"layer {name!r} has no bias, whose gradient would tell the labels: give them in the view")
+    return gradient[f"{name}.bias" if name else "bias"]
+
+
+def _dense(view: AttackerView) -> tuple[str, torch.Tensor, torch.Tensor] | None:
+    """Name, weight gradient and bias gradient of the first dense layer with a bias."""
+    gradient = dict(zip([n for n, _ in view.network.named_parameters()], view.gradient(), strict=True))
+    for name, layer in view.network.named_modules():
+        if isinstance(layer, nn.Linear) and layer.bias is not None:
+            return name, gradient[f"{name}.weight"], gradient[f"{name}.bias"]
+    return None
+
+
+def dense_layer(view: AttackerView) -> Reconstruction:
+    """A film in closed form, where a dense layer with a bias sees the pixels.
+
+    Row k of the weight gradient is the film times row k of the bias gradient (Phong et al. 2018; Geiping et al. 2020,
+    proposition 3.1). Of more films it returns a weighted mean. Loss: 0.
+
+    Raises
+    ------
+    UserError
+        The first dense layer doesn't see the pixels, or no unit of it was active.
+    """
+    started = time.process_time()
+    found = _dense(view)
+    pixels = int(np.prod(view.in_shape))
+    if found is None or found[1].shape[1] != pixels:
+        raise UserError(f"no dense layer with a bias sees the film's {pixels} pixels: use invert_gradients")
+    _, weight, bias = found
+    if not float(bias.abs().max()):
+        raise UserError("no unit of the dense layer was active: there is nothing to invert")
+    # All rows say the same; weighted by their size they average out rounding, and noise.
+    film = view.denormalise((bias @ weight) / (bias @ bias)).view(1, *view.in_shape).clamp(0, 1)
+    labels = view.labels if view.labels is not None else infer_labels(view, 1)
+    return Reconstruction(film, labels[:1], 0.0, cpu_s=time.process_time() - started)
+
+
+# --- matching an update -----------------------------------------------------------------------------------------------
+
+
+def expected_update(
+    view: AttackerView, model: nn.Module, inputs: torch.Tensor, labels: torch.Tensor, *, unroll: bool = True
+) -> list[torch.Tensor]:
+    """The mean gradient over a round's local steps that these films would give, differentiable.
+
+    Parameters
+    ----------
+    unroll
+        Follow the local steps through (all films in each); else one step stands for all.
+    """
+    parameters = dict(model.named_parameters())
+    if view.local_steps == 1 or not unroll:
+        return torch.autograd.grad(F.cross_entropy(model(inputs), labels), list(parameters.values()), create_graph=True)
+    first = parameters
+    for _ in range(view.local_steps):
+        loss = F.cross_entropy(functional_call(model, parameters, (inputs,)), labels)
+        gradient = torch.autograd.grad(loss, list(parameters.values()), create_graph=True)
+        parameters = {
+            name: p - view.learning_rate * g for (name, p), g in zip(parameters.items(), gradient, strict=True)
+        }
+    return [(first[n] - parameters[n]) / (view.learning_rate * view.local_steps) for n in first]
+
+
+def cosine_distance(a: list[torch.Tensor], b: list[torch.Tensor]) -> torch.Tensor:
+    """1 - cosine of two gradients, all layers as one vector (Geiping et al. 2020, equation 4)."""
+    product = sum((x * y).sum() for x, y in zip(a, b, strict=True))
+    return 1 - product / (_norm(a) * _norm(b) + 1e-20)
+
+
+def _norm(a: list[torch.Tensor]) -> torch.Tensor:
+    return sum((x * x).sum() for x in a).sqrt()
+
+
+def total_variation(x: torch.Tensor) -> torch.Tensor:
+    """Mean absolute difference of neighbours, in both directions."""
+    return (x[..., 1:, :] - x[..., :-1, :]).abs().mean() + (x[..., :, 1:] - x[..., :, :-1]).abs().mean()
+
+
+class _DenseInputs:
+    """What the first dense layer gives away about its inputs, as a loss on films.
+
+    The gradient of its weight and bias is a sum over films of outer products of (derivative, [input, 1]), so its rows
+    span the inputs, as long as there are no more films than units; an SVD finds that space (the first step of SPEAR,
+    Dimitrov et al. 2024). For one film this is its features, exactly, with their scale.
+
+    For one film behind a ReLU there is more. The features say which units were active; with the dense layer's bias
+    gradient, which is the derivative of its outputs, this gives the derivative at the convolution's outputs, and the
+    convolution's weight gradient becomes a *linear* function of its inputs (R-GAP, Zhu and Blaschko 2021). Both are
+    first-order losses without dead units, where matching gradients as a whole is neither.
+    """
+
+    def __init__(self, view: AttackerView, model: nn.Module, n_films: int):
+        self.basis = self.conv = None
+        found = _dense(view)
+        if found is None or view.local_steps > 1 or view.noise_std > 1e-6:  # steps and noise blur it
+            return
+        name, weight, bias = found
+        rows = torch.cat([weight, bias[:, None]], 1)
+        _, size, basis = torch.linalg.svd(rows, full_matrices=False)
+        # As many directions as films, all clear of rounding. The outputs' derivatives add up to 0: a rank less.
+        last = weight.shape[0] == _last_dense(view.network)[1].out_features
+        if n_films > min(rows.shape) - last or size[n_films - 1] < 1e-5 * size[0]:
+            return
+        self.basis = basis[:n_films]
+        layers = dict(model.named_modules())
+        layers[name].register_forward_pre_hook(self._keep_inputs)
+        if n_films == 1:
+            self._look_behind(view, model, name, bias @ weight / (bias @ bias), bias @ layers[name].weight.detach())
+
+    def _keep_inputs(self, _, inputs):
+        self.inputs = inputs[0]
+
+    def _keep_conv(self, _, inputs, output):
+        self.before, self.after = inputs[0], output
+
+    def _look_behind(self, view, model, dense: str, features: torch.Tensor, derivative: torch.Tensor) -> None:
+        """Note the convolution whose rectified outputs the dense layer sees, if there is one."""
+        names = [name for name, _ in model.named_modules()]
+        convs = [
+            (name, layer) for name, layer in model.named_modules()
+            if isinstance(layer, nn.Conv2d) and names.index(name) < names.index(dense) and layer.groups == 1
+        ]  # fmt: skip
+        if not convs:
+            return
+        name, layer = convs[-1]
+        layer.register_forward_hook(self._keep_conv)
+        with torch.no_grad():
+            model(torch.randn(1, *view.in_shape, generator=torch.Generator().manual_seed(0)))
+        if self.after.numel() != features.numel() or not torch.equal(
+            self.after.relu().flatten(), self.inputs.flatten()
+        ):
+            return
+        gradient = dict(zip([n for n, _ in view.network.named_parameters()], view.gradient(), strict=True))
+        self.conv, self.observed = layer, gradient[f"{name}.weight"]
+        shape = self.after.shape
+        self.features = features.view(shape)
+        self.active = self.features > 1e-5 * features.max()
+        self.derivative = derivative.view(shape) * self.active
+
+    def residual(self) -> torch.Tensor:
+        """Of the last forward pass: squared distance over squared length, of features and of the convolution's
+        gradient where that is known."""
+        if self.conv is None:
+            inputs = F.pad(self.inputs, (0, 1), value=1.0)
+            inside = (inputs @ self.basis.T) @ self.basis
+            return ((inputs - inside) ** 2).sum() / (inputs**2).sum()
+        layer = self.conv
+        # Before the ReLU, so that a unit known to be active is pulled up even where it is off.
+        miss = torch.where(self.active, self.after - self.features, self.after.clamp(min=0))
+        guess = conv2d_weight(
+            self.before, layer.weight.shape, self.derivative, layer.stride, layer.padding, layer.dilation
+        )
+        return (miss**2).sum() / (self.features**2).sum() + ((guess - self.observed) ** 2).sum() / (
+            self.observed**2
+        ).sum()
+
+
+class Search:
+    """A descent that reports, keeps the best, and ends with it when stopped."""
+
+    def __init__(self, what: str, iterations: int, restarts: int, keep: int = 24):
+        from tqdm.auto import tqdm
+
+        self.started = time.process_time()
+        self.bar = tqdm(total=iterations * restarts, desc=what, unit="step", leave=False, disable=not in_notebook())
+        self.marks = set(np.unique(np.geomspace(1, max(iterations, 1), keep).astype(int)) - 1)
+        self.done, self.stopped = 0, False
+
+    def adam(
+        self, x: torch.Tensor, loss: Loss, iterations: int, step: float, project: Callable[[torch.Tensor], object],
+        show: Callable[[torch.Tensor], torch.Tensor] = lambda x: x, *, signed: bool = True,
+    ) -> tuple[torch.Tensor, float, list]:  # fmt: skip
+        """Adam on the gradient's signs, the step a tenth after 3/8, 5/8 and 7/8 of the way (Geiping et al. 2020).
+
+        Returns the best point, its loss, and (iteration, loss, images) along the way.
+        """
+        x = x.detach().clone().requires_grad_()
+        optimizer = torch.optim.Adam([x], lr=step)
+        schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [int(iterations * f) for f in (3 / 8, 5 / 8, 7 / 8)])
+        best, least, history = x.detach().clone(), float("inf"), []
+        try:
+            for number in range(iterations):
+                value = loss(x)
+                (gradient,) = torch.autograd.grad(value, x)
+                x.grad = gradient.sign() if signed else gradient
+                value = float(value.detach())
+                if value < least:
+                    best, least = x.detach().clone(), value
+                if number in self.marks or number == iterations - 1:
+                    history.append((self.done + 1, value, show(x.detach()).clone()))
+                optimizer.step()
+                schedule.step()
+                with torch.no_grad():
+                    project(x)
+                self.done += 1
+                self.bar.update()
+        except KeyboardInterrupt:
+            self.stopped = True
+        return best, least, history
+
+    def lbfgs(self, x: torch.Tensor, loss: Loss, iterations: int) -> torch.Tensor:
+        """L-BFGS with a strong Wolfe line search; the best point seen."""
+        x = x.detach().clone().requires_grad_()
+        optimizer = torch.optim.LBFGS(
+            [x], max_iter=iterations, max_eval=2 * iterations, history_size=20, line_search_fn="strong_wolfe",
+            tolerance_grad=0, tolerance_change=0,
+        )  # fmt: skip
+        best = [x.detach().clone(), float("inf")]
+
+        def closure():
+            optimizer.zero_grad()
+            value = loss(x)
+            value.backward()
+            if float(value.detach()) < best[1]:
+                best[:] = x.detach().clone(), float(value.detach())
+            self.done += 1
+            self.bar.update()
+            return value
+
+        try:
+            optimizer.step(closure)
+        except KeyboardInterrupt:
+            self.stopped = True
+        return best[0]
+
+    def close(self) -> float:
+        self.bar.close()
+        return time.process_time() - self.started
+
+
+def films_and_labels(view: AttackerView, n_films: int | None) -> torch.Tensor:
+    """Labels of the films to look for, int64 [B], known or inferred."""
+    n = n_films or view.total_films
+    if view.labels is None:
+        return infer_labels(view, n)
+    if n != len(view.labels):
+        raise UserError(f"n_films is {n}, but the view has labels of {len(view.labels)} films: give one number")
+    return view.labels
+
+
+def _kinked(network: nn.Module) -> bool:
+    return any(isinstance(layer, (nn.ReLU, nn.MaxPool2d, Square)) for layer in network.modules())
+
+
+def invert_gradients(
+    view: AttackerView,
+    *,
+    iterations: int | None = None,
+    restarts: int = 1,
+    total_variation_weight: float | None = None,
+    closed_form: bool = True,
+    step: float = 0.1,
+    start: torch.Tensor | None = None,
+    unroll: bool = True,
+    n_films: int | None = None,
+    seed: int = 0,
+) -> Reconstruction:
+    """Inverting Gradients (Geiping et al., NeurIPS 2020): films whose gradient points where the observed one does.
+
+    Minimises cosine distance and total variation by signed Adam within [0, 1]. With ``closed_form`` it also uses what
+    a dense layer gives away about its inputs (:class:`_DenseInputs`), where there is one and neither noise nor local
+    steps blur it: as a term beside the others, or, for one film behind a ReLU, in place of the cosine. L-BFGS without
+    the bounds then sharpens it. Loss: cosine distance.
+
+    Parameters
+    ----------
+    iterations
+        Steps of Adam; 200 for smooth activations, 400 for those with kinks (ReLU, squares, max pooling) if left out;
+        L-BFGS takes half as many.
+    total_variation_weight
+        If left out, 1e-4 for smooth activations and 3e-2 for those with kinks.
+    start
+        Films to start from, float32 [B, 1, H, W] in [0, 1]; random ones if left out.
+    unroll
+        Follow several local steps through, instead of taking their sum for one gradient.
+    n_films
+        A guess at the number of films, where the threat model doesn't grant it.
+
+    Raises
+    ------
+    UserError
+        Nothing to invert, an unknown number of films, or a ``start`` of another shape.
+    """
+    model, target = view.model(), view.gradient()
+    labels = films_and_labels(view, n_films)
+    shape = (len(labels), *view.in_shape)
+    if start is not None and tuple(start.shape) != shape:
+        raise UserError(f"start has shape {tuple(start.shape)}, the attack needs {shape}: films of the view's size")
+    kinked = _kinked(model)
+    iterations = iterations or (400 if kinked else 200)
+    weight = total_variation_weight if total_variation_weight is not None else (3e-2 if kinked else 1e-4)
+    dense = _DenseInputs(view, model, len(labels)) if closed_form else None
+    dense = dense if dense is not None and dense.basis is not None else None
+    polish = iterations // 2 if dense else 0
+    search = Search("inverting gradients", iterations + polish, restarts)
+
+    def distance(x: torch.Tensor) -> torch.Tensor:
+        return cosine_distance(expected_update(view, model, view.normalise(x), labels, unroll=unroll), target)
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        if dense and dense.conv:
+            model(view.normalise(x))
+            return dense.residual() + weight * total_variation(x)
+        value = distance(x) + weight * total_variation(x)
+        # Behind kinks the span is a trap at first.
+        return value + dense.residual() if dense and not kinked else value
+
+    def sharpen(x: torch.Tensor) -> torch.Tensor:
+        model(view.normalise(x))
+        return dense.residual() + (1e-4 if kinked else 1e-6) * smooth_variation(x)
+
+    best: Reconstruction | None = None
+    for number in range(restarts):
+        x = start if start is not None else _noise_films(shape, seed + number)
+        x, _, history = search.adam(x, loss, iterations, step, lambda x: x.clamp_(0, 1))
+        value = float(distance(x).detach())
+        if polish and not search.stopped:
+            finer = search.lbfgs(x, sharpen, polish).clamp(0, 1)
+            if (finer_value := float(distance(finer).detach())) < value:
+                x, value = finer, finer_value
+            history.append((search.done, value, x))
+        if best is None or value < best.loss:
+            best = Reconstruction(x, labels, value, history)
+        if search.stopped:
+            break
+    best.iterations, best.stopped, best.cpu_s = search.done, search.stopped, search.close()
+    return best
+
+
+def _noise_films(shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    return (0.5 + 0.25 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))).clamp(0, 1)
+
+
+def smooth_variation(x: torch.Tensor) -> torch.Tensor:
+    """:func:`total_variation` with rounded corners, for line searches."""
+    down, right = x[..., 1:, :] - x[..., :-1, :], x[..., :, 1:] - x[..., :, :-1]
+    return (down**2 + 1e-8).sqrt().mean() + (right**2 + 1e-8).sqrt().mean()
+
+
+def deep_leakage(
+    view: AttackerView, *, iterations: int = 150, restarts: int = 1, n_films: int | None = None, seed: int = 0
+) -> Reconstruction:
+    """Deep Leakage from Gradients (Zhu, Liu, Han, NeurIPS 2019), the first of its kind, with the labels given or
+    inferred first (iDLG): squared distance of gradients, by L-BFGS. Loss: that distance over the observed gradient's
+    squared length. It wants smooth activations.
+    """
+    model, target = view.model(), view.gradient()
+    labels = films_and_labels(view, n_films)
+    size = float(_norm(target)) ** 2
+    search = Search("deep leakage", iterations, restarts)
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        guess = expected_update(view, model, view.normalise(x), labels)
+        return sum(((a - b) ** 2).sum() for a, b in zip(guess, target, strict=True)) / size
+
+    best: Reconstruction | None = None
+    for number in range(restarts):
+        x = search.lbfgs(_noise_films((len(labels), *view.in_shape), seed + number), loss, iterations)
+        value = float(loss(x).detach())
+        if best is None or value < best.loss:
+            best = Reconstruction(x.detach().clamp(0, 1), labels, value)
+        if search.stopped:
+            break
+    best.iterations, best.stopped, best.cpu_s = search.done, search.stopped, search.close()
+    return best

@@ -1,0 +1,201 @@
+"""An attacker who knows how chest films look: inversion by maximum a posteriori, of updates, features and models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from primia_lite.attacks.inversion import (
+    Reconstruction,
+    Search,
+    cosine_distance,
+    expected_update,
+    films_and_labels,
+    total_variation,
+)
+from primia_lite.attacks.view import AttackerView
+from primia_lite.config import UserError
+
+
+@dataclass(frozen=True, eq=False)
+class FilmPrior:
+    """Films as mean + components @ (spread * z), z standard normal: probabilistic PCA of films that the attacker owns.
+
+    Attributes
+    ----------
+    mean : float32 [H, W] in [0, 1]
+    components : float32 [H * W, K], orthonormal
+    spread : float32 [K], standard deviation of each coordinate
+    """
+
+    mean: torch.Tensor
+    components: torch.Tensor
+    spread: torch.Tensor
+
+    @classmethod
+    def fit(cls, films: np.ndarray, components: int = 128, seed: int = 0) -> FilmPrior:
+        """From uint8 [M, H, W]: other children's films."""
+        if len(films) <= components:
+            raise UserError(f"{len(films)} films can't give {components} components: take fewer, or more films")
+        flat = torch.from_numpy(films.reshape(len(films), -1).astype(np.float32)) / 255.0
+        mean = flat.mean(0)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            _, size, directions = torch.pca_lowrank(flat - mean, q=components, center=False, niter=3)
+        return cls(mean.view(films.shape[1:]), directions, size / len(films) ** 0.5)
+
+    def films(self, z: torch.Tensor) -> torch.Tensor:
+        """[B, K] -> [B, 1, H, W]."""
+        return (self.mean.flatten() + (z * self.spread) @ self.components.T).view(-1, 1, *self.mean.shape)
+
+
+def map_films(
+    view: AttackerView, prior: FilmPrior, *, iterations: int = 150, step: float = 0.1, n_films: int | None = None
+) -> Reconstruction:
+    """The likeliest films given a noisy update and the prior: MAP, by Adam on the prior's coordinates.
+
+    Against a private step the likelihood is exact: the sum of the films' gradients, each clipped (unit film), plus
+    noise of known size; several rounds add up. Without noise the mean over layers of the cosine distance takes its
+    place, for one film with the last layer's derivative set to the observed one: deep networks keep their gradient's
+    length in few layers, and the others are what tells the film. Loss: negative log posterior, or that distance with
+    the prior's pull.
+
+    Raises
+    ------
+    UserError
+        The prior's films have another size than the view's.
+    """
+    if tuple(view.in_shape[-2:]) != tuple(prior.mean.shape):
+        raise UserError(
+            f"the prior's films are {tuple(prior.mean.shape)}, the view's {view.in_shape[-2:]}: use one size"
+        )
+    labels = films_and_labels(view, n_films)
+    rounds = [(view.model(t), view.gradient(t)) for t in range(len(view.updates))]
+    likelihood = _noisy_likelihood if view.noise_std > 1e-6 else _layer_distance
+    search = Search("attacker with a prior", iterations, 1)
+
+    def loss(z: torch.Tensor) -> torch.Tensor:
+        films = view.normalise(prior.films(z))
+        value, weight = 0.0, 1e-3 / len(z)
+        for model, target in rounds:
+            part, weight = likelihood(view, model, films, labels, target)
+            value = value + part
+        return value + weight * (z * z).sum()
+
+    start = torch.zeros(len(labels), len(prior.spread))
+    if len(labels) > 1:  # equal films would stay equal
+        start = 0.3 * torch.randn(start.shape, generator=torch.Generator().manual_seed(0))
+    z, value, history = search.adam(
+        start, loss, iterations, step, lambda z: None, lambda z: prior.films(z).clamp(0, 1), signed=False
+    )
+    images = prior.films(z).clamp(0, 1)
+    return Reconstruction(images, labels, value, history, search.done, stopped=search.stopped, cpu_s=search.close())
+
+
+def _noisy_likelihood(view, model, films, labels, target) -> tuple[torch.Tensor, float]:
+    total = None
+    for film, label in zip(films, labels, strict=True):
+        gradient = expected_update(view, model, film[None], label[None])
+        norm = sum((g * g).sum() for g in gradient).sqrt()
+        share = (view.max_grad_norm / norm).clamp(max=1.0) / view.denominator
+        total = [share * g + (t if total else 0) for g, t in zip(gradient, total or gradient, strict=True)]
+    std = view.noise_std / view.denominator
+    return sum(((a - b) ** 2).sum() for a, b in zip(total, target, strict=True)) / (2 * std**2), 0.5
+
+
+def _layer_distance(view, model, films, labels, target) -> tuple[torch.Tensor, float]:
+    parameters = list(model.parameters())
+    chosen = [i for i, p in enumerate(parameters) if p.dim() > 1]
+    if len(films) == 1 and view.local_steps == 1 and target[-1].dim() == 1:
+        score = (model(films) * target[-1]).sum()
+        guess = torch.autograd.grad(score, [parameters[i] for i in chosen], create_graph=True)
+    else:
+        everything = expected_update(view, model, films, labels)
+        guess = [everything[i] for i in chosen]
+    distance = sum(cosine_distance([g], [target[i]]) for g, i in zip(guess, chosen, strict=True)) / len(chosen)
+    return distance, 1e-3 / films[:, 0, 0, 0].numel()
+
+
+def head_features(view: AttackerView, constant: float) -> torch.Tensor:
+    """Features of the one film behind an update of a linear head without bias, float32 [D], exactly.
+
+    The gradient is (p - y) x^T: all rows are the features times a number, which the constant among them gives away.
+
+    Parameters
+    ----------
+    constant : value of the last feature (see :func:`primia_lite.models.features`)
+    """
+    (weight,) = view.gradient()
+    scale = weight[:, -1] / constant
+    if not float(scale.abs().max()):
+        raise UserError("the update says nothing about the constant feature: there is nothing to invert")
+    return (scale @ weight) / (scale @ scale)
+
+
+def invert_features(
+    features: torch.Tensor, extract: Callable[[torch.Tensor], torch.Tensor], prior: FilmPrior, *, iterations: int = 100,
+    free_pixels: bool = False,
+) -> Reconstruction:  # fmt: skip
+    """A film whose features are those: what a frozen, public network lets through (Mahendran and Vedaldi 2015).
+
+    Loss: 1 - cosine of the features, with the prior's pull or total variation.
+
+    Parameters
+    ----------
+    extract
+        Grey values 0 to 255, [N, H, W] -> [N, D], differentiable.
+    free_pixels
+        Search over all pixels from the mean film on, instead of over the prior's coordinates.
+    """
+    search = Search("inverting features", iterations, 1)
+
+    def distance(films: torch.Tensor) -> torch.Tensor:
+        return 1 - F.cosine_similarity(extract(255.0 * films[:, 0]), features[None]).sum()
+
+    if free_pixels:
+        x, value, history = search.adam(
+            prior.mean[None, None], lambda x: distance(x) + 1e-2 * total_variation(x), iterations, 0.02,
+            lambda x: x.clamp_(0, 1),
+        )  # fmt: skip
+    else:
+        z, value, history = search.adam(
+            torch.zeros(1, len(prior.spread)), lambda z: distance(prior.films(z)) + 1e-4 * (z * z).mean(), iterations,
+            0.1, lambda z: None, lambda z: prior.films(z).clamp(0, 1), signed=False,
+        )  # fmt: skip
+        x = prior.films(z)
+    unknown = torch.tensor([-1])
+    return Reconstruction(
+        x.clamp(0, 1), unknown, value, history, search.done, stopped=search.stopped, cpu_s=search.close()
+    )
+
+
+def class_image(
+    model: nn.Module, label: int, prior: FilmPrior, normalise: Callable[[torch.Tensor], torch.Tensor], *,
+    iterations: int = 100,
+) -> Reconstruction:  # fmt: skip
+    """Model inversion in Fredrikson's sense (Fredrikson, Jha, Ristenpart, CCS 2015): what the finished model takes for
+    the essence of a class, from its weights alone. Loss: -log p(class), with the prior's pull.
+
+    Parameters
+    ----------
+    normalise
+        Pixels in [0, 1] as the model takes them.
+    """
+    model = model.eval()
+    search = Search("model inversion", iterations, 1)
+    target = torch.tensor([label])
+
+    def loss(z: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(model(normalise(prior.films(z).clamp(0, 1))), target) + 0.01 * (z * z).mean()
+
+    z, value, history = search.adam(
+        torch.zeros(1, len(prior.spread)), loss, iterations, 0.1, lambda z: None,
+        lambda z: prior.films(z).clamp(0, 1), signed=False,
+    )  # fmt: skip
+    images = prior.films(z).clamp(0, 1)
+    return Reconstruction(images, target, value, history, search.done, stopped=search.stopped, cpu_s=search.close())

@@ -1,0 +1,82 @@
+"""The hospital's side of an attack: films in, what crosses the wire out. Updates are the product's own
+(:func:`~primia_lite.federation.hospital.local_update`, with its clipping and noise)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from primia_lite import models
+from primia_lite.attacks.view import AttackerView, State, ThreatModel
+from primia_lite.federation.hospital import local_update
+from primia_lite.models import Films
+from primia_lite.privacy.dpsgd import Privacy
+from primia_lite.privacy.rng import SecureGenerator
+from primia_lite.training import Training
+
+# For "clipping alone": DP-SGD's own path with noise that changes no digit.
+NO_NOISE = 1e-9
+
+
+def initial_state(training: Training, films: Films, seed: int = 0) -> State:
+    """Random weights of the network that a recipe names."""
+    network = models.build(
+        training.model, training.n_classes, films.inputs.shape[2:], seed=seed, **training.model_options
+    )
+    return network.state_dict()
+
+
+def clipping_alone(max_grad_norm: float = 1.0) -> Privacy:
+    """Clipping with noise too small to matter: it protects nobody, and its ε is beyond counting."""
+    return Privacy(NO_NOISE, max_grad_norm, 1e30, unit="film")
+
+
+def observe(
+    films: Films | Sequence[Films],
+    training: Training,
+    state: State | Sequence[State],
+    threat: ThreatModel | None = None,
+    privacy: Privacy | None = None,
+    *,
+    seed: int | None = None,
+) -> AttackerView:
+    """Let hospitals compute their updates, and return what the attacker sees of them.
+
+    Parameters
+    ----------
+    films
+        One hospital's, or one for each of the hospitals whose updates are summed (the plain sum: secure aggregation
+        would show the server just that).
+    state
+        Global weights, or those of each round (``threat.sees == "rounds"``).
+    privacy
+        Its denominator is the true number of units, the most exact case for the attacker.
+    seed
+        Of sampling and noise, for teaching and tests; None draws them from the operating system.
+    """
+    threat = threat or ThreatModel()
+    hospitals = [films] if isinstance(films, Films) else list(films)
+    states = [state] if isinstance(state, dict) else list(state)
+    first, updates, steps = hospitals[0], [], training.steps_per_round
+    for number, weights in enumerate(states):
+        total: State = {}
+        for place, own in enumerate(hospitals):
+            rng = SecureGenerator.for_seed(seed).child(number, place)
+            size = len(own.units(privacy.unit)) if privacy else None
+            delta = local_update(weights, own, training, privacy, rng, declared_size=size).delta
+            total = {name: total.get(name, 0) + value for name, value in delta.items()}
+        updates.append(total)
+    in_shape = tuple(first.inputs.shape[2:])
+    network = models.build(training.model, training.n_classes, in_shape, **training.model_options)
+    network.load_state_dict(states[0])
+    return AttackerView(
+        threat, network, tuple({k: v.clone() for k, v in s.items()} for s in states), tuple(updates),
+        training.learning_rate, steps, in_shape, first.normalisation,
+        n_films=max(1, round(len(first) * training.sample_rate)),
+        labels=torch.cat([own.labels for own in hospitals]).clone() if training.sample_rate == 1 else None,
+        hospitals=len(hospitals),
+        max_grad_norm=privacy.max_grad_norm if privacy else 0.0,
+        noise_std=privacy.noise_multiplier * privacy.max_grad_norm if privacy else 0.0,
+        denominator=training.sample_rate * len(first.units(privacy.unit)) if privacy else 0.0,
+    )  # fmt: skip

@@ -1,0 +1,228 @@
+"""What an attacker holds: an :class:`AttackerView`, made from what crossed the wire and from nothing else.
+
+The attacks take a view; the hospital's side, which has the films, makes it (:mod:`primia_lite.attacks.simulate`), and
+scores are computed by a referee (:mod:`primia_lite.metrics`).
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from primia_lite.config import UserError
+
+State = dict[str, torch.Tensor]
+SERVERS = {"honest": "follows the protocol", "malicious": "chooses architecture and weights to its liking"}
+SEES = {
+    "update": "one hospital's update of one round",
+    "rounds": "one hospital's updates of several rounds",
+    "sum": "the sum of several hospitals' updates of one round",
+}
+
+
+@dataclass(frozen=True)
+class ThreatModel:
+    """Who attacks, and with what.
+
+    Attributes
+    ----------
+    name : what tables call it
+    server : ``honest`` (but curious) or ``malicious``
+    sees : ``update``, ``rounds`` or ``sum``
+    knows_batch_size : whether the number of films in a step is known (a declared size tells it roughly)
+    knows_labels : whether the films' labels are known; else the attack infers them
+    """
+
+    name: str = "honest but curious server"
+    server: str = "honest"
+    sees: str = "update"
+    knows_batch_size: bool = True
+    knows_labels: bool = False
+
+    def __post_init__(self):
+        for value, known, what in ((self.server, SERVERS, "server"), (self.sees, SEES, "sees")):
+            if value not in known:
+                raise UserError(f"{what} is {value!r}: choose one of {', '.join(known)}")
+
+    def describe(self) -> dict[str, str]:
+        """For a table."""
+        return {
+            "server": f"{self.server}: {SERVERS[self.server]}",
+            "sees": f"{SEES[self.sees]}, and the weights that it started from",
+            "number of films": "known" if self.knows_batch_size else "guessed",
+            "labels": "known" if self.knows_labels else "inferred from the update",
+            "never sees": "films, losses, who was sampled, the noise",
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class AttackerView:
+    """All that an attacker has of the films that it is after.
+
+    Attributes
+    ----------
+    threat : who attacks
+    network : the architecture; it holds the weights of the first round seen
+    weights : global weights of each round seen, before it
+    updates : what came back, new weights minus those, or their sum over hospitals
+    learning_rate, local_steps : public recipe of a round
+    in_shape : of one film as the network takes it: [1, H, W], or [D] features
+    normalisation : mean and standard deviation that pixels in [0, 1] were scaled with
+    n_films : films in a step of each hospital, or None where the threat model doesn't grant it
+    labels : int64 [films], or None
+    hospitals : how many are in the sum
+    max_grad_norm, noise_std : clipping bound C, and σC, of a private step; 0 without DP
+    denominator : what a private step's sum was divided by; 0 without DP (then it is a mean)
+    """
+
+    threat: ThreatModel
+    network: nn.Module = field(repr=False)
+    weights: tuple[State, ...] = field(repr=False)
+    updates: tuple[State, ...] = field(repr=False)
+    learning_rate: float
+    local_steps: int
+    in_shape: tuple[int, ...]
+    normalisation: tuple[float, float]
+    n_films: int | None = None
+    labels: torch.Tensor | None = None
+    hospitals: int = 1
+    max_grad_norm: float = 0.0
+    noise_std: float = 0.0
+    denominator: float = 0.0
+
+    def __post_init__(self):
+        grant = object.__setattr__
+        if not self.threat.knows_batch_size:
+            grant(self, "n_films", None)
+        if not self.threat.knows_labels:
+            grant(self, "labels", None)
+        if not self.updates or len(self.updates) != len(self.weights):
+            raise UserError(
+                f"{len(self.updates)} updates and {len(self.weights)} sets of weights: give one pair a round"
+            )
+        if len(self.updates) > 1 and self.threat.sees != "rounds":
+            raise UserError(f"{self.threat.name!r} sees one round; {len(self.updates)} were given")
+        if self.hospitals > 1 and self.threat.sees != "sum":
+            raise UserError(f"{self.threat.name!r} sees one hospital; a sum over {self.hospitals} was given")
+        if self.n_films is not None and self.n_films < 1:
+            raise UserError(f"n_films is {self.n_films}: an update of no film shows none")
+        if self.labels is not None and self.n_films is not None and len(self.labels) != self.total_films:
+            raise UserError(
+                f"the batch size doesn't match the view: {len(self.labels)} labels for {self.total_films} films"
+            )
+        own = self.network.state_dict()
+        for name, value in self.updates[0].items():
+            if name not in own or own[name].shape != value.shape:
+                raise UserError(f"the update's {name!r} {tuple(value.shape)} doesn't fit the network: is it another's?")
+        if missing := [name for name, _ in self.network.named_parameters() if name not in self.updates[0]]:
+            raise UserError(f"the update lacks {missing[0]!r}: an attack needs all parameters of the network")
+        for update in self.updates:
+            for name, value in update.items():
+                if not torch.isfinite(value).all():
+                    raise UserError(
+                        f"the update's {name!r} has values that aren't finite: nothing can be inferred from it"
+                    )
+
+    @classmethod
+    def from_gradient(
+        cls,
+        network: nn.Module,
+        gradient: list[torch.Tensor],
+        in_shape: tuple[int, ...],
+        *,
+        n_films: int = 1,
+        labels: torch.Tensor | None = None,
+        normalisation: tuple[float, float] = (0.0, 1.0),
+    ) -> AttackerView:
+        """A view of a shared mean gradient, as older papers have it: an update with learning rate 1.
+
+        Raises
+        ------
+        UserError
+            Another number of tensors than the network has parameters, or what the class itself refuses.
+        """
+        names = [name for name, _ in network.named_parameters()]
+        if len(gradient) != len(names):
+            raise UserError(f"{len(gradient)} gradients for {len(names)} parameters: give one each, in their order")
+        state = {name: value.detach().clone() for name, value in network.state_dict().items()}
+        update = {name: -value.detach().clone() for name, value in zip(names, gradient, strict=True)}
+        threat = ThreatModel("shared gradient", knows_labels=labels is not None)
+        return cls(
+            threat, copy.deepcopy(network), (state,), (update,), 1.0, 1, tuple(in_shape), normalisation, n_films, labels
+        )
+
+    @property
+    def total_films(self) -> int:
+        """Films in a step of all hospitals seen together.
+
+        Raises
+        ------
+        UserError
+            The threat model doesn't grant their number.
+        """
+        if self.n_films is None:
+            raise UserError("the number of films isn't known under this threat model: pass a guess as n_films")
+        return self.n_films * self.hospitals
+
+    def gradient(self, round_number: int = 0) -> list[torch.Tensor]:
+        """Mean gradient over a round's local steps, a tensor for each parameter, from the update.
+
+        Of a private step it is the noisy sum of the clipped gradients, over the public denominator.
+
+        Raises
+        ------
+        UserError
+            It is zero or constant throughout: there is nothing to invert.
+        """
+        scale = -1.0 / (self.learning_rate * self.local_steps)
+        out = [self.updates[round_number][name] * scale for name, _ in self.network.named_parameters()]
+        if all(float(value.abs().max()) == 0 for value in out):
+            raise UserError("the update is all zeros: there is nothing to invert (was the learning rate 0?)")
+        if all(value.numel() < 2 or float(value.max() - value.min()) == 0 for value in out):
+            raise UserError("the update is constant in every layer: there is nothing to invert")
+        return out
+
+    def model(self, round_number: int = 0) -> nn.Module:
+        """The network with the weights of a round, a copy."""
+        model = copy.deepcopy(self.network)
+        model.load_state_dict(self.weights[round_number])
+        return model.train()
+
+    def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
+        return (pixels - self.normalisation[0]) / self.normalisation[1]
+
+    def denormalise(self, inputs: torch.Tensor) -> torch.Tensor:
+        return inputs * self.normalisation[1] + self.normalisation[0]
+
+    def batch_statistics(self) -> dict[str, torch.Tensor]:
+        """Mean and variance over the batch at each BatchNorm layer, which its running statistics give away.
+
+        The update of a running statistic is momentum times (the batch's minus the old one); after one local step this
+        is exact. Empty where the network has no BatchNorm.
+        """
+        found = {}
+        for name, layer in self.network.named_modules():
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.momentum:
+                for part in ("running_mean", "running_var"):
+                    key = f"{name}.{part}" if name else part
+                    if key in self.updates[0]:
+                        found[key] = self.weights[0][key] + self.updates[0][key] / layer.momentum
+        return found
+
+    def describe(self) -> dict[str, str]:
+        """For a table: the threat model, and what this view holds."""
+        rows = self.threat.describe()
+        films = f"{self.total_films} in a step" if self.n_films else rows["number of films"]
+        rows["number of films"] = films
+        rows["update"] = (
+            f"{sum(v.numel() for v in self.updates[0].values()):,} numbers after {self.local_steps} local step(s)"
+        )
+        rows["privacy"] = (
+            f"clipped to {self.max_grad_norm:g}, noise σC = {self.noise_std:g}" if self.denominator else "none"
+        )
+        if extra := len(self.batch_statistics()):
+            rows["BatchNorm"] = f"{extra} vectors more: mean and variance of the batch at each normalised layer"
+        return rows
