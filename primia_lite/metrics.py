@@ -124,7 +124,7 @@ def bootstrap(
 def psnr(image: np.ndarray, truth: np.ndarray) -> float:
     """Peak signal-to-noise ratio in dB of pixels in [0, 1]; equal images get 200."""
     image, truth = _same_size(image, truth)
-    return float(-10 * np.log10(max(1e-20, float(np.mean((image - truth) ** 2)))))
+    return float(-10 * np.log10(np.maximum(1e-20, np.mean((image - truth) ** 2))))
 
 
 def ssim(image: np.ndarray, truth: np.ndarray) -> float:
@@ -165,9 +165,11 @@ class Gallery:
 
     def _residual(self, images: np.ndarray) -> np.ndarray:
         flat = np.asarray(images, dtype=np.float64).reshape(len(images), -1)
+        whole = np.linalg.norm(flat, axis=1, keepdims=True)
         flat = flat - (flat @ self._shared) @ self._shared.T
         length = np.linalg.norm(flat, axis=1, keepdims=True)
-        return np.where(length > 1e-9, flat / np.maximum(length, 1e-12), 0.0)  # the mean film itself has nothing left
+        # Of the mean film itself, or its like, nothing is left but float32's rounding.
+        return np.where(length > 1e-6 * whole, flat / np.maximum(length, 1e-12), 0.0)
 
     def pncc(self, images: np.ndarray) -> np.ndarray:
         """float64 [B, N] in [-1, 1], of images [B, H, W] (or [B, 1, H, W]) with each film of the gallery."""
@@ -185,14 +187,14 @@ class Gallery:
     def match(self, images: np.ndarray, index: Sequence[int]) -> np.ndarray:
         """Reorder images [B, ...] so that they are next to films ``index`` [B], by least squared error in all."""
         from scipy.optimize import linear_sum_assignment
+        from scipy.spatial.distance import cdist
 
         images = np.asarray(images)
         index = list(index)
         if len(images) != len(index):
             raise UserError(f"{len(images)} reconstructions for {len(index)} films: give as many")
         flat, truth = images.reshape(len(images), -1), self.films[index].reshape(len(index), -1)
-        cost = ((flat[None] - truth[:, None]) ** 2).mean(2)
-        return images[linear_sum_assignment(cost)[1]]
+        return images[linear_sum_assignment(cdist(truth, flat, "sqeuclidean"))[1]]
 
     def score(self, images: np.ndarray, index: Sequence[int]) -> list[dict[str, float]]:
         """For each film ``index`` [B] and its reconstruction [B, ...] in [0, 1]: ``psnr`` (dB), ``ssim``, their gains

@@ -212,7 +212,7 @@ def _extractor(kind: Callable):
 _EXTRACTOR_VERSION = {"litenet": 2, "scatternet": 2}
 # Of the whitening: enough phantoms for a covariance, its smallest directions raised to a share of the largest.
 _PUBLIC_FILMS, _PUBLIC_SEED, _FLOOR = 600, 7919, 0.003
-_BIAS_INPUT = 0.1
+BIAS_INPUT = 0.1
 
 
 def features(name: str, images: np.ndarray, *, cache: bool = True, progress: bool = True) -> np.ndarray:
@@ -238,7 +238,7 @@ def differentiable_features(name: str, images: torch.Tensor) -> torch.Tensor:
 
 def _whitened(name: str, size: int, raw: torch.Tensor) -> torch.Tensor:
     mean, whiten = _whitening(name, size)
-    return F.pad(F.normalize((raw - torch.from_numpy(mean)) @ whiten, dim=1), (0, 1), value=_BIAS_INPUT)
+    return F.pad(F.normalize((raw - torch.from_numpy(mean)) @ whiten, dim=1), (0, 1), value=BIAS_INPUT)
 
 
 @functools.lru_cache(maxsize=4)

@@ -119,7 +119,7 @@ def read_imprint(view: AttackerView, n_films: int | None = None) -> Reconstructi
     Raises
     ------
     UserError
-        The network has no imprint layer.
+        The network has no imprint layer, or no film lies in any of its windows.
     """
     started = time.process_time()
     gradient = dict(zip([n for n, _ in view.network.named_parameters()], view.gradient(), strict=True))
@@ -138,6 +138,8 @@ def read_imprint(view: AttackerView, n_films: int | None = None) -> Reconstructi
     order = rows[content[rows, -1].abs().argsort(descending=True)].tolist()
     likely = dict(zip(rows.tolist(), _like_a_film(view, films).tolist(), strict=True))
     found += [content[r, :-1] / content[r, -1] for good in (True, False) for r in order if likely[r] == good]
+    if not found:
+        raise UserError("no film lies in a window of the imprint layer: set it up by imprint_state with films like them")
     images = view.denormalise(torch.stack(found[:limit])).view(-1, *view.in_shape).clamp(0, 1)
     unknown = torch.full((len(images),), -1)
     return Reconstruction(images, unknown, float(content.norm()) / whole, cpu_s=time.process_time() - started)

@@ -70,8 +70,8 @@ def infer_labels(view: AttackerView, n_films: int | None = None) -> torch.Tensor
         return bias.argmin()[None]
     with torch.no_grad():
         p = view.model()(view.normalise(_noise_films((64, *view.in_shape), 0))).softmax(1).mean(0)
-    scale = n if not view.denominator else view.denominator
-    share = (n * p - scale * bias).clamp(min=0)
+    share = (n * p - (view.denominator or n / view.hospitals) * bias).clamp(min=1e-6)
+    share = n * share / share.sum()
     counts = share.floor()
     for k in (share - counts).argsort(descending=True)[: int(n - counts.sum())].tolist():  # largest remainders
         counts[k] += 1
@@ -436,7 +436,7 @@ def deep_leakage(
     inferred first (iDLG): squared distance of gradients, by L-BFGS. Loss: that distance over the observed gradient's
     squared length. It wants smooth activations.
     """
-    model, target = view.model(), view.gradient()
+    model, target = view.model(), [g / view.hospitals for g in view.gradient()]
     labels = films_and_labels(view, n_films)
     size = float(_norm(target)) ** 2
     search = Search("deep leakage", iterations, restarts)

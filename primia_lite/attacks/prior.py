@@ -104,7 +104,7 @@ def _noisy_likelihood(view, model, films, labels, target) -> tuple[torch.Tensor,
         norm = sum((g * g).sum() for g in gradient).sqrt()
         share = (view.max_grad_norm / norm).clamp(max=1.0) / view.denominator
         total = [share * g + (t if total else 0) for g, t in zip(gradient, total or gradient, strict=True)]
-    std = view.noise_std / view.denominator
+    std = view.noise_std * view.hospitals**0.5 / view.denominator
     return sum(((a - b) ** 2).sum() for a, b in zip(total, target, strict=True)) / (2 * std**2), 0.5
 
 

@@ -114,12 +114,14 @@ class AttackerView:
                 f"the batch size doesn't match the view: {len(self.labels)} labels for {self.total_films} films"
             )
         own = self.network.state_dict()
-        for name, value in self.updates[0].items():
-            if name not in own or own[name].shape != value.shape:
-                raise UserError(f"the update's {name!r} {tuple(value.shape)} doesn't fit the network: is it another's?")
-        if missing := [name for name, _ in self.network.named_parameters() if name not in self.updates[0]]:
-            raise UserError(f"the update lacks {missing[0]!r}: an attack needs all parameters of the network")
         for update in self.updates:
+            for name, value in update.items():
+                if name not in own or own[name].shape != value.shape:
+                    raise UserError(
+                        f"the update's {name!r} {tuple(value.shape)} doesn't fit the network: is it another's?"
+                    )
+            if missing := [name for name, _ in self.network.named_parameters() if name not in update]:
+                raise UserError(f"the update lacks {missing[0]!r}: an attack needs all parameters of the network")
             for name, value in update.items():
                 if not torch.isfinite(value).all():
                     raise UserError(
@@ -168,7 +170,8 @@ class AttackerView:
         return self.n_films * self.hospitals
 
     def gradient(self, round_number: int = 0) -> list[torch.Tensor]:
-        """Mean gradient over a round's local steps, a tensor for each parameter, from the update.
+        """Mean gradient over a round's local steps, a tensor for each parameter, from the update; of a sum over
+        hospitals, the sum of theirs.
 
         Of a private step it is the noisy sum of the clipped gradients, over the public denominator.
 
@@ -177,7 +180,7 @@ class AttackerView:
         UserError
             It is zero or constant throughout: there is nothing to invert.
         """
-        scale = -1.0 / (self.learning_rate * self.local_steps)
+        scale = -1.0 / (self.learning_rate * self.local_steps) if self.learning_rate else 0.0
         out = [self.updates[round_number][name] * scale for name, _ in self.network.named_parameters()]
         if all(float(value.abs().max()) == 0 for value in out):
             raise UserError("the update is all zeros: there is nothing to invert (was the learning rate 0?)")

@@ -11,7 +11,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 import reader
 
 # A later notebook adds its name here.
-NOTEBOOKS = ["00_start_here", "01_data_preparation", "02_federated_dp_training", "03_privacy_accounting"]
+NOTEBOOKS = [
+    "00_start_here",
+    "01_data_preparation",
+    "02_federated_dp_training",
+    "03_privacy_accounting",
+    "04_model_inversion_attacks",
+]
 RUN_S = 600  # a notebook of the smoke profile, on two busy cores
 
 pytestmark = pytest.mark.browser

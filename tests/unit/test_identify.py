@@ -54,14 +54,15 @@ def agree(hits: int, n: int, rate) -> bool:
 
 def played(g: np.ndarray, sigma: float, steps: int, q: float, trials: int, seed: int) -> int:
     """The game with noise of full length, and the likelihood as Gaussian densities: hits."""
-    rng, hits = np.random.default_rng(seed), 0
-    for _ in range(trials):
-        truth = rng.integers(len(g))
-        u = sigma * rng.normal(size=(steps, g.shape[1])) + (rng.random(steps) < q)[:, None] * g[truth]
-        absent = np.exp(-(u**2).sum(1) / (2 * sigma**2))  # [T]
-        present = np.exp(-((u[None] - g[:, None]) ** 2).sum(2) / (2 * sigma**2))  # [N, T]
-        hits += np.log((1 - q) * absent + q * present).sum(1).argmax() == truth
-    return int(hits)
+    rng = np.random.default_rng(seed)
+    truth = rng.integers(len(g), size=trials)
+    score = np.zeros((trials, len(g)))
+    for _ in range(steps):
+        u = sigma * rng.normal(size=(trials, g.shape[1])) + (rng.random(trials) < q)[:, None] * g[truth]
+        absent = np.exp(-(u**2).sum(1) / (2 * sigma**2))[:, None]
+        present = np.exp(-((u[:, None] - g) ** 2).sum(2) / (2 * sigma**2))  # [trials, N]
+        score += np.log((1 - q) * absent + q * present)
+    return int((score.argmax(1) == truth).sum())
 
 
 # --- gradients --------------------------------------------------------------------------------------------------------
@@ -118,12 +119,19 @@ def test_orthogonal_rate_of_two_and_at_the_ends():
     assert orthogonal_rate(1e-3, 624) == pytest.approx(orthogonal_rate(0.0, 624), abs=1e-11)
 
 
-@pytest.mark.parametrize(("sigma", "steps", "q"), [(0.5, 1, 1.0), (1.0, 4, 1.0), (0.4, 6, 0.4), (0.3, 1, 0.7)])
+@pytest.mark.parametrize(("sigma", "steps", "q"), [(0.5, 1, 1.0), (1.0, 4, 1.0), (0.3, 12, 0.3), (0.3, 1, 0.7)])
 def test_game_is_that_with_noise_of_full_length(sigma, steps, q):
     g = random_gradients(6, 9, seed=3)
-    rate = top1_rate(gram(g), sigma, steps=steps, sample_rate=q, trials=4000, seed=1)
-    assert agree(played(g.numpy(), sigma, steps, q, 4000, seed=2), 4000, rate)
-    assert 0.25 < rate.rate < 0.95  # else nothing was compared
+    rate = top1_rate(gram(g), sigma, steps=steps, sample_rate=q, trials=40_000, seed=1)
+    assert agree(played(g.numpy(), sigma, steps, q, 40_000, seed=2), 40_000, rate)
+    assert 0.25 < rate.rate < 0.97  # else nothing was compared
+
+
+def test_game_of_two_close_candidates_in_little_noise():
+    g = np.array([[1.0, 0.0], [np.cos(0.1), np.sin(0.1)]])  # likelihood ratios of e^200 over nobody
+    rate = top1_rate(gram(g), 0.05, sample_rate=0.9, steps=2, trials=20_000)
+    assert agree(played(g, 0.05, 2, 0.9, 20_000, seed=2), 20_000, rate)
+    assert 0.8 < rate.rate < 0.97
 
 
 @pytest.mark.parametrize(("sigma", "steps", "q"), [(0.3, 1, 1.0), (1.0, 10, 1.0), (0.5, 1, 0.5), (0.6, 30, 0.1)])
@@ -228,6 +236,16 @@ def test_diagnosis_of_class_centres_has_a_closed_form_and_stays_below_its_bound(
     assert diagnosis_bound(0.5, 3) == pytest.approx(norm.cdf(norm.ppf(1 / 3) + 2))
 
 
+def test_diagnosis_weighs_classes_alike_whatever_their_number_and_length():
+    centres, known_labels = np.diag([1.0, 0.6, 0.3]), np.repeat([0, 1, 2], [30, 1, 1])
+    labels, sigma, rng = np.repeat([0, 1, 2], 3000), 0.7, np.random.default_rng(0)
+    u = centres[labels] + sigma * rng.normal(size=(9000, 3))
+    right = ((u[:, None] - centres) ** 2).sum(2).argmin(1) == labels
+    expected = np.mean([right[labels == c].mean() for c in range(3)])
+    rate = diagnosis_rate(centres[labels], labels, centres[known_labels], known_labels, sigma)
+    assert abs(rate.rate - expected) < 4 * np.sqrt(2) * (rate.high - rate.low) / 3.92
+
+
 def test_members_of_a_sum_are_found_without_noise_and_guessed_in_much():
     matrix = gram(random_gradients(40, 80))
     clear = membership_recall(matrix, 0.0, 10)
@@ -238,16 +256,16 @@ def test_members_of_a_sum_are_found_without_noise_and_guessed_in_much():
 
 
 def test_membership_is_the_best_linear_estimate_in_full_length():
-    g, size, sigma, trials = random_gradients(12, 15, seed=5).numpy(), 4, 0.3, 1500
-    n, rng, found = len(g), np.random.default_rng(0), 0
+    rng, n, size, sigma, trials = np.random.default_rng(0), 12, 2, 0.15, 40_000
+    g = 0.9 * np.eye(15)[0] + rng.normal(size=(n, 15)) * np.geomspace(0.3, 0.03, 15)  # much in common, few directions
     covariance = size / n * (1 - size / n) * n / (n - 1) * (np.eye(n) - 1 / n)
     gain = covariance @ g @ np.linalg.inv(g.T @ covariance @ g + sigma**2 * np.eye(15))
-    for _ in range(trials):
-        member = rng.permutation(n) < size
-        u = member @ g + sigma * rng.normal(size=15)
-        found += member[np.argsort(gain @ (u - size * g.mean(0)))[-size:]].sum()
-    rate = membership_recall(gram(g), sigma, size, trials=1500)
-    assert abs(found / (size * trials) - rate.rate) < 4 * np.sqrt(2) * (rate.high - rate.low) / 3.92
+    member = rng.random((trials, n)).argsort(1) < size
+    u = member @ g + sigma * rng.normal(size=(trials, 15))
+    named = ((u - size * g.mean(0)) @ gain.T).argsort(1)[:, -size:]
+    found = np.take_along_axis(member, named, 1).mean()
+    rate = membership_recall(gram(g), sigma, size, trials=trials)
+    assert abs(found - rate.rate) < 4 * np.sqrt(2) * (rate.high - rate.low) / 3.92
     assert size / n + 0.1 < rate.rate < 0.95
 
 
