@@ -139,7 +139,9 @@ def read_imprint(view: AttackerView, n_films: int | None = None) -> Reconstructi
     likely = dict(zip(rows.tolist(), _like_a_film(view, films).tolist(), strict=True))
     found += [content[r, :-1] / content[r, -1] for good in (True, False) for r in order if likely[r] == good]
     if not found:
-        raise UserError("no film lies in a window of the imprint layer: set it up by imprint_state with films like them")
+        raise UserError(
+            "no film lies in a window of the imprint layer: set it up by imprint_state with films like them"
+        )
     images = view.denormalise(torch.stack(found[:limit])).view(-1, *view.in_shape).clamp(0, 1)
     unknown = torch.full((len(images),), -1)
     return Reconstruction(images, unknown, float(content.norm()) / whole, cpu_s=time.process_time() - started)

@@ -253,6 +253,8 @@ class Search:
     def __init__(self, what: str, iterations: int, restarts: int, keep: int = 24):
         from tqdm.auto import tqdm
 
+        if min(iterations, restarts) < 1:
+            raise UserError(f"{iterations} iterations and {restarts} restarts: at least one of each is needed")
         self.started = time.process_time()
         self.bar = tqdm(total=iterations * restarts, desc=what, unit="step", leave=False, disable=not in_notebook())
         self.marks = set(np.unique(np.geomspace(1, max(iterations, 1), keep).astype(int)) - 1)
@@ -290,14 +292,14 @@ class Search:
             self.stopped = True
         return best, least, history
 
-    def lbfgs(self, x: torch.Tensor, loss: Loss, iterations: int) -> torch.Tensor:
-        """L-BFGS with a strong Wolfe line search; the best point seen."""
+    def lbfgs(self, x: torch.Tensor, loss: Loss, iterations: int) -> tuple[torch.Tensor, list]:
+        """L-BFGS with a strong Wolfe line search; the best point seen, and (iteration, loss, images) along the way."""
         x = x.detach().clone().requires_grad_()
         optimizer = torch.optim.LBFGS(
             [x], max_iter=iterations, max_eval=2 * iterations, history_size=20, line_search_fn="strong_wolfe",
             tolerance_grad=0, tolerance_change=0,
         )  # fmt: skip
-        best = [x.detach().clone(), float("inf")]
+        best, history, first = [x.detach().clone(), float("inf")], [], self.done
 
         def closure():
             optimizer.zero_grad()
@@ -305,6 +307,8 @@ class Search:
             value.backward()
             if float(value.detach()) < best[1]:
                 best[:] = x.detach().clone(), float(value.detach())
+            if self.done - first in self.marks:
+                history.append((self.done + 1, float(value.detach()), x.detach().clamp(0, 1)))
             self.done += 1
             self.bar.update()
             return value
@@ -313,7 +317,7 @@ class Search:
             optimizer.step(closure)
         except KeyboardInterrupt:
             self.stopped = True
-        return best[0]
+        return best[0], history
 
     def close(self) -> float:
         self.bar.close()
@@ -322,11 +326,10 @@ class Search:
 
 def films_and_labels(view: AttackerView, n_films: int | None) -> torch.Tensor:
     """Labels of the films to look for, int64 [B], known or inferred."""
-    n = n_films or view.total_films
     if view.labels is None:
-        return infer_labels(view, n)
-    if n != len(view.labels):
-        raise UserError(f"n_films is {n}, but the view has labels of {len(view.labels)} films: give one number")
+        return infer_labels(view, n_films or view.total_films)
+    if n_films and n_films != len(view.labels):
+        raise UserError(f"n_films is {n_films}, but the view has labels of {len(view.labels)} films: give one number")
     return view.labels
 
 
@@ -352,7 +355,7 @@ def invert_gradients(
     Minimises cosine distance and total variation by signed Adam within [0, 1]. With ``closed_form`` it also uses what
     a dense layer gives away about its inputs (:class:`_DenseInputs`), where there is one and neither noise nor local
     steps blur it: as a term beside the others, or, for one film behind a ReLU, in place of the cosine. L-BFGS without
-    the bounds then sharpens it. Loss: cosine distance.
+    the bounds then sharpens it. Loss: cosine distance, plus what the dense layer says where it is used.
 
     Parameters
     ----------
@@ -360,7 +363,8 @@ def invert_gradients(
         Steps of Adam; 200 for smooth activations, 400 for those with kinks (ReLU, squares, max pooling) if left out;
         L-BFGS takes half as many.
     total_variation_weight
-        If left out, 1e-4 for smooth activations and 3e-2 for those with kinks.
+        If left out, 1e-4 for smooth activations, 1e-2 for those with kinks, and 0.3 behind a ReLU in closed form, whose
+        loss is steeper (trained networks with few live units need it, others don't mind).
     start
         Films to start from, float32 [B, 1, H, W] in [0, 1]; random ones if left out.
     unroll
@@ -380,9 +384,11 @@ def invert_gradients(
         raise UserError(f"start has shape {tuple(start.shape)}, the attack needs {shape}: films of the view's size")
     kinked = _kinked(model)
     iterations = iterations or (400 if kinked else 200)
-    weight = total_variation_weight if total_variation_weight is not None else (3e-2 if kinked else 1e-4)
     dense = _DenseInputs(view, model, len(labels)) if closed_form else None
     dense = dense if dense is not None and dense.basis is not None else None
+    weight = total_variation_weight
+    if weight is None:
+        weight = 1e-4 if not kinked else 0.3 if dense and dense.conv else 1e-2
     polish = iterations // 2 if dense else 0
     search = Search("inverting gradients", iterations + polish, restarts)
 
@@ -401,16 +407,21 @@ def invert_gradients(
         model(view.normalise(x))
         return dense.residual() + (1e-4 if kinked else 1e-6) * smooth_variation(x)
 
+    def own_loss(x: torch.Tensor) -> float:
+        # The cosine is blind below rounding, where the features still see.
+        value = float(distance(x).detach())
+        return value + float(dense.residual().detach()) if dense else value
+
     best: Reconstruction | None = None
     for number in range(restarts):
         x = start if start is not None else _noise_films(shape, seed + number)
         x, _, history = search.adam(x, loss, iterations, step, lambda x: x.clamp_(0, 1))
-        value = float(distance(x).detach())
         if polish and not search.stopped:
-            finer = search.lbfgs(x, sharpen, polish).clamp(0, 1)
-            if (finer_value := float(distance(finer).detach())) < value:
-                x, value = finer, finer_value
-            history.append((search.done, value, x))
+            finer = search.lbfgs(x, sharpen, polish)[0].clamp(0, 1)
+            if own_loss(finer) < own_loss(x):
+                x = finer
+            history.append((search.done, own_loss(x), x))
+        value = own_loss(x)
         if best is None or value < best.loss:
             best = Reconstruction(x, labels, value, history)
         if search.stopped:
@@ -447,10 +458,11 @@ def deep_leakage(
 
     best: Reconstruction | None = None
     for number in range(restarts):
-        x = search.lbfgs(_noise_films((len(labels), *view.in_shape), seed + number), loss, iterations)
+        start = _noise_films((len(labels), *view.in_shape), seed + number)
+        x, history = search.lbfgs(start, loss, iterations)
         value = float(loss(x).detach())
         if best is None or value < best.loss:
-            best = Reconstruction(x.detach().clamp(0, 1), labels, value)
+            best = Reconstruction(x.detach().clamp(0, 1), labels, value, history)
         if search.stopped:
             break
     best.iterations, best.stopped, best.cpu_s = search.done, search.stopped, search.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -130,6 +131,8 @@ def head_features(view: AttackerView, constant: float) -> torch.Tensor:
     ----------
     constant : value of the last feature (see :func:`primia_lite.models.features`)
     """
+    if len(view.gradient()) != 1 or view.gradient()[0].dim() != 2:
+        raise UserError("this network isn't a linear head without bias: use invert_gradients or dense_layer")
     (weight,) = view.gradient()
     scale = weight[:, -1] / constant
     if not float(scale.abs().max()):
@@ -186,7 +189,7 @@ def class_image(
     normalise
         Pixels in [0, 1] as the model takes them.
     """
-    model = model.eval()
+    model = copy.deepcopy(model).eval()
     search = Search("model inversion", iterations, 1)
     target = torch.tensor([label])
 

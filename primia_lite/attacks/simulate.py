@@ -9,6 +9,7 @@ import torch
 
 from primia_lite import models
 from primia_lite.attacks.view import AttackerView, State, ThreatModel
+from primia_lite.config import UserError
 from primia_lite.federation.hospital import local_update
 from primia_lite.models import Films
 from primia_lite.privacy.dpsgd import Privacy
@@ -54,9 +55,22 @@ def observe(
         Its denominator is the true number of units, the most exact case for the attacker.
     seed
         Of sampling and noise, for teaching and tests; None draws them from the operating system.
+
+    Raises
+    ------
+    UserError
+        A recipe that the attacks have no model of, or hospitals of unequal size.
     """
     threat = threat or ThreatModel()
     hospitals = [films] if isinstance(films, Films) else list(films)
+    beyond = {"momentum": 0.0, "weight_decay": 0.0, "label_smoothing": 0.0, "class_weights": None, "augmentation": ()}
+    if changed := [name for name, plain in beyond.items() if getattr(training, name) != plain]:
+        raise UserError(f"the attacks explain plain steps of SGD on cross-entropy: leave out {', '.join(changed)}")
+    if len({len(own) for own in hospitals}) > 1:
+        raise UserError(
+            f"hospitals of {', '.join(str(len(own)) for own in hospitals)} films: a sum of their mean gradients weighs "
+            "films unequally; give each as many"
+        )
     states = [state] if isinstance(state, dict) else list(state)
     first, updates, steps = hospitals[0], [], training.steps_per_round
     for number, weights in enumerate(states):

@@ -114,6 +114,9 @@ class AttackerView:
                 f"the batch size doesn't match the view: {len(self.labels)} labels for {self.total_films} films"
             )
         own = self.network.state_dict()
+        for state in self.weights:
+            if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
+                raise UserError("the weights don't fit the network: give those that the update started from")
         for update in self.updates:
             for name, value in update.items():
                 if name not in own or own[name].shape != value.shape:

@@ -262,7 +262,7 @@ SMUGGLED = {
         "memo", films.denormalise(films.inputs).mul(255).round().to(torch.uint8)
     ),
     "closure": lambda view, films: view.network[0].register_forward_hook(hook([films.inputs.clone()])),
-    "default": lambda view, films: setattr(view.network, "act", lambda x, memo=films.inputs.clone(): x),
+    "default": lambda view, films: setattr(view.network, "act", lambda x, memo=films: x),
     "partial": lambda view, films: setattr(view.network, "act", functools.partial(print, {"a": (films,)})),
     "bound method": lambda view, films: setattr(view.network, "act", films.denormalise),
     "graph": lambda view, films: view.updates[0].update(more=(torch.ones(1, requires_grad=True) * films.inputs).sum()),
@@ -452,7 +452,7 @@ def film_gradients(films, recipe, state) -> torch.Tensor:
     model.load_state_dict(state)
     return torch.stack([
         flat(torch.autograd.grad(F.cross_entropy(model(x), y[None]), list(model.parameters())))
-        for x, y in zip(films.inputs[:, 0, :1], films.labels, strict=True)
+        for x, y in zip(films.inputs, films.labels, strict=True)
     ])  # fmt: skip
 
 
@@ -488,7 +488,7 @@ def test_the_gradient_is_autograds(films):
 def test_the_noise_is_what_was_promised(films):
     own, recipe = films.subset(range(4)), RECIPE.changed(learning_rate=1.0)
     state = initial_state(recipe, own)
-    view = observe(own, recipe, state, privacy=Privacy(2.0, 0.5, 100.0, unit="film"))
+    view = observe(own, recipe, state, privacy=Privacy(2.0, 0.5, 100.0, unit="film"), seed=0)
     assert view.noise_std == 1.0 and view.denominator == 4
     exact = flat(observe(own, recipe, state, privacy=clipping_alone(0.5)).gradient())
     noise = ((flat(view.gradient()) - exact) * view.denominator / view.noise_std).double()
@@ -504,7 +504,7 @@ def test_a_sum_is_the_sum_of_the_hospitals_updates(films):
     view = observe(places, RECIPE, state, SUM)
     single = [observe(own, RECIPE, state).updates[0] for own in places]
     for name, value in view.updates[0].items():
-        torch.testing.assert_close(value, sum(update[name] for update in single), rtol=1e-5, atol=1e-8)
+        torch.testing.assert_close(value, sum(update[name] for update in single), rtol=1e-4, atol=1e-7)
     assert view.hospitals == 3 and view.n_films == 3 and view.total_films == 9
     assert view.labels.tolist() == films.labels[:9].tolist()
     each = film_gradients(films.subset(range(9)), RECIPE, state)
@@ -515,9 +515,9 @@ def test_the_noise_of_a_sum_and_of_rounds_is_independent(films):
     own, state = films.subset(range(4)), initial_state(RECIPE, films)
     privacy, alone = Privacy(1.0, 1.0, 100.0, unit="film"), clipping_alone()
     exact = flat(observe(own, RECIPE, state, privacy=alone).gradient())
-    total = flat(observe([own] * 4, RECIPE, state, SUM, privacy).gradient()) - 4 * exact
+    total = flat(observe([own] * 4, RECIPE, state, SUM, privacy, seed=0).gradient()) - 4 * exact
     assert abs(float(total.std()) * 4 / 2.0 - 1) < 4 / math.sqrt(2 * len(total))  # a noise each: σC sqrt(4), over 4
-    rounds = observe(own, RECIPE, [state, state], ThreatModel(sees="rounds"), privacy)
+    rounds = observe(own, RECIPE, [state, state], ThreatModel(sees="rounds"), privacy, seed=0)
     first, second = (flat(rounds.gradient(t)) - exact for t in range(2))
     assert abs(float(torch.corrcoef(torch.stack([first, second]))[0, 1])) < 4 / math.sqrt(len(first))
 
@@ -561,7 +561,7 @@ def test_a_dense_layer_on_the_pixels_gives_its_film_away(options, films, gallery
 
 def test_a_dense_layer_blends_the_films_of_a_batch(films, gallery):
     view = seen(films, [3, 4], recipe=RECIPE.changed(model="mlp", model_options={}))
-    assert psnrs(gallery, replace(dense_layer(view)), [3]) < 40
+    assert psnrs(gallery, dense_layer(view), [3]) < 40
 
 
 def test_where_no_dense_layer_sees_the_pixels_that_is_said(films):
@@ -653,7 +653,7 @@ def test_the_expected_update_follows_the_products_local_steps(films):
         flat(expected_update(view, model, x, view.labels)), flat(view.gradient()), rtol=1e-3, atol=1e-5
     )
     naive = expected_update(view, model, x, view.labels, unroll=False)
-    assert float(cosine_distance(naive, view.gradient())) > 0.1
+    assert float(cosine_distance(naive, view.gradient()).detach()) > 0.1
     assert all(torch.equal(value, view.weights[0][name]) for name, value in model.state_dict().items())
 
 
@@ -691,14 +691,14 @@ def test_one_film_is_inverted(options, least, how, films, gallery):
 
 def test_a_batch_before_a_hidden_layer_is_inverted(films, gallery):
     view = seen(films, range(4), model_options={**TANH, "hidden": 64})
-    assert psnrs(gallery, invert_gradients(view), range(4)).min() > 30
+    assert psnrs(gallery, invert_gradients(view, iterations=150), range(4)).min() > 30
 
 
 def test_films_of_a_sum_are_inverted(films, gallery):
     recipe = RECIPE.changed(model_options={**TANH, "hidden": 64})
     places = [films.subset([0]), films.subset([4])]
     view = observe(places, recipe, initial_state(recipe, films), SUM)
-    for attack in (functools.partial(invert_gradients, iterations=150), deep_leakage):
+    for attack in (functools.partial(invert_gradients, iterations=100), deep_leakage):
         assert psnrs(gallery, attack(view), [0, 4]).min() > 35
 
 
@@ -712,7 +712,7 @@ def test_without_noise_clipping_hinders_nobody(films, gallery):
     assert want > 35 and abs(got - want) < 3
 
 
-def test_noise_hinders_and_its_lack_of_closed_form_is_known(films, gallery):
+def test_noise_hinders(films, gallery):
     view = seen(films, [0], KNOWING, Privacy(0.05, 1.0, 1e9, unit="film"))
     assert psnrs(gallery, invert_gradients(view, iterations=60), [0]) < 25
 
@@ -978,21 +978,21 @@ def test_the_noise_of_a_sum_weighs_as_much_as_it_is(films, prior):
     for n in (1, 3):
         places = [films.subset([k]) for k in range(n)]
         state = initial_state(RECIPE, films)
-        view = observe(places, RECIPE, state, SUM, Privacy(1.0, 1.0, 100.0, unit="film"))
+        view = observe(places, RECIPE, state, SUM, Privacy(1.0, 1.0, 100.0, unit="film"), seed=0)
         value, _ = _noisy_likelihood(view, view.model(), films.inputs[:n, 0], view.labels, view.gradient())
         count = len(flat(view.gradient()))
-        assert abs(2 * float(value) / count - 1) < 4 * math.sqrt(2 / count)
+        assert abs(2 * float(value.detach()) / count - 1) < 4 * math.sqrt(2 / count)
 
 
 def test_rounds_add_up(films, prior, gallery):
     state, privacy = initial_state(RECIPE, films), Privacy(0.3, 1.0, 1e9, unit="film")
     gain = []
-    for n in (1, 12):
+    for n in (1, 4):
         view = observe(films.subset([0]), RECIPE, [state] * n, ThreatModel(sees="rounds", knows_labels=True), privacy,
                        seed=0)  # fmt: skip
-        out = map_films(view, prior, iterations=50)
+        out = map_films(view, prior, iterations=30)
         gain.append(gallery.score(out.images.numpy(), [0])[0]["pncc"])
-    assert gain[1] > gain[0]
+    assert gain[1] > gain[0] + 0.1
 
 
 @pytest.mark.parametrize("privacy", [None, clipping_alone(0.5)], ids=["plain", "clipped"])
@@ -1026,7 +1026,7 @@ def test_features_are_inverted(free_pixels, films, chest, prior, gallery):
     features = extract(torch.from_numpy(chest.images[:1]).float())[0]
     out = invert_features(features, extract, prior, iterations=60, free_pixels=free_pixels)
     losses = [value for _, value, _ in out.history]
-    assert out.loss < 0.2 * losses[0] and out.loss <= min(losses) + 1e-7
+    assert out.loss < 0.3 * losses[0] and out.loss <= min(losses) + 1e-7
     (score,) = gallery.score(out.images.numpy(), [0])
     assert score["psnr_gain"] > 2 and out.labels.tolist() == [-1] and out.iterations == 60
 

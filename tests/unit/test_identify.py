@@ -71,7 +71,7 @@ def played(g: np.ndarray, sigma: float, steps: int, q: float, trials: int, seed:
 @pytest.mark.parametrize("model", ["convnet", "ckksnet", "linear"])
 @pytest.mark.parametrize("bound", [30.0, 1.0, 1e-2])
 def test_clipped_gradients_are_the_products_own(model, bound, films, state):
-    recipe = RECIPE.changed(model=model if model != "linear" else "scatternet", class_weights=(1.0, 2.0, 0.5))
+    recipe = RECIPE.changed(model=model if model != "linear" else "scatternet")
     if model == "linear":  # the closed form of a head's step
         films = models.Films(torch.randn(8, 2, 5), films.labels, films.patient_id)
     state = initial_state(recipe, films)

@@ -1,13 +1,16 @@
-"""Scores against scikit-learn, and intervals that resample patients."""
+"""Scores against scikit-learn and scikit-image, intervals that resample patients, and who a film is of."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.ndimage import uniform_filter
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from sklearn import metrics as sk
 
 from primia_lite import metrics
 from primia_lite.config import UserError
+from primia_lite.data import phantom
 
 
 def classifier(n=300, classes=3, seed=0, skill=1.0):
@@ -168,3 +171,156 @@ def test_an_interval_repeats_by_seed_and_leaves_out_draws_without_a_value():
 def test_too_few_draws_are_refused():
     with pytest.raises(UserError, match="draws is 20: an interval needs at least 100"):
         metrics.bootstrap(lambda i: 0.0, np.arange(5), draws=20)
+
+
+# --- films that an attacker reconstructs ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def films():
+    return phantom.generate(60, 64, seed=8).images / 255.0
+
+
+@pytest.fixture(scope="module")
+def gallery(films):
+    """The first 20 films, beside the mean of the others."""
+    return metrics.Gallery(films[:20], films[20:].mean(0))
+
+
+def noisy(film, sigma, seed=0):
+    return np.clip(film + sigma * np.random.default_rng(seed).normal(size=film.shape), 0, 1)
+
+
+@pytest.mark.parametrize("sigma", [0.003, 0.1, 0.5])
+def test_psnr_is_scikit_images(films, sigma):
+    image = noisy(films[0], sigma)
+    assert metrics.psnr(image, films[0]) == pytest.approx(peak_signal_noise_ratio(films[0], image, data_range=1.0))
+    assert metrics.psnr(image[None, None], films[0]) == metrics.psnr(films[0], image)
+
+
+def test_psnr_at_its_ends(films):
+    assert metrics.psnr(films[0], films[0]) == pytest.approx(200)
+    assert metrics.psnr(np.zeros((4, 4)), np.ones((4, 4))) == pytest.approx(0)
+    assert metrics.psnr(np.full((4, 4), 0.6), np.full((4, 4), 0.5)) == pytest.approx(20)
+    assert np.isnan(metrics.psnr(np.full((4, 4), np.nan), np.ones((4, 4))))
+
+
+@pytest.mark.parametrize("sigma", [0.01, 0.1])
+def test_ssim_is_scikit_images_and_the_papers(films, sigma):
+    image, truth = noisy(films[0], sigma), films[0]
+    got = metrics.ssim(image[None], truth)
+    assert got == pytest.approx(structural_similarity(truth, image, data_range=1.0))
+    # Wang et al. 2004, equation 13, in windows of 7 x 7.
+    mean_x, mean_y = uniform_filter(image, 7), uniform_filter(truth, 7)
+    unbiased = 49 / 48
+    var_x = unbiased * (uniform_filter(image**2, 7) - mean_x**2)
+    var_y = unbiased * (uniform_filter(truth**2, 7) - mean_y**2)
+    both = unbiased * (uniform_filter(image * truth, 7) - mean_x * mean_y)
+    c1, c2 = 0.01**2, 0.03**2
+    each = (2 * mean_x * mean_y + c1) * (2 * both + c2) / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))
+    assert got == pytest.approx(each[3:-3, 3:-3].mean(), abs=1e-6)
+    assert metrics.ssim(truth, truth) == pytest.approx(1)
+
+
+def test_films_of_two_sizes_arent_compared(films, gallery):
+    for score in (metrics.psnr, metrics.ssim):
+        with pytest.raises(UserError, match="films of .* can't be compared: give one size"):
+            score(films[0], films[0, :, :-1])
+    with pytest.raises(UserError, match="the mean film has \\(64, 63\\) pixels, films \\(64, 64\\): use one size"):
+        metrics.Gallery(films, films[0, :, :-1])
+    with pytest.raises(UserError, match="2 reconstructions for 3 films: give as many"):
+        gallery.match(films[:2], [0, 1, 2])
+    with pytest.raises(UserError, match="2 reconstructions for 1 films: give as many"):
+        gallery.score(films[:2], [0])
+
+
+def test_pncc_is_the_correlation_of_least_squares_residuals(films, gallery):
+    images = np.stack([noisy(films[k], 0.1, k) for k in range(3)])
+    shared = np.stack([np.ones(64 * 64), films[20:].mean(0).ravel()], 1)
+
+    def residual(x):
+        return x - shared @ np.linalg.lstsq(shared, x, rcond=None)[0]
+
+    want = [
+        [np.corrcoef(residual(image.ravel()), residual(film.ravel()))[0, 1] for film in films[:20]] for image in images
+    ]
+    got = gallery.pncc(images[:, None])
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    assert np.abs(got).max() <= 1 and got.shape == (3, 20)
+
+
+def test_bytes_and_fractions_are_one_gallery(films, gallery):
+    same = metrics.Gallery((255 * films[:20]).round().astype(np.uint8), films[20:].mean(0))
+    np.testing.assert_allclose(same.pncc(films[:5]), gallery.pncc(films[:5]), atol=1e-6)
+    assert np.diag(gallery.pncc(films[:20])) == pytest.approx(np.ones(20))
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.float32])
+def test_what_all_children_share_identifies_nobody(films, gallery, kind):
+    mean = films[20:].mean(0)
+    for image in (mean, np.zeros_like(mean), np.full_like(mean, 0.3), 0.5 * mean + 0.2, np.full_like(mean, np.nan)):
+        ranks = [gallery.rank(image.astype(kind), i) for i in range(20)]
+        assert ranks == [20] * 20
+        assert not gallery.pncc(image.astype(kind)[None]).any()
+    (row,) = gallery.score(mean.astype(kind)[None], [3])
+    assert row["identified"] == 0 and row["psnr_gain"] == pytest.approx(0, abs=1e-4)
+    assert row["pncc"] == 0 and row["ssim_gain"] == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.parametrize(("contrast", "brightness", "shared"), [(0.5, 0.3, 0.0), (0.1, 0.2, 0.6), (0.01, 0.5, 0.3)])
+def test_brightness_contrast_and_the_mean_film_count_for_nothing(films, gallery, contrast, brightness, shared):
+    for i in range(20):
+        image = (contrast * films[i] + brightness + shared * films[20:].mean(0)).astype(np.float32)
+        assert gallery.rank(image, i) == 1
+        assert gallery.pncc(image[None])[0, i] == pytest.approx(1, abs=1e-3)
+        assert gallery.rank(-image, i) == 20  # a negative isn't the film
+
+
+def test_noise_lowers_ssim_below_the_mean_films_and_still_identifies(films, gallery):
+    images = np.stack([noisy(film, 0.1, k) for k, film in enumerate(films[:20])])
+    rows = gallery.score(images, range(20))
+    assert all(row["identified"] == 1 for row in rows)
+    assert np.mean([row["ssim_gain"] for row in rows]) < 0
+    slight = gallery.score(np.stack([noisy(film, 0.03, k) for k, film in enumerate(films[:20])]), range(20))
+    assert all(row["identified"] == 1 and row["ssim"] < 0.95 for row in slight)
+
+
+def test_a_stranger_and_noise_are_placed_by_chance(films, gallery):
+    rng = np.random.default_rng(0)
+    images = np.concatenate([films[20:], rng.random((40, 64, 64))])
+    first = np.mean([gallery.rank(image, k % 20) == 1 for k, image in enumerate(images)])
+    assert first < 0.2
+
+
+def test_twins_count_as_one(films):
+    twins = metrics.Gallery(np.concatenate([films[:5], films[:5]]), films[20:].mean(0))
+    assert [twins.rank(films[i], i) for i in range(5)] == [1] * 5
+    assert [twins.rank(films[i], 5 + i) for i in range(5)] == [1] * 5
+    assert min(twins.rank(films[0], k) for k in (1, 2, 3, 4)) == 3  # both of the twins are before them
+
+
+def test_a_film_of_the_mean_films_kind_is_never_the_best(films):
+    mean = films[20:].mean(0)
+    with_mean = metrics.Gallery(np.concatenate([films[:3], 0.5 * mean[None] + 0.1]), mean)
+    assert not with_mean.pncc(films[:3])[:, 3].any() and with_mean.rank(films[0], 3) > 1
+
+
+def test_a_permuted_batch_is_put_right(films, gallery):
+    index = [4, 9, 2, 13]
+    images = np.stack([noisy(films[i], 0.2, i) for i in index])
+    for order in ([0, 1, 2, 3], [3, 1, 0, 2], [1, 2, 3, 0]):
+        shuffled = images[order][:, None]
+        matched = gallery.match(shuffled, index)
+        assert np.array_equal(matched[:, 0], images)
+        assert gallery.score(shuffled, index) == gallery.score(images, index)
+
+
+def test_scores_are_those_of_each_film(films, gallery):
+    index = [7, 1]
+    images = np.stack([noisy(films[i], 0.05, i) for i in index])
+    mean = films[20:].mean(0)
+    for row, image, i in zip(gallery.score(images, index), images, index, strict=True):
+        assert row["psnr"] == pytest.approx(metrics.psnr(image, films[i]), abs=1e-4)
+        assert row["psnr_gain"] == pytest.approx(row["psnr"] - metrics.psnr(mean, films[i]), abs=1e-4)
+        assert row["ssim_gain"] == pytest.approx(row["ssim"] - metrics.ssim(mean, films[i]), abs=1e-4)
+        assert row["pncc"] == pytest.approx(gallery.pncc(image[None])[0, i]) and row["identified"] == 1
