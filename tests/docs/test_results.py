@@ -67,3 +67,31 @@ def test_readme_quotes_the_benchmark_of_the_commands():
         *(f"| {entry['median']:.0f} s |" for name, entry in found.items() if name.startswith("notebook_")),
     ]
     assert [quote for quote in quotes if quote not in README] == []
+
+
+ATTACKS = "paper/04_model_inversion_attacks.json"
+
+
+@pytest.mark.parametrize("name", ["convnet_b1", "relu_b1", "relu_trained_b1", "b4", "squares_prior", "resnet18_prior"])
+def test_readme_quotes_what_attacks_get(name):
+    entry = metrics(ATTACKS)[f"psnr_{name}_db"]
+    assert f"{entry['median']:.1f} dB (worst {entry['min']:.1f}), n = {entry['n']}" in README
+
+
+@pytest.mark.parametrize("name", ["b64", "3x64", "20_steps"])
+def test_readme_quotes_the_imprint_layer(name):
+    entry = metrics(ATTACKS)[f"imprint_exact_{name}"]
+    assert f"{100 * entry['mean']:.1f} % exact (above 40 dB), n = {entry['n']}" in README
+
+
+def test_readme_quotes_the_identification_game():
+    found = metrics(ATTACKS)
+    for at in ("sigma_01", "sigma_02", "sigma_05", "sigma_1"):
+        names = (f"identified_{at}", f"identified_orthogonal_{at}", f"rero_bound_{at}")
+        assert " | ".join(f"{100 * found[name]['mean']:.1f} %" for name in names) in README
+
+
+def test_readme_quotes_the_benchmark_of_attacks():
+    found = metrics("bench/attacks.json")
+    assert f"{found['psnr_gain_over_breaching_db']['median']:+.1f} dB at equal CPU seconds" in README
+    assert f"{found['cpu_s_ratio_to_breaching']['median']:.2f} of its CPU seconds" in README
