@@ -223,6 +223,8 @@ class _DenseInputs:
         ):
             return
         gradient = dict(zip([n for n, _ in view.network.named_parameters()], view.gradient(), strict=True))
+        if float(features.max()) <= 0:
+            raise UserError("no unit before the dense layer was active: there is nothing to invert")
         self.conv, self.observed = layer, gradient[f"{name}.weight"]
         shape = self.after.shape
         self.features = features.view(shape)
@@ -326,7 +328,11 @@ class Search:
 
 def films_and_labels(view: AttackerView, n_films: int | None) -> torch.Tensor:
     """Labels of the films to look for, int64 [B], known or inferred."""
+    if n_films is not None and n_films < 1:
+        raise UserError(f"n_films is {n_films}: at least one film is needed")
     if view.labels is None:
+        if n_films and view.n_films and n_films != view.total_films:
+            raise UserError(f"n_films is {n_films}, but the view says {view.total_films} films: leave it out")
         return infer_labels(view, n_films or view.total_films)
     if n_films and n_films != len(view.labels):
         raise UserError(f"n_films is {n_films}, but the view has labels of {len(view.labels)} films: give one number")
