@@ -25,7 +25,8 @@ from primia_lite.config import UserError
 
 @dataclass(frozen=True, eq=False)
 class FilmPrior:
-    """Films as mean + components @ (spread * z), z standard normal: probabilistic PCA of films that the attacker owns.
+    """Films as mean + components @ (spread * z), z standard normal: a Gaussian on the principal
+    components of films that the attacker owns.
 
     Attributes
     ----------
@@ -69,12 +70,14 @@ def map_films(
     Raises
     ------
     UserError
-        The prior's films have another size than the view's.
+        The prior's films have another size than the view's, or a private round has several local steps.
     """
     if tuple(view.in_shape[-2:]) != tuple(prior.mean.shape):
         raise UserError(
             f"the prior's films are {tuple(prior.mean.shape)}, the view's {view.in_shape[-2:]}: use one size"
         )
+    if view.denominator and view.local_steps > 1:
+        raise UserError("the likelihood of several private local steps isn't known here: attack rounds of one step")
     labels = films_and_labels(view, n_films)
     rounds = [(view.model(t), view.gradient(t)) for t in range(len(view.updates))]
     likelihood = _noisy_likelihood if view.noise_std > 1e-6 else _layer_distance

@@ -952,6 +952,18 @@ def test_a_prior_of_another_size_is_refused(public, films):
         map_films(seen(films, [0]), FilmPrior.fit(public[:20, :30, :30], 4))
 
 
+def test_a_prior_refuses_private_local_steps_whose_likelihood_it_does_not_know(films, prior):
+    view = seen(films, [0], privacy=Privacy(0.5, 1.0, 1e9, unit="film"), local_steps=4)
+    with pytest.raises(UserError, match="several private local steps"):
+        map_films(view, prior)
+
+
+@pytest.mark.parametrize("n", [-1, 0, 5])
+def test_a_wrong_number_of_films_is_refused_with_inferred_labels(films, n):
+    with pytest.raises(UserError, match="n_films is"):
+        invert_gradients(seen(films, [0, 1], GUESSING), n_films=n, iterations=1)
+
+
 def test_a_prior_beats_the_mean_film_under_little_noise_alone(films, prior, gallery):
     gains = []
     for sigma in (0.01, 5.0):
