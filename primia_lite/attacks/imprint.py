@@ -122,7 +122,7 @@ def read_imprint(view: AttackerView, n_films: int | None = None) -> Reconstructi
         The network has no imprint layer, or no film lies in any of its windows.
     """
     started = time.process_time()
-    gradient = dict(zip([n for n, _ in view.network.named_parameters()], view.gradient(), strict=True))
+    gradient = view.named_gradient()
     if "imprint.weight" not in gradient:
         raise UserError("the network has no imprint layer: build imprintnet, with weights by imprint_state")
     limit = n_films or (view.total_films if view.n_films else len(gradient["imprint.weight"]))

@@ -56,13 +56,14 @@ def infer_labels(view: AttackerView, n_films: int | None = None) -> torch.Tensor
     """Labels of a batch from the gradient of the last layer's bias, int64 [B], sorted.
 
     That gradient is mean(p) - counts / B, p the softmax. For one film the label is where it is negative (iDLG, Zhao,
-    Mopuri, Bilen 2020). For more, p is estimated on grey noise, and counts are rounded (as Geng et al. 2021); exact as
-    long as p hardly depends on the film, as at initialisation.
+    Mopuri, Bilen 2020). For more, p is estimated on grey noise, and counts are rounded (as Geng et al. 2021). Right
+    as long as p hardly depends on the film, as in small batches at initialisation; a guess for larger ones, for trained
+    networks, after several local steps, and where clipping weighs the films.
 
     Raises
     ------
     UserError
-        The network's last layer has no bias, or the number of films isn't known.
+        The network has no dense layer, its last one has no bias, or the number of films isn't known.
     """
     n = n_films or view.total_films
     bias = _bias_gradient(view)
@@ -87,7 +88,7 @@ def _last_dense(network: nn.Module) -> tuple[str, nn.Linear]:
 
 def _bias_gradient(view: AttackerView) -> torch.Tensor:
     name, layer = _last_dense(view.network)
-    gradient = dict(zip([n for n, _ in view.network.named_parameters()], view.gradient(), strict=True))
+    gradient = view.named_gradient()
     if layer.bias is None:
         raise UserError(f"layer {name!r} has no bias, whose gradient would tell the labels: give them in the view")
     return gradient[f"{name}.bias" if name else "bias"]
@@ -95,10 +96,11 @@ def _bias_gradient(view: AttackerView) -> torch.Tensor:
 
 def _dense(view: AttackerView) -> tuple[str, torch.Tensor, torch.Tensor] | None:
     """Name, weight gradient and bias gradient of the first dense layer with a bias."""
-    gradient = dict(zip([n for n, _ in view.network.named_parameters()], view.gradient(), strict=True))
+    gradient = view.named_gradient()
     for name, layer in view.network.named_modules():
         if isinstance(layer, nn.Linear) and layer.bias is not None:
-            return name, gradient[f"{name}.weight"], gradient[f"{name}.bias"]
+            key = f"{name}." if name else ""  # a network may be a single layer
+            return name, gradient[f"{key}weight"], gradient[f"{key}bias"]
     return None
 
 
@@ -190,7 +192,7 @@ class _DenseInputs:
         rows = torch.cat([weight, bias[:, None]], 1)
         _, size, basis = torch.linalg.svd(rows, full_matrices=False)
         # As many directions as films, all clear of rounding. The outputs' derivatives add up to 0: a rank less.
-        last = weight.shape[0] == _last_dense(view.network)[1].out_features
+        last = name == _last_dense(view.network)[0]
         if n_films > min(rows.shape) - last or size[n_films - 1] < 1e-5 * size[0]:
             return
         self.basis = basis[:n_films]
@@ -222,7 +224,7 @@ class _DenseInputs:
             self.after.relu().flatten(), self.inputs.flatten()
         ):
             return
-        gradient = dict(zip([n for n, _ in view.network.named_parameters()], view.gradient(), strict=True))
+        gradient = view.named_gradient()
         if float(features.max()) <= 0:
             raise UserError("no unit before the dense layer was active: there is nothing to invert")
         self.conv, self.observed = layer, gradient[f"{name}.weight"]

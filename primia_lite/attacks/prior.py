@@ -61,8 +61,9 @@ def map_films(
 ) -> Reconstruction:
     """The likeliest films given a noisy update and the prior: MAP, by Adam on the prior's coordinates.
 
-    Against a private step the likelihood is exact: the sum of the films' gradients, each clipped (unit film), plus
-    noise of known size; several rounds add up. Without noise the mean over layers of the cosine distance takes its
+    Against a private step in which every film takes part and is a unit, the likelihood is exact: the sum of the films'
+    gradients, each clipped, plus noise of known size; several rounds add up. For sampled steps or patients with several
+    films it is only an approximation. Without noise the mean over layers of the cosine distance takes its
     place, for one film with the last layer's derivative set to the observed one: deep networks keep their gradient's
     length in few layers, and the others are what tells the film. Loss: negative log posterior, or that distance with
     the prior's pull.

@@ -191,6 +191,11 @@ class AttackerView:
             raise UserError("the update is constant in every layer: there is nothing to invert")
         return out
 
+    def named_gradient(self, round_number: int = 0) -> dict[str, torch.Tensor]:
+        """:meth:`gradient` by parameter name."""
+        names = [name for name, _ in self.network.named_parameters()]
+        return dict(zip(names, self.gradient(round_number), strict=True))
+
     def model(self, round_number: int = 0) -> nn.Module:
         """The network with the weights of a round, a copy."""
         model = copy.deepcopy(self.network)
