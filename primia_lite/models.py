@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import inspect
 import io
 import json
 from collections.abc import Callable, Iterator
@@ -120,7 +121,7 @@ class Spec:
     build: Callable[..., nn.Module]
 
 
-def linear_head(n_classes: int, in_shape: tuple[int, ...], **_) -> nn.Module:
+def linear_head(n_classes: int, in_shape: tuple[int, ...]) -> nn.Module:
     """One linear layer that starts at zero: every film begins at even odds. What would be its bias is the weight of a
     constant feature (see :func:`features`)."""
     head = nn.Linear(in_shape[-1], n_classes, bias=False)
@@ -308,6 +309,15 @@ def spec(name: str) -> Spec:
     return MODELS[name]
 
 
+def check_options(name: str, options: dict) -> None:
+    """Raise UserError for an option that a model's network doesn't have, naming those that it has."""
+    known = list(inspect.signature(spec(name).build).parameters)[2:]  # after n_classes and in_shape
+    if unknown := [option for option in options if option not in known]:
+        raise UserError(
+            f"{name} has no option {unknown[0]!r}: " + (f"choose from {', '.join(known)}" if known else "it has none")
+        )
+
+
 def build(name: str, n_classes: int, in_shape: tuple[int, ...], *, seed: int = 0, **options) -> nn.Module:
     """The trained part of a model.
 
@@ -317,7 +327,15 @@ def build(name: str, n_classes: int, in_shape: tuple[int, ...], *, seed: int = 0
         Shape of one view of one film: ``films.inputs.shape[2:]``.
     seed
         Of the initial weights; torch's global generator is left as it was.
+    options
+        The network's own, as its function in :mod:`primia_lite.networks` names them.
+
+    Raises
+    ------
+    UserError
+        An unknown model or option.
     """
+    check_options(name, options)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return spec(name).build(n_classes, tuple(in_shape), **options)

@@ -23,7 +23,7 @@ class Copy(nn.Module):
         return x.clone()
 
 
-def ckksnet(n_classes: int, in_shape: tuple[int, ...], channels: int = 8, hidden: int = 64, **_) -> nn.Module:
+def ckksnet(n_classes: int, in_shape: tuple[int, ...], channels: int = 8, hidden: int = 64) -> nn.Module:
     """Convolution, square, dense, square, dense: multiplicative depth 5, no norms, no pooling."""
     side = in_shape[-1]
     kernel = max(3, round(side / 8) + 1)
@@ -46,7 +46,7 @@ def ckksnet(n_classes: int, in_shape: tuple[int, ...], channels: int = 8, hidden
     return net
 
 
-def resnet18(n_classes: int, in_shape: tuple[int, ...], **_) -> nn.Module:
+def resnet18(n_classes: int, in_shape: tuple[int, ...]) -> nn.Module:
     """ResNet-18 (He et al. 2016), the network of the PriMIA paper, from MONAI with GroupNorm in place of BatchNorm."""
     from monai.networks.nets.resnet import ResNetBlock
     from monai.networks.nets.resnet import resnet18 as monai_resnet18
@@ -79,7 +79,7 @@ def activation_layer(name: str) -> nn.Module:
 
 def convnet(
     n_classes: int, in_shape: tuple[int, ...], activation: str = "relu", hidden: int = 0,
-    width: tuple[int, int] = (16, 32), **_,
+    width: tuple[int, int] = (16, 32),
 ) -> nn.Module:  # fmt: skip
     """Two 5 x 5 convolutions of stride 2 and a dense layer, with ``hidden`` > 0 another before it.
 
@@ -93,7 +93,7 @@ def convnet(
     return nn.Sequential(*layers, nn.Linear(hidden or features, n_classes))
 
 
-def mlp(n_classes: int, in_shape: tuple[int, ...], activation: str = "relu", hidden: int = 64, **_) -> nn.Module:
+def mlp(n_classes: int, in_shape: tuple[int, ...], activation: str = "relu", hidden: int = 64) -> nn.Module:
     """A dense layer on the pixels, an activation, a dense layer."""
     pixels = in_shape[0] * in_shape[-2] * in_shape[-1]
     return nn.Sequential(
@@ -125,7 +125,7 @@ class Imprint(nn.Module):
 
 
 def imprintnet(
-    n_classes: int, in_shape: tuple[int, ...], bins: int = 1024, gain: float = 1.0, activation: str = "relu", **_
+    n_classes: int, in_shape: tuple[int, ...], bins: int = 1024, gain: float = 1.0, activation: str = "relu"
 ) -> nn.Module:
     """A :class:`Imprint` before a :func:`convnet`."""
     pixels = in_shape[0] * in_shape[-2] * in_shape[-1]

@@ -34,6 +34,7 @@ class Training:
     momentum, weight_decay : of local SGD
     label_smoothing : share of each label that is spread over all classes (Szegedy et al. 2016)
     class_weights : None, ``"balanced"`` (from the hospital's own counts: not with DP), or one public number per class
+    model_options : the network's own, by name (see :mod:`primia_lite.networks`)
     augmentation : any of ``flip``, ``shift``, ``jitter`` (see :mod:`primia_lite.augmentation`) and ``mixup`` (Zhang
         et al. 2018; not with DP: it blends films, so that no step's sensitivity to one film is bounded by clipping)
     """
@@ -52,7 +53,7 @@ class Training:
     model_options: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        models.spec(self.model)
+        models.check_options(self.model, self.model_options)
         if not 0 < self.sample_rate <= 1:
             raise UserError(f"sample_rate is {self.sample_rate}: it must be in (0, 1]")
         if (self.local_steps is None) == (self.local_epochs is None):

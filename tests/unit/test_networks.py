@@ -13,6 +13,7 @@ from primia_lite.config import UserError
 from primia_lite.data import phantom
 from primia_lite.privacy.clipping import clipped_sum
 from primia_lite.privacy.dpsgd import check_model
+from primia_lite.training import Training
 
 NAMES = ["convnet", "mlp", "imprintnet"]
 
@@ -59,6 +60,31 @@ def test_every_activation_is_one_that_dp_trains(activation):
 def test_an_unknown_activation_is_named_with_the_choices(name):
     with pytest.raises(UserError, match="unknown activation 'gelu': choose one of tanh, sigmoid, relu, silu, elu, sq"):
         models.build(name, 3, (1, 28, 28), activation="gelu")
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "known"),
+    [
+        ("convnet", "hiden", "choose from activation, hidden, width"),
+        ("mlp", "width", "choose from activation, hidden"),
+        ("imprintnet", "hidden", "choose from bins, gain, activation"),
+        ("ckksnet", "activation", "choose from channels, hidden"),
+        ("resnet18", "activation", "it has none"),
+        ("litenet", "hidden", "it has none"),
+        ("convnet", "in_shape", "choose from activation, hidden, width"),
+    ],
+)
+def test_an_unknown_option_is_named_with_the_known_ones(name, option, known):
+    with pytest.raises(UserError, match=f"{name} has no option '{option}': {known}"):
+        Training(name, model_options={option: 3})  # before any film is touched
+    if option != "in_shape":
+        with pytest.raises(UserError, match=f"{name} has no option '{option}': {known}"):
+            models.build(name, 3, (1, 28, 28), **{option: 3})
+
+
+def test_a_recipes_seed_is_no_option_of_a_network():
+    with pytest.raises(UserError, match="mlp has no option 'seed'"):
+        Training("mlp", model_options={"seed": 1})
 
 
 def test_an_imprint_layer_shifts_the_first_logit_by_its_units():
