@@ -135,12 +135,11 @@ def test_game_of_two_close_candidates_in_little_noise():
 
 
 @pytest.mark.parametrize(("sigma", "steps", "q"), [(0.3, 1, 1.0), (1.0, 10, 1.0), (0.5, 1, 0.5), (0.6, 30, 0.1)])
-@pytest.mark.parametrize("orthogonal", [True, False])
-def test_no_rate_is_above_the_bound(sigma, steps, q, orthogonal):
-    matrix = torch.eye(40) if orthogonal else gram(random_gradients(40, 60))
-    rate = top1_rate(matrix, sigma, steps=steps, sample_rate=q, trials=1500)
-    assert rate.low <= rero_bound(sigma, 40, steps=steps, sample_rate=q)
-    assert rate.high >= 1 / 40
+def test_no_rate_is_above_the_bound_and_a_wrong_bound_would_show(sigma, steps, q):
+    """Orthogonal gradients of norm 1 are near the worst: they come so close that 15 % more noise in the bound fails."""
+    rate = top1_rate(torch.eye(40), sigma, steps=steps, sample_rate=q, trials=50_000)
+    assert rate.high < rero_bound(sigma, 40, steps=steps, sample_rate=q)
+    assert rate.low > rero_bound(1.15 * sigma, 40, steps=steps, sample_rate=q)
 
 
 @pytest.mark.parametrize(("sigma", "steps"), [(0.3, 1), (0.5, 1), (1.0, 1), (3.0, 1), (2.0, 16)])
