@@ -53,12 +53,10 @@ def _measures(flat: torch.Tensor) -> list[torch.Tensor]:
     mean = torch.ones(flat.shape[1]) / flat.shape[1] ** 0.5
     rest = flat - flat.mean(0)
     rest = rest - (rest @ mean)[:, None] * mean
-    generator = torch.Generator().manual_seed(0)
-    second = torch.randn(flat.shape[1], generator=generator)
-    for _ in range(20):  # power iteration
-        second = rest.T @ (rest @ second)
-        second = second / second.norm()
-    return [mean, second]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        _, _, directions = torch.pca_lowrank(rest, q=min(6, *rest.shape), center=False, niter=3)
+    return [mean, directions[:, 0]]
 
 
 def _windows(values: torch.Tensor, n: int) -> torch.Tensor:
@@ -119,9 +117,10 @@ def read_imprint(view: AttackerView, n_films: int | None = None) -> Reconstructi
     Raises
     ------
     UserError
-        The network has no imprint layer, or no film lies in any of its windows.
+        The network has no imprint layer, no film lies in any of its windows, or the view has several rounds.
     """
     started = time.process_time()
+    view.check_one_round()
     gradient = view.named_gradient()
     if "imprint.weight" not in gradient:
         raise UserError("the network has no imprint layer: build imprintnet, with weights by imprint_state")

@@ -81,7 +81,7 @@ def map_films(
         raise UserError("the likelihood of several private local steps isn't known here: attack rounds of one step")
     labels = films_and_labels(view, n_films)
     rounds = [(view.model(t), view.gradient(t)) for t in range(len(view.updates))]
-    likelihood = _noisy_likelihood if view.noise_std > 1e-6 else _layer_distance
+    likelihood = _noisy_likelihood if view.noisy else _layer_distance
     search = Search("attacker with a prior", iterations, 1)
 
     def loss(z: torch.Tensor) -> torch.Tensor:
@@ -99,7 +99,8 @@ def map_films(
         start, loss, iterations, step, lambda z: None, lambda z: prior.films(z).clamp(0, 1), signed=False
     )
     images = prior.films(z).clamp(0, 1)
-    return Reconstruction(images, labels, value, history, search.done, stopped=search.stopped, cpu_s=search.close())
+    cpu_s = search.close(value)
+    return Reconstruction(images, labels, value, history, search.done, stopped=search.stopped, cpu_s=cpu_s)
 
 
 def _noisy_likelihood(view, model, films, labels, target) -> tuple[torch.Tensor, float]:
@@ -126,6 +127,18 @@ def _layer_distance(view, model, films, labels, target) -> tuple[torch.Tensor, f
     return distance, 1e-3 / films[:, 0, 0, 0].numel()
 
 
+def _try(function: Callable[[], torch.Tensor], prior: FilmPrior) -> torch.Tensor:
+    """What a network makes of the prior's mean film, or a UserError in place of torch's own."""
+    try:
+        with torch.no_grad():
+            return function()
+    except RuntimeError as error:
+        raise UserError(
+            f"the network doesn't take films of {tuple(prior.mean.shape)} pixels, the prior's: fit the prior to films "
+            f"of the network's size ({str(error).splitlines()[0]})"
+        ) from error
+
+
 def head_features(view: AttackerView, constant: float) -> torch.Tensor:
     """Features of the one film behind an update of a linear head without bias, float32 [D], exactly.
 
@@ -134,7 +147,13 @@ def head_features(view: AttackerView, constant: float) -> torch.Tensor:
     Parameters
     ----------
     constant : value of the last feature (see :func:`primia_lite.models.features`)
+
+    Raises
+    ------
+    UserError
+        Another network, several rounds, or an update that says nothing about the constant.
     """
+    view.check_one_round()
     if len(view.gradient()) != 1 or view.gradient()[0].dim() != 2:
         raise UserError("this network isn't a linear head without bias: use invert_gradients or dense_layer")
     (weight,) = view.gradient()
@@ -158,7 +177,18 @@ def invert_features(
         Grey values 0 to 255, [N, H, W] -> [N, D], differentiable.
     free_pixels
         Search over all pixels from the mean film on, instead of over the prior's coordinates.
+
+    Raises
+    ------
+    UserError
+        ``extract`` makes features of another length, or can't take the prior's films.
     """
+    made = tuple(_try(lambda: extract(255.0 * prior.mean[None]), prior).shape)
+    if made != (1, *features.shape):
+        raise UserError(
+            f"features of shape {tuple(features.shape)}, but extract makes {made} of one film: give those of one film, "
+            "[D], by the same network"
+        )
     search = Search("inverting features", iterations, 1)
 
     def distance(films: torch.Tensor) -> torch.Tensor:
@@ -176,9 +206,8 @@ def invert_features(
         )  # fmt: skip
         x = prior.films(z)
     unknown = torch.tensor([-1])
-    return Reconstruction(
-        x.clamp(0, 1), unknown, value, history, search.done, stopped=search.stopped, cpu_s=search.close()
-    )
+    cpu_s = search.close(value)
+    return Reconstruction(x.clamp(0, 1), unknown, value, history, search.done, stopped=search.stopped, cpu_s=cpu_s)
 
 
 def class_image(
@@ -192,8 +221,16 @@ def class_image(
     ----------
     normalise
         Pixels in [0, 1] as the model takes them.
+
+    Raises
+    ------
+    UserError
+        The model can't take the prior's films, or has no such class.
     """
     model = copy.deepcopy(model).eval()
+    n_classes = _try(lambda: model(normalise(prior.mean[None, None])), prior).shape[-1]
+    if not 0 <= label < n_classes:
+        raise UserError(f"label is {label}: the model has classes 0 to {n_classes - 1}")
     search = Search("model inversion", iterations, 1)
     target = torch.tensor([label])
 
@@ -205,4 +242,5 @@ def class_image(
         lambda z: prior.films(z).clamp(0, 1), signed=False,
     )  # fmt: skip
     images = prior.films(z).clamp(0, 1)
-    return Reconstruction(images, target, value, history, search.done, stopped=search.stopped, cpu_s=search.close())
+    cpu_s = search.close(value)
+    return Reconstruction(images, target, value, history, search.done, stopped=search.stopped, cpu_s=cpu_s)

@@ -8,16 +8,16 @@ from collections.abc import Sequence
 import torch
 
 from primia_lite import models
-from primia_lite.attacks.view import AttackerView, State, ThreatModel
+from primia_lite.attacks.view import NOISELESS, AttackerView, State, ThreatModel
 from primia_lite.config import UserError
-from primia_lite.federation.hospital import local_update
+from primia_lite.federation.hospital import declare_size, local_update
 from primia_lite.models import Films
 from primia_lite.privacy.dpsgd import Privacy
 from primia_lite.privacy.rng import SecureGenerator
 from primia_lite.training import Training
 
-# For "clipping alone": DP-SGD's own path with noise that changes no digit.
-NO_NOISE = 1e-9
+# Noise multiplier of "clipping alone": DP-SGD's own path with noise that changes no digit.
+NO_NOISE = 1e-3 * NOISELESS
 
 
 def initial_state(training: Training, films: Films, seed: int = 0) -> State:
@@ -31,6 +31,19 @@ def initial_state(training: Training, films: Films, seed: int = 0) -> State:
 def clipping_alone(max_grad_norm: float = 1.0) -> Privacy:
     """Clipping with noise too small to matter: it protects nobody, and its ε is beyond counting."""
     return Privacy(NO_NOISE, max_grad_norm, 1e30, unit="film")
+
+
+def _declared(hospitals: list[Films], privacy: Privacy, threat: ThreatModel) -> int:
+    """The public number of units of each hospital."""
+    units = [len(own.units(privacy.unit)) for own in hospitals]
+    if not threat.knows_batch_size:
+        units = [declare_size(n) for n in units]
+    if len(set(units)) > 1:
+        raise UserError(
+            f"hospitals that declare {', '.join(map(str, units))} {privacy.unit}s: a sum of their steps has no one "
+            "denominator; give each as many"
+        )
+    return units[0]
 
 
 def observe(
@@ -52,7 +65,9 @@ def observe(
     state
         Global weights, or those of each round (``threat.sees == "rounds"``).
     privacy
-        Its denominator is the true number of units, the most exact case for the attacker.
+        A private step's denominator is public. Where the threat model grants the number of films, hospitals declare
+        their true number of units, the most exact case for the attacker; else they round it to tens, as the product's
+        do (:func:`~primia_lite.federation.hospital.declare_size`), so that it doesn't give the number away.
     seed
         Of sampling and noise, for teaching and tests; None draws them from the operating system.
 
@@ -73,12 +88,12 @@ def observe(
         )
     states = [state] if isinstance(state, dict) else list(state)
     first, updates, steps = hospitals[0], [], training.steps_per_round
+    declared = _declared(hospitals, privacy, threat) if privacy else None
     for number, weights in enumerate(states):
         total: State = {}
         for place, own in enumerate(hospitals):
             rng = SecureGenerator.for_seed(seed).child(number, place)
-            size = len(own.units(privacy.unit)) if privacy else None
-            delta = local_update(weights, own, training, privacy, rng, declared_size=size).delta
+            delta = local_update(weights, own, training, privacy, rng, declared_size=declared).delta
             total = {name: total.get(name, 0) + value for name, value in delta.items()}
         updates.append(total)
     in_shape = tuple(first.inputs.shape[2:])
@@ -92,5 +107,5 @@ def observe(
         hospitals=len(hospitals),
         max_grad_norm=privacy.max_grad_norm if privacy else 0.0,
         noise_std=privacy.noise_multiplier * privacy.max_grad_norm if privacy else 0.0,
-        denominator=training.sample_rate * len(first.units(privacy.unit)) if privacy else 0.0,
+        denominator=training.sample_rate * declared if privacy else 0.0,
     )  # fmt: skip

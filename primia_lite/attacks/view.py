@@ -7,7 +7,7 @@ scores are computed by a referee (:mod:`primia_lite.metrics`).
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -15,6 +15,8 @@ from torch import nn
 from primia_lite.config import UserError
 
 State = dict[str, torch.Tensor]
+# Noise, over the clipping bound, that changes nothing which an attack looks at: "clipping alone" stays below it.
+NOISELESS = 1e-6
 SERVERS = {"honest": "follows the protocol", "malicious": "chooses architecture and weights to its liking"}
 SEES = {
     "update": "one hospital's update of one round",
@@ -32,7 +34,7 @@ class ThreatModel:
     name : what tables call it
     server : ``honest`` (but curious) or ``malicious``
     sees : ``update``, ``rounds`` or ``sum``
-    knows_batch_size : whether the number of films in a step is known (a declared size tells it roughly)
+    knows_batch_size : whether the number of films in a step is known; else only what a hospital declares, in tens
     knows_labels : whether the films' labels are known; else the attack infers them
     """
 
@@ -75,7 +77,14 @@ class AttackerView:
     labels : int64 [films], or None
     hospitals : how many are in the sum
     max_grad_norm, noise_std : clipping bound C, and σC, of a private step; 0 without DP
-    denominator : what a private step's sum was divided by; 0 without DP (then it is a mean)
+    denominator : what a private step's sum was divided by, sample rate times the units that a hospital declares. It is
+        public, whatever the threat model; 0 without DP (then the gradient is a mean)
+
+    Raises
+    ------
+    UserError
+        Rounds or hospitals that the threat model doesn't grant, sizes that contradict each other, weights, updates or
+        films that don't fit the network, numbers that aren't finite, or a private step without bound or denominator.
     """
 
     threat: ThreatModel
@@ -109,6 +118,14 @@ class AttackerView:
             raise UserError(f"{self.threat.name!r} sees one hospital; a sum over {self.hospitals} was given")
         if self.n_films is not None and self.n_films < 1:
             raise UserError(f"n_films is {self.n_films}: an update of no film shows none")
+        private = (self.max_grad_norm > 0, self.denominator > 0)
+        if private[0] != private[1] or min(self.max_grad_norm, self.noise_std, self.denominator) < 0:
+            raise UserError(
+                f"max_grad_norm is {self.max_grad_norm:g}, denominator {self.denominator:g}: a private step has both, "
+                "and they are public; any other has neither"
+            )
+        if self.noise_std and not private[0]:
+            raise UserError(f"noise_std is {self.noise_std:g}, but max_grad_norm 0: noise comes with a clipping bound")
         if self.labels is not None and self.n_films is not None and len(self.labels) != self.total_films:
             raise UserError(
                 f"the batch size doesn't match the view: {len(self.labels)} labels for {self.total_films} films"
@@ -130,6 +147,21 @@ class AttackerView:
                     raise UserError(
                         f"the update's {name!r} has values that aren't finite: nothing can be inferred from it"
                     )
+        self._check_films()
+
+    def _check_films(self) -> None:
+        """One blank film through a copy of the network, so that no attack ends in torch's own errors."""
+        network = copy.deepcopy(self.network).eval()  # a BatchNorm can't train on one film, and would note it
+        what = f"the network doesn't take films of shape {tuple(self.in_shape)}"
+        try:
+            with torch.no_grad():
+                out = network(torch.zeros(1, *self.in_shape))
+        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{what}: give in_shape as it takes them, without the batch ({reason})") from error
+        if not isinstance(out, torch.Tensor) or out.dim() != 2 or len(out) != 1:
+            got = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
+            raise UserError(f"{what}, or gives no logits: of one it makes {got} in place of (1, classes)")
 
     @classmethod
     def from_gradient(
@@ -171,6 +203,26 @@ class AttackerView:
         if self.n_films is None:
             raise UserError("the number of films isn't known under this threat model: pass a guess as n_films")
         return self.n_films * self.hospitals
+
+    @property
+    def noisy(self) -> bool:
+        """Whether there is noise to speak of: not without DP, and not with clipping alone."""
+        return self.noise_std > NOISELESS * self.max_grad_norm
+
+    def of_round(self, round_number: int) -> AttackerView:
+        """What this view holds of one of its rounds, for attacks that take one."""
+        return replace(
+            self, network=self.model(round_number), weights=(self.weights[round_number],),
+            updates=(self.updates[round_number],),
+        )  # fmt: skip
+
+    def check_one_round(self) -> None:
+        """Raise UserError if there are several rounds: an attack that takes one would pass over the others."""
+        if len(self.updates) > 1:
+            raise UserError(
+                f"the view has {len(self.updates)} rounds, and this attack takes one: pass view.of_round(0) (or "
+                "another's number), or use map_films, which adds rounds up"
+            )
 
     def gradient(self, round_number: int = 0) -> list[torch.Tensor]:
         """Mean gradient over a round's local steps, a tensor for each parameter, from the update; of a sum over
@@ -231,9 +283,8 @@ class AttackerView:
         rows["update"] = (
             f"{sum(v.numel() for v in self.updates[0].values()):,} numbers after {self.local_steps} local step(s)"
         )
-        rows["privacy"] = (
-            f"clipped to {self.max_grad_norm:g}, noise σC = {self.noise_std:g}" if self.denominator else "none"
-        )
+        noise = f"noise σC = {self.noise_std:g}" if self.noisy else "no noise"
+        rows["privacy"] = f"clipped to {self.max_grad_norm:g}, {noise}" if self.denominator else "none"
         if extra := len(self.batch_statistics()):
             rows["BatchNorm"] = f"{extra} vectors more: mean and variance of the batch at each normalised layer"
         return rows

@@ -16,7 +16,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from scipy.stats import kstest
+from scipy.stats import kstest, norm
 from torch import nn
 from torch.nn import functional as F
 
@@ -32,7 +32,14 @@ from primia_lite.attacks.inversion import (
     infer_labels,
     invert_gradients,
 )
-from primia_lite.attacks.prior import FilmPrior, class_image, head_features, invert_features, map_films
+from primia_lite.attacks.prior import (
+    FilmPrior,
+    _noisy_likelihood,
+    class_image,
+    head_features,
+    invert_features,
+    map_films,
+)
 from primia_lite.attacks.simulate import clipping_alone, initial_state, observe
 from primia_lite.attacks.view import AttackerView, ThreatModel
 from primia_lite.config import UserError
@@ -307,6 +314,41 @@ def test_a_view_keeps_what_the_threat_model_grants_and_no_more(size, labels, fil
             view.total_films  # noqa: B018
 
 
+@pytest.mark.parametrize("n", [3, 8, 14])
+def test_a_denominator_doesnt_give_a_withheld_number_of_films_away(n, films):
+    """It is what a hospital declares, in tens, and the step was really divided by it."""
+    own, state, privacy = films.subset(range(n)), initial_state(RECIPE, films), clipping_alone(0.5)
+    known = observe(own, RECIPE, state, ThreatModel(), privacy)
+    view = observe(own, RECIPE, state, ThreatModel(knows_batch_size=False), privacy)
+    assert known.denominator == n and view.denominator == 10 and view.n_films is None
+    assert n not in (view.denominator, len(view.labels or ()), view.hospitals)
+    torch.testing.assert_close(flat(view.gradient()), flat(known.gradient()) * n / 10, rtol=1e-3, atol=1e-6)
+    assert infer_labels(view, n).tolist() == infer_labels(known).tolist()  # the sum is known, whatever it is over
+
+
+def test_attacks_use_the_declared_size_for_what_it_is(films, prior, gallery):
+    """A denominator of ten over one film: the gradient is ten times too short, and its length is explained."""
+    blind = ThreatModel(knows_batch_size=False)
+    view = seen(films, [0], blind, clipping_alone(1e3))
+    assert psnrs(gallery, deep_leakage(view, n_films=1), [0]) > 35
+    for sigma, least in ((0.01, 4), (1e-9, 2)):
+        noisy = seen(films, [0], blind, Privacy(sigma, 1.0, 1e30, unit="film"))
+        out = map_films(noisy, prior, iterations=80, n_films=1)
+        assert gallery.score(out.images.numpy(), [0])[0]["psnr_gain"] > least
+    with pytest.raises(UserError, match="isn't known under this threat model: pass a guess as n_films"):
+        map_films(noisy, prior)
+
+
+def test_hospitals_of_other_numbers_of_patients_have_no_one_denominator(films):
+    one, two = films.subset([0, 1]), films.subset([2, 3])
+    two = replace(two, patient_id=np.array(["a", "a"]))
+    state, patients = initial_state(RECIPE, films), Privacy(1.0, 1.0, 100.0, unit="patient")
+    with pytest.raises(UserError, match="hospitals that declare 2, 1 patients: .*; give each as many"):
+        observe([one, two], RECIPE, state, SUM, patients)
+    blind = ThreatModel("blind", sees="sum", knows_batch_size=False)
+    assert observe([one, two], RECIPE, state, blind, patients).denominator == 10  # both declare ten
+
+
 def test_of_poisson_batches_no_labels_are_known(films):
     view = seen(films, range(4), KNOWING, sample_rate=0.5)
     assert view.labels is None and view.n_films == 2
@@ -357,6 +399,35 @@ def test_an_update_that_cant_be_used_is_refused(films):
             replace(view, updates=updates)
 
 
+@pytest.mark.parametrize("shape", [(1, 28, 28), (SIDE, SIDE), (2, 1, SIDE, SIDE), (3, SIDE, SIDE), (5,), (-1, 2), ()])
+def test_films_that_the_network_doesnt_take_are_refused(shape, films):
+    with pytest.raises(UserError, match="the network doesn't take films of shape .*: give in_shape as it takes them"):
+        replace(seen(films, [0]), in_shape=shape)
+
+
+def test_a_network_that_gives_no_logits_is_refused():
+    network = nn.Conv2d(1, 3, 3)
+    with pytest.raises(UserError, match=r"of one it makes \(1, 3, 6, 6\) in place of \(1, classes\)"):
+        AttackerView.from_gradient(network, [torch.randn_like(p) for p in network.parameters()], (1, 8, 8))
+
+
+def test_a_batchnorm_doesnt_notice_that_check():
+    network = nn.Sequential(nn.Conv2d(1, 4, 4), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 3)).train()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    view = AttackerView.from_gradient(network, [torch.randn_like(p) for p in network.parameters()], (1, 4, 4))
+    assert network.training and view.network.training
+    assert all(torch.equal(value, before[name]) for name, value in view.network.state_dict().items())
+
+
+def test_a_private_step_has_a_bound_and_a_denominator(films):
+    view = seen(films, [0, 1], privacy=clipping_alone(2.0))
+    for changes in ({"denominator": 0.0}, {"max_grad_norm": 0.0}, {"max_grad_norm": -1.0, "denominator": -1.0}):
+        with pytest.raises(UserError, match="a private step has both, and they are public"):
+            replace(view, **changes)
+    with pytest.raises(UserError, match="noise_std is 1, but max_grad_norm 0"):
+        replace(view, max_grad_norm=0.0, denominator=0.0, noise_std=1.0)
+
+
 def test_a_batch_of_another_size_is_refused(films):
     view = seen(films, [0, 1])
     with pytest.raises(UserError, match="the batch size doesn't match the view: 2 labels for 3 films"):
@@ -365,6 +436,29 @@ def test_a_batch_of_another_size_is_refused(films):
         replace(view, n_films=0)
     with pytest.raises(UserError, match="n_films is 3, but the view has labels of 2 films"):
         invert_gradients(view, n_films=3)
+
+
+@pytest.mark.parametrize(
+    "attack", [invert_gradients, deep_leakage, dense_layer, read_imprint, lambda view: head_features(view, 0.1)]
+)
+def test_an_attack_that_takes_one_round_doesnt_pass_over_others(attack, films):
+    own = films.subset([0])
+    states = [initial_state(RECIPE, own, seed) for seed in (0, 1, 2)]
+    view = observe(own, RECIPE, states, ThreatModel(sees="rounds"))
+    with pytest.raises(UserError, match=r"has 3 rounds, and this attack takes one: pass view.of_round\(0\).*map_films"):
+        attack(view)
+
+
+def test_a_round_of_several_is_a_view_of_its_own(films, gallery):
+    own, recipe = films.subset([0]), RECIPE.changed(learning_rate=1.0)
+    states = [initial_state(recipe, own, seed) for seed in (0, 1)]
+    view = observe(own, recipe, states, ThreatModel(sees="rounds"))
+    second, alone = view.of_round(1), observe(own, recipe, states[1])
+    assert len(second.updates) == 1 and leaks(second, own) == []
+    assert all(torch.equal(value, states[1][name]) for name, value in second.network.state_dict().items())
+    assert torch.equal(flat(second.gradient()), flat(alone.gradient()))
+    assert not torch.equal(flat(view.of_round(0).gradient()), flat(alone.gradient()))
+    assert psnrs(gallery, invert_gradients(second, iterations=80), [0]) > 35
 
 
 @pytest.mark.parametrize("attack", [invert_gradients, deep_leakage, infer_labels, dense_layer, read_imprint])
@@ -498,6 +592,18 @@ def test_the_noise_is_what_was_promised(films):
     assert kstest(noise.numpy(), "norm").pvalue > 1e-4
 
 
+@pytest.mark.parametrize("bound", [1e-4, 1.0, 1e4, 1e8])
+def test_what_counts_as_noise_is_relative_to_the_bound(bound, films):
+    own, state = films.subset([0, 1]), initial_state(RECIPE, films)
+    alone = observe(own, RECIPE, state, KNOWING, clipping_alone(bound))
+    assert alone.noise_std > 0 and not alone.noisy and alone.describe()["privacy"].endswith("no noise")
+    little = observe(own, RECIPE, state, KNOWING, Privacy(1e-3, bound, 1e30, unit="film"), seed=0)
+    assert little.noisy and "noise σC = " in little.describe()["privacy"]
+    assert not observe(own, RECIPE, state, KNOWING).noisy
+    assert inversion._DenseInputs(alone, alone.model(), 1).basis is not None
+    assert inversion._DenseInputs(little, little.model(), 1).basis is None
+
+
 def test_a_sum_is_the_sum_of_the_hospitals_updates(films):
     places = [films.subset(range(3 * k, 3 * k + 3)) for k in range(3)]
     state = initial_state(RECIPE, films)
@@ -577,6 +683,22 @@ def test_a_dead_dense_layer_is_named(films):
         dense_layer(seen(films, [0], state=state, recipe=recipe))
 
 
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_convnet_of_dead_relus_is_named(n, films, prior):
+    recipe = RECIPE.changed(model_options=RELU)
+    state = initial_state(recipe, films)
+    state["2.bias"] = torch.full_like(state["2.bias"], -1e3)
+    view = seen(films, range(n), state=state, recipe=recipe)
+    assert float(flat(view.gradient()).abs().max()) > 0  # the last bias still moves, and tells labels
+    assert infer_labels(replace(view, labels=None)).tolist() == sorted(films.labels[:n].tolist())
+    for attack in (
+        invert_gradients, functools.partial(invert_gradients, closed_form=False), deep_leakage,
+        functools.partial(map_films, prior=prior),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match="only biases moved: no unit .* was active, there is nothing to invert"):
+            attack(view)
+
+
 def test_the_label_of_one_film_is_inferred_for_every_class(films):
     for label in range(3):
         i = int((films.labels == label).nonzero()[0])
@@ -593,6 +715,36 @@ def test_the_labels_of_a_batch_are_counted(options, films):
         assert infer_labels(view).tolist() == sorted(films.labels[index].tolist())
     only = (films.labels == 2).nonzero()[:6, 0]
     assert infer_labels(seen(films, only, GUESSING)).tolist() == [2] * 6
+
+
+def label_accuracy(view, labels) -> float:
+    """Share of a batch's labels that are right, matched as well as can be."""
+    found = torch.bincount(infer_labels(view), minlength=3)
+    return float(torch.minimum(found, torch.bincount(labels, minlength=3)).sum()) / len(labels)
+
+
+@pytest.mark.parametrize("options", [TANH, RELU, {**TANH, "hidden": 64}])
+@pytest.mark.parametrize(("n", "least"), [(2, 1.0), (4, 1.0), (12, 0.9)])
+def test_labels_are_counted_where_clipping_cuts_every_film(n, least, options, films):
+    rng, recipe, accuracy, chance = np.random.default_rng(0), RECIPE.changed(model_options=options), [], []
+    for seed in range(6):
+        own = films.subset(rng.choice(len(films), n, replace=False))
+        state = initial_state(recipe, own, seed)
+        assert film_gradients(own, recipe, state).norm(dim=1).min() > 2 * 0.2
+        view = observe(own, recipe, state, GUESSING, clipping_alone(0.2))
+        accuracy.append(label_accuracy(view, own.labels))
+        even = torch.full((3,), n / 3)
+        chance.append(float(torch.minimum(even, torch.bincount(own.labels, minlength=3)).sum()) / n)
+    assert np.mean(accuracy) >= least and np.mean(accuracy) > np.mean(chance) + 0.05
+
+
+def test_the_labels_of_rounds_are_counted_from_all_of_them(films):
+    own = films.subset(range(8))
+    states = [initial_state(RECIPE, own, seed) for seed in range(12)]
+    privacy, rounds = Privacy(0.3, 1.0, 1e9, unit="film"), ThreatModel(sees="rounds")
+    view = observe(own, RECIPE, states, rounds, privacy, seed=0)
+    each = [label_accuracy(view.of_round(t), own.labels) for t in range(12)]
+    assert label_accuracy(view, own.labels) > np.mean(each)
 
 
 def test_the_labels_of_a_sum_are_counted(films):
@@ -713,8 +865,13 @@ def test_without_noise_clipping_hinders_nobody(films, gallery):
 
 
 def test_noise_hinders(films, gallery):
-    view = seen(films, [0], KNOWING, Privacy(0.05, 1.0, 1e9, unit="film"))
-    assert psnrs(gallery, invert_gradients(view, iterations=60), [0]) < 25
+    """The same attack on the same film: noise is all that differs. Under noise there is no closed form to use."""
+    state = initial_state(RECIPE, films)
+    alone, noisy = (
+        invert_gradients(seen(films, [0], KNOWING, privacy, state), closed_form=False)
+        for privacy in (clipping_alone(1.0), Privacy(0.05, 1.0, 1e9, unit="film"))
+    )
+    assert psnrs(gallery, noisy, [0]) < 25 < 35 < psnrs(gallery, alone, [0])
 
 
 def test_several_local_steps_are_better_followed_through(films, gallery):
@@ -817,6 +974,61 @@ def test_a_stop_in_the_middle_of_a_loss_is_caught(films, monkeypatch):
     assert out.loss <= out.history[0][1]
 
 
+@pytest.fixture
+def nan_after(monkeypatch):
+    """Let the distance of gradients be no number from its k-th call on."""
+
+    def arm(k, until=10**9):
+        calls = itertools.count()
+        whole, unrolled = cosine_distance, expected_update
+
+        def broken(*args, **how):
+            out = unrolled(*args, **how)
+            return [g * torch.nan for g in out] if k <= next(calls) < until else out
+
+        monkeypatch.setattr(inversion, "expected_update", broken)
+        return whole
+
+    return arm
+
+
+@pytest.mark.parametrize("attack", [functools.partial(invert_gradients, closed_form=False), deep_leakage])
+def test_a_loss_that_is_no_number_ends_a_search_with_its_best(attack, films, nan_after):
+    view = seen(films, [0])
+    clean = attack(view, iterations=40)
+    nan_after(12, until=13)
+    with pytest.warns(RuntimeWarning, match="the loss wasn't finite after 12 steps, this start ends there"):
+        out = attack(view, iterations=40)
+    assert out.iterations == 12 < clean.iterations and not out.stopped
+    assert math.isfinite(out.loss) and torch.isfinite(out.images).all()
+    assert out.history and all(math.isfinite(value) for _, value, _ in out.history)
+    assert out.loss < out.history[0][1]
+
+
+@pytest.mark.filterwarnings("ignore:.*wasn't finite:RuntimeWarning")
+def test_of_starts_those_without_a_number_are_passed_over(films, nan_after):
+    view = seen(films, [0])
+    for attack in (functools.partial(invert_gradients, closed_form=False), deep_leakage):
+        want = attack(view, iterations=10, seed=1)
+        nan_after(0, until=2)  # all of the first start, and its end
+        got = attack(view, iterations=10, seed=0, restarts=2)
+        assert got.loss == want.loss and torch.equal(got.images, want.images)
+
+
+@pytest.mark.filterwarnings("ignore:.*wasn't finite:RuntimeWarning")
+def test_where_no_loss_is_a_number_that_is_said(films, prior, nan_after):
+    view = seen(films, [0])
+    blind = lambda x: x.flatten(1) * torch.nan  # noqa: E731
+    with pytest.raises(UserError, match="inverting features: no finite loss was seen"):
+        invert_features(torch.ones(PIXELS), blind, prior)
+    with pytest.raises(UserError, match="model inversion: no finite loss was seen"):
+        class_image(nn.Sequential(nn.Flatten(), nn.Linear(PIXELS, 3)), 0, prior, lambda x: x * torch.nan)
+    nan_after(0)
+    for attack in (functools.partial(invert_gradients, closed_form=False), invert_gradients, deep_leakage):
+        with pytest.raises(UserError, match="no finite loss was seen, .*: check the weights and the update"):
+            attack(view, restarts=2, iterations=5)
+
+
 # --- imprint ----------------------------------------------------------------------------------------------------------
 
 IMPRINT = Training("imprintnet", sample_rate=1.0, learning_rate=1.0, model_options={"bins": 512})
@@ -862,8 +1074,11 @@ def test_nor_do_local_steps(films, malicious, gallery):
 
 
 def test_but_noise_does(films, malicious, gallery):
-    view = seen(films, range(16), GUESSING, Privacy(0.5, 1.0, 1e9, unit="film"), malicious, IMPRINT)
-    assert _best(gallery, read_imprint(view), range(16)).max() < 25
+    alone, noisy = (
+        _best(gallery, read_imprint(seen(films, range(16), GUESSING, privacy, malicious, IMPRINT)), range(16))
+        for privacy in (clipping_alone(1.0), Privacy(0.5, 1.0, 1e9, unit="film"))
+    )
+    assert np.median(alone) > 40 and noisy.max() < 25
 
 
 def test_weights_without_an_imprint_copy_few_films(films, gallery):
@@ -985,8 +1200,6 @@ def test_a_prior_inverts_without_noise_and_a_batch(films, prior, gallery):
 
 def test_the_noise_of_a_sum_weighs_as_much_as_it_is(films, prior):
     """At the true films the misfit of n coordinates is n / 2, however many hospitals add noise."""
-    from primia_lite.attacks.prior import _noisy_likelihood
-
     for n in (1, 3):
         places = [films.subset([k]) for k in range(n)]
         state = initial_state(RECIPE, films)
@@ -994,6 +1207,40 @@ def test_the_noise_of_a_sum_weighs_as_much_as_it_is(films, prior):
         value, _ = _noisy_likelihood(view, view.model(), films.inputs[:n, 0], view.labels, view.gradient())
         count = len(flat(view.gradient()))
         assert abs(2 * float(value.detach()) / count - 1) < 4 * math.sqrt(2 / count)
+
+
+def test_the_likelihood_of_rounds_is_a_gaussian_density(films, prior):
+    """Of three rounds with weights of their own, against densities of independently clipped gradients."""
+    own, sigma, bound, n = films.subset([0, 1]), 0.7, 0.8, 2
+    states = [initial_state(RECIPE, own, seed) for seed in range(3)]
+    threat, privacy = ThreatModel(sees="rounds", knows_labels=True), Privacy(sigma, bound, 1e9, unit="film")
+    view = observe(own, RECIPE, states, threat, privacy, seed=0)
+
+    def density(candidates) -> float:
+        total = 0.0
+        for t, state in enumerate(states):
+            each = film_gradients(candidates, RECIPE, state).double().numpy()
+            each = each * np.minimum(1, bound / np.linalg.norm(each, axis=1, keepdims=True))
+            seen_t = flat(view.gradient(t)).double().numpy()
+            total += norm.logpdf(seen_t, each.sum(0) / n, sigma * bound / n).sum()
+        return total
+
+    def likelihood(candidates) -> float:
+        parts = (
+            _noisy_likelihood(view, view.model(t), candidates.inputs[:, 0], view.labels, view.gradient(t))[0]
+            for t in range(3)
+        )
+        return float(sum(part.detach().double() for part in parts))
+
+    other = replace(films.subset([7, 9]), labels=own.labels)
+    assert density(own) > density(other)
+    gap = density(own) - density(other)
+    assert likelihood(other) - likelihood(own) == pytest.approx(gap, rel=0.01, abs=0.1)
+    # And map_films adds them up: its first step of one film is at the prior's mean, where the prior pulls nowhere.
+    one = replace(view, labels=view.labels[:1], n_films=1, denominator=1.0)
+    mean = replace(films.subset([0]), inputs=films.normalise(prior.mean)[None, None, None])
+    parts = (_noisy_likelihood(one, one.model(t), mean.inputs[:, 0], one.labels, one.gradient(t))[0] for t in range(3))
+    assert map_films(one, prior, iterations=1).loss == pytest.approx(float(sum(p.detach() for p in parts)), rel=1e-4)
 
 
 def test_rounds_add_up(films, prior, gallery):
@@ -1016,6 +1263,24 @@ def test_a_linear_heads_update_holds_the_features(privacy):
     view = observe(own, recipe, initial_state(recipe, own), privacy=privacy)
     torch.testing.assert_close(head_features(view, 0.1), features[0], rtol=1e-5, atol=1e-6)
     assert leaks(view, own) == []
+
+
+def test_features_of_another_length_are_refused(prior):
+    for features in (torch.ones(7), torch.ones(1, PIXELS), torch.ones(())):
+        with pytest.raises(UserError, match=r"features of shape .*, but extract makes \(1, 1024\) of one film"):
+            invert_features(features, lambda x: x.flatten(1), prior)
+    with pytest.raises(UserError, match=r"doesn't take films of \(32, 32\) pixels, the prior's"):
+        invert_features(torch.ones(3), lambda x: nn.Linear(900, 3)(x.flatten(1)), prior)
+
+
+def test_a_class_image_needs_a_prior_of_the_models_size_and_a_class_that_it_has(public, films):
+    network = models.build("convnet", 3, (1, SIDE, SIDE))
+    small = FilmPrior.fit(public[:20, :28, :28], 4)
+    with pytest.raises(UserError, match=r"doesn't take films of \(28, 28\) pixels, the prior's: fit the prior to"):
+        class_image(network, 0, small, films.normalise)
+    for label in (-1, 3):
+        with pytest.raises(UserError, match=f"label is {label}: the model has classes 0 to 2"):
+            class_image(network, label, FilmPrior.fit(public[:20], 4), films.normalise)
 
 
 def test_features_that_an_update_doesnt_hold():
