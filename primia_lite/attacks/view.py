@@ -48,6 +48,8 @@ class ThreatModel:
         for value, known, what in ((self.server, SERVERS, "server"), (self.sees, SEES, "sees")):
             if value not in known:
                 raise UserError(f"{what} is {value!r}: choose one of {', '.join(known)}")
+        if self.knows_labels and not self.knows_batch_size:
+            raise UserError("whoever knows the labels knows how many films there are: grant the batch size, too")
 
     def describe(self) -> dict[str, str]:
         """For a table."""
