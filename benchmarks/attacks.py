@@ -1,9 +1,11 @@
 """How well and how fast films are rebuilt from a gradient, beside `breaching` 0.1.2 on the same gradients.
 
-Films of 64 px, the package's convnet, labels known. In turns on one thread: ours with its default settings; breaching's
-`invertinggradients` with as many iterations as fit in the CPU seconds that ours took for that film (the equal-time
-numbers), and with a long budget of its own; `deep_leakage` and breaching's `deepleakage`, equal time again. Breaching
-gets the total-variation weight that suits it best in each row and budget, chosen on films that aren't scored. PSNR is
+Films of 64 px, the package's convnet, labels known. In turns on one thread: ours with its default settings; ours with
+the cosine alone (`closed_form=False`, else its defaults) and breaching's `invertinggradients`, each with as many
+iterations as fit in the CPU seconds that ours took for that film (the equal-time numbers): between the first two lies
+what the closed form brings. Then breaching with a long budget of its own; `deep_leakage` and breaching's `deepleakage`,
+equal time again. Breaching gets the total-variation weight that suits it best in each row and budget, chosen on films
+that aren't scored (`--chosen-on`); ours gets no such choice. PSNR is
 that of pixels in [0, 1], a batch's films matched to the true ones. Real films where PRIMIA_LITE_DATA has them, else
 phantoms.
 
@@ -267,14 +269,15 @@ class Duel:
 
     Attributes
     ----------
-    scores : ``ours``, ``breaching`` (equal time), ``breaching_long``, and perhaps ``dlg_ours`` and ``dlg_breaching``
+    scores : ``ours``, ``ours_cosine`` and ``breaching`` (equal time), ``breaching_long``, and perhaps ``dlg_ours`` and
+        ``dlg_breaching``
     weights : breaching's total-variation weight at equal time, and for long
     """
 
     def __init__(self, row: Row, chosen_on: list[Case]):
         self.row = row
         self.scores: dict[str, Scores] = {}
-        self.paces: dict[str, list[float]] = {}  # CPU seconds of an iteration of breaching's, in runs of equal time
+        self.paces: dict[str, list[float]] = {}  # CPU seconds of an iteration, in runs of equal time
         self.weights = dict(zip(("breaching", "breaching_long"), self._best_weights(chosen_on), strict=True))
 
     def _ours(self, case: Case, scores: Scores) -> float:
@@ -282,6 +285,14 @@ class Duel:
             return inversion.invert_gradients(case.view, iterations=self.row.ours, seed=case.seed).images
 
         return scores.run(case, self.row.ours, attack)
+
+    def _cosine(self, case: Case, scores: Scores, iterations: int) -> None:
+        def attack():
+            return inversion.invert_gradients(
+                case.view, iterations=iterations, closed_form=False, seed=case.seed
+            ).images
+
+        self.paces.setdefault("ours_cosine", []).append(scores.run(case, iterations, attack) / iterations)
 
     def _theirs(self, case: Case, scores: Scores, iterations: int, weight: float | None, attack: str) -> float:
         seconds = scores.run(
@@ -295,11 +306,15 @@ class Duel:
         """For both budgets."""
         self._theirs(chosen_on[0], Scores(), 20, TV_WEIGHTS[0], "invertinggradients")
         self._ours(chosen_on[0], Scores())
+        self._cosine(chosen_on[0], Scores(), 20)
         self.paces.clear()  # the first run of anything is slow
+        self._cosine(chosen_on[0], Scores(), 50)
         self._theirs(chosen_on[0], Scores(), 50, TV_WEIGHTS[0], "invertinggradients")
         found: dict[tuple[str, float], Scores] = {(b, w): Scores() for b in ("equal", "long") for w in TV_WEIGHTS}
         for case in chosen_on:
-            budget = self._fitting("invertinggradients", self._ours(case, Scores()))
+            seconds = self._ours(case, Scores())
+            budget = self._fitting("invertinggradients", seconds)
+            self._cosine(case, Scores(), self._fitting("ours_cosine", seconds))  # for its pace alone
             for (name, weight), scores in found.items():
                 steps = budget if name == "equal" else self.row.long
                 self._theirs(case, scores, steps, weight, "invertinggradients")
@@ -309,12 +324,13 @@ class Duel:
         )
 
     def _fitting(self, attack: str, seconds: float) -> int:
-        """Iterations of breaching that take as long as ours did, at its mean pace in such runs, rounded up."""
+        """Iterations of an attack that take as long as ours did, at its mean pace in such runs, rounded up."""
         return max(1, math.ceil(seconds / statistics.mean(self.paces[attack])))
 
     def play(self, case: Case) -> None:
         of = self.scores.setdefault
         seconds = self._ours(case, of("ours", Scores()))
+        self._cosine(case, of("ours_cosine", Scores()), self._fitting("ours_cosine", seconds))
         for name in ("breaching", "breaching_long"):
             steps = self._fitting("invertinggradients", seconds) if name == "breaching" else self.row.long
             self._theirs(case, of(name, Scores()), steps, self.weights[name], "invertinggradients")
@@ -327,12 +343,12 @@ class Duel:
             steps = self._fitting("deepleakage", seconds)
             self._theirs(case, of("dlg_breaching", Scores()), steps, None, "deepleakage")
 
-    def gains(self, over: str) -> list[float]:
+    def gains(self, over: str, of: str = "ours") -> list[float]:
         """dB that ours is better, film by film."""
-        return [a - b for a, b in zip(self.scores["ours"].psnr, self.scores[over].psnr, strict=True)]
+        return [a - b for a, b in zip(self.scores[of].psnr, self.scores[over].psnr, strict=True)]
 
     def ratios(self, to: str) -> list[float]:
-        """CPU seconds of ours over breaching's, case by case."""
+        """CPU seconds of ours over another's, case by case."""
         return [a / b for a, b in zip(self.scores["ours"].cpu_s, self.scores[to].cpu_s, strict=True)]
 
 
@@ -355,11 +371,20 @@ def metrics(duels: dict[str, Duel]) -> dict[str, dict]:
         found[f"psnr_gain_{name}_over_long_db"] = spread(
             duel.gains("breaching_long"), "dB over breaching at its long budget"
         )
+        found[f"psnr_gain_{name}_over_cosine_db"] = spread(
+            duel.gains("ours_cosine"), "dB over ours with the cosine alone at equal CPU seconds"
+        )
+        found[f"psnr_gain_{name}_cosine_over_breaching_db"] = spread(
+            duel.gains("breaching", "ours_cosine"), "dB, ours with the cosine alone over breaching at equal CPU seconds"
+        )
         found[f"cpu_s_ratio_{name}"] = spread(
             duel.ratios("breaching_long"), "CPU seconds, ours / breaching at its long budget"
         )
         found[f"cpu_s_ratio_{name}_equal"] = spread(
             duel.ratios("breaching"), "CPU seconds, ours / breaching, meant to be equal"
+        )
+        found[f"cpu_s_ratio_{name}_cosine"] = spread(
+            duel.ratios("ours_cosine"), "CPU seconds, ours / ours with the cosine alone, meant to be equal"
         )
         for attack, scores in duel.scores.items():
             what, _, budget = attack.partition("breaching_")
@@ -370,14 +395,17 @@ def metrics(duels: dict[str, Duel]) -> dict[str, dict]:
     return found
 
 
+SHOWN = {"ours_cosine": "ours, cosine alone", "breaching_long": "breaching, long"}
+
+
 def table(duels: dict[str, Duel]) -> str:
-    head = f"{'row':<14}{'attack':<16}{'TV weight':>10}{'iterations':>12}{'CPU s':>8}"
+    head = f"{'row':<14}{'attack':<20}{'TV weight':>10}{'iterations':>12}{'CPU s':>8}"
     lines = [f"{head}{'PSNR: median':>14}{'min':>7}{'max':>7}  n"]
     for name, duel in duels.items():
         for attack, s in duel.scores.items():
             weight = f"{duel.weights[attack]:g}" if attack in duel.weights else ""
             lines.append(
-                f"{name:<14}{attack:<16}{weight:>10}{statistics.median(s.iterations):>12g}"
+                f"{name:<14}{SHOWN.get(attack, attack):<20}{weight:>10}{statistics.median(s.iterations):>12g}"
                 f"{statistics.median(s.cpu_s):>8.2f}{statistics.median(s.psnr):>14.2f}{min(s.psnr):>7.2f}"
                 f"{max(s.psnr):>7.2f}  {len(s.psnr)}"
             )
@@ -389,7 +417,10 @@ def main() -> None:
     parser.add_argument("--films", type=int, default=16, help="cases of the rows with one film each (default 16)")
     parser.add_argument("--batches", type=int, default=4, help="cases of the rows with several films (default 4)")
     parser.add_argument(
-        "--chosen-on", type=int, default=2, help="cases to choose its weight on (default 2; batches: 1)"
+        "--chosen-on",
+        type=int,
+        default=4,
+        help="cases of each row, none of them scored, to choose breaching's weights on (default 4)",
     )
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="default all")
     options = parser.parse_args()
@@ -405,7 +436,7 @@ def main() -> None:
             network, accuracy[name] = trained_network(row, films, 0)
             print(f"{name}: {accuracy[name]:.2f} of the test films right", flush=True)
         n = options.films if row.batch == 1 else options.batches
-        drawn = cases(row, films, n + (options.chosen_on if row.batch == 1 else 1), network)
+        drawn = cases(row, films, n + options.chosen_on, network)
         duels[name] = Duel(row, drawn[n:])
         for number, case in enumerate(drawn[:n]):
             duels[name].play(case)
