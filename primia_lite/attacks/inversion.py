@@ -290,12 +290,12 @@ class _NotFinite(Exception):
 class Search:
     """A descent that reports, keeps the best, and ends with it when stopped, or when the loss is no longer finite."""
 
-    def __init__(self, what: str, iterations: int, restarts: int, keep: int = 24):
+    def __init__(self, what: str, iterations: int, restarts: int, keep: int = 24, *, started: float | None = None):
         from tqdm.auto import tqdm
 
         if min(iterations, restarts) < 1:
             raise UserError(f"{iterations} iterations and {restarts} restarts: at least one of each is needed")
-        self.started = time.process_time()
+        self.started = time.process_time() if started is None else started  # CPU seconds count from there
         self.bar = tqdm(total=iterations * restarts, desc=what, unit="step", leave=False, disable=not in_notebook())
         self.marks = set(np.unique(np.geomspace(1, max(iterations, 1), keep).astype(int)) - 1)
         self.what, self.done, self.stopped = what, 0, False
@@ -461,6 +461,7 @@ def invert_gradients(
         Nothing to invert, an unknown number of films, several rounds, a ``start`` of another shape, or a loss that was
         never finite.
     """
+    started = time.process_time()
     view.check_one_round()
     model, target = view.model(), view.gradient()
     labels = films_and_labels(view, n_films)
@@ -475,7 +476,7 @@ def invert_gradients(
     if weight is None:
         weight = 1e-4 if not kinked else 0.3 if dense and dense.conv else 1e-2
     polish = iterations // 2 if dense else 0
-    search = Search("inverting gradients", iterations + polish, restarts)
+    search = Search("inverting gradients", iterations + polish, restarts, started=started)
 
     def distance(x: torch.Tensor) -> torch.Tensor:
         return cosine_distance(expected_update(view, model, view.normalise(x), labels, unroll=unroll), target)
@@ -538,13 +539,14 @@ def deep_leakage(
     UserError
         As :func:`invert_gradients`.
     """
+    started = time.process_time()
     view.check_one_round()
     labels = films_and_labels(view, n_films)
     # The mean over films, of a sum over films or hospitals.
     share = view.denominator / len(labels) if view.denominator else 1 / view.hospitals
     model, target = view.model(), [share * g for g in view.gradient()]
     size = float(_norm(target)) ** 2
-    search = Search("deep leakage", iterations, restarts)
+    search = Search("deep leakage", iterations, restarts, started=started)
 
     def loss(x: torch.Tensor) -> torch.Tensor:
         guess = expected_update(view, model, view.normalise(x), labels)

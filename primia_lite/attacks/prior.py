@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -79,10 +80,11 @@ def map_films(
         )
     if view.denominator and view.local_steps > 1:
         raise UserError("the likelihood of several private local steps isn't known here: attack rounds of one step")
+    started = time.process_time()
     labels = films_and_labels(view, n_films)
     rounds = [(view.model(t), view.gradient(t)) for t in range(len(view.updates))]
     likelihood = _noisy_likelihood if view.noisy else _layer_distance
-    search = Search("attacker with a prior", iterations, 1)
+    search = Search("attacker with a prior", iterations, 1, started=started)
 
     def loss(z: torch.Tensor) -> torch.Tensor:
         films = view.normalise(prior.films(z))

@@ -299,8 +299,12 @@ def test_that_check_finds_a_smuggled_film(way, films):
 # --- what the threat model grants -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [True, False])
-@pytest.mark.parametrize("labels", [True, False])
+def test_labels_without_their_number_are_refused():
+    with pytest.raises(UserError, match="grant the batch size, too"):
+        ThreatModel(knows_batch_size=False, knows_labels=True)
+
+
+@pytest.mark.parametrize(("size", "labels"), [(True, True), (True, False), (False, False)])
 def test_a_view_keeps_what_the_threat_model_grants_and_no_more(size, labels, films):
     view = seen(films, [0, 1], ThreatModel(knows_batch_size=size, knows_labels=labels))
     assert view.n_films == (2 if size else None)
