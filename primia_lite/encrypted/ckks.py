@@ -1,0 +1,279 @@
+"""Encrypted diagnosis between two parties that exchange bytes: the client has films and the key, the server the model.
+
+The client learns a few rounded logits, the server nothing of the film: CKKS is IND-CPA secure for an honest but
+curious server that is never told a decryption (Li and Micciancio, EUROCRYPT 2021).
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import tenseal.sealapi as sealapi
+from torch import nn
+
+from primia_lite.config import UserError
+from primia_lite.encrypted.kernels import EvaluationKeys, compile_model, packing_for
+from primia_lite.encrypted.keys import SecretKey
+from primia_lite.encrypted.masks import seal_reply
+from primia_lite.encrypted.packing import Packing, packing_from, spec_of
+from primia_lite.encrypted.seal import CiphertextError, Context
+
+_MAGIC = b"PLCK0001"
+# Of a client's public material; Galois keys of a network with a hidden layer are most of it.
+MAX_PUBLIC_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One step's cost.
+
+    Attributes
+    ----------
+    step, party : what, and who
+    seconds : wall clock
+    kib : bytes that go out of it, over 1,024
+    levels_left : rescalings that remain
+    """
+
+    step: str
+    party: str
+    seconds: float
+    kib: float = 0.0
+    levels_left: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a model is run under encryption, and why so."""
+
+    packing: Packing
+    reason: str
+
+    def __str__(self) -> str:
+        p = self.packing.parameters
+        return (
+            f"{self.packing.kind}: {self.reason}; N = {p.poly_modulus_degree}, primes of {p.coeff_mod_bit_sizes} bits, "
+            f"{self.packing.uploads} ciphertext(s) up, {len(self.packing.keep)} down, "
+            f"{len(self.packing.rotations)} Galois keys"
+        )
+
+
+def plan(model: nn.Module, in_shape: tuple[int, ...]) -> Plan:
+    """The packing for one film at a time.
+
+    Parameters
+    ----------
+    in_shape : of one film as the model takes it, [D] features or [1, H, W] pixels
+
+    Raises
+    ------
+    UserError
+        A network that can't be run under encryption here.
+    """
+    packing = packing_for(model, in_shape)
+    reason = {
+        "linear": "features of a public network are computed by the hospital, so one product with the head is left, "
+        "without rotations or evaluation keys",
+        "cnn": "the hospital lays the film out as patches, so the convolution is products and few rotations",
+    }[packing.kind]
+    return Plan(packing, reason)
+
+
+class Client:
+    """The hospital: owns the secret key, encrypts films, reads logits.
+
+    Parameters
+    ----------
+    packing : from the server (:func:`~primia_lite.encrypted.packing.packing_from`), or of a plan
+    decimals
+        Logits are rounded to so many. What isn't shown can't help an attacker; but this is a heuristic, not a proof.
+
+    Attributes
+    ----------
+    costs : a list of Cost, a row for each step
+    """
+
+    def __init__(self, packing: Packing, decimals: int = 3):
+        self.packing, self.decimals, self.costs = packing, decimals, []
+        started = time.perf_counter()
+        self.context = Context(packing.parameters)
+        self._key = SecretKey(self.context)
+        self._note("make keys", started, 0)
+
+    def _note(self, step: str, started: float, size: int, level: int = 0) -> None:
+        left = max(0, self.packing.parameters.levels - level)
+        self.costs.append(Cost(step, "client", time.perf_counter() - started, size / 1024, left))
+
+    def public(self) -> bytes:
+        """What the server needs: the packing, the public key, and the evaluation keys that the packing asks for."""
+        started = time.perf_counter()
+        parts = [self._key.public_key()]
+        if self.packing.relinearise:
+            parts.append(self._key.relin_keys())
+        if self.packing.rotations:
+            parts.append(self._key.galois_keys(list(self.packing.rotations)))
+        head = json.dumps({"packing": spec_of(self.packing), "bytes": [len(part) for part in parts]}).encode()
+        out = b"".join([_MAGIC, struct.pack("<I", len(head)), head, *parts])
+        self.refuse_secret(out)
+        self._note("publish keys", started, len(out))
+        return out
+
+    def refuse_secret(self, data: bytes) -> None:
+        """
+        Raises
+        ------
+        UserError
+            The secret key, in SEAL's form or as coefficients, is inside ``data``.
+        """
+        if self._key.is_inside(data):
+            raise UserError(
+                "the secret key is inside what is about to be sent: send Client.public() and encrypt() only"
+            )
+
+    def encrypt(self, film: np.ndarray) -> list[bytes]:
+        """One film's features [D] or pixels [H, W], as the model takes them.
+
+        Raises
+        ------
+        UserError
+            Another shape, or numbers that aren't finite.
+        """
+        started = time.perf_counter()
+        film = np.asarray(film, dtype=np.float64)
+        if film.shape != self.packing.in_shape:
+            raise UserError(f"this film has shape {film.shape}, the model takes {self.packing.in_shape}: prepare it so")
+        if not np.isfinite(film).all():
+            raise UserError("the film has values that aren't finite: leave it out, or prepare it again")
+        out = [self._key.encrypt(plaintext) for plaintext in self.packing.encode(self.context, film)]
+        self._note("encrypt", started, sum(map(len, out)))
+        return out
+
+    def decrypt(self, replies: list[bytes]) -> np.ndarray:
+        """Logits, float64 [classes], rounded to ``decimals``.
+
+        Raises
+        ------
+        CiphertextError
+            A reply that isn't one of this packing.
+        """
+        started = time.perf_counter()
+        if len(replies) != len(self.packing.keep):
+            raise CiphertextError(f"{len(replies)} replies came, {len(self.packing.keep)} belong to a film")
+        scale, level = self.packing.reply_scale(self.context), self.packing.reply_level
+        out = []
+        for reply, keep in zip(replies, self.packing.keep, strict=True):
+            integers = self.context.integers(reply, scale=scale, level=level)
+            out += self._key.coefficients(integers, keep, level)
+        self._note("decrypt", started, 0, level)
+        return np.round(np.array(out, dtype=np.float64) / scale, self.decimals)
+
+
+class Session:
+    """One client's public material at the server."""
+
+    def __init__(self, server: Server, data: bytes):
+        context, self.server = server.context, server
+        parts = _split(data, server.packing)
+        kinds = [sealapi.PublicKey]
+        kinds += [sealapi.RelinKeys] if server.packing.relinearise else []
+        kinds += [sealapi.GaloisKeys] if server.packing.rotations else []
+        if len(parts) != len(kinds):
+            raise CiphertextError(f"{len(parts)} keys came, this model needs {len(kinds)}: send Client.public()")
+        try:
+            keys = {kind: context.load(part, kind) for kind, part in zip(kinds, parts, strict=True)}
+        except (RuntimeError, ValueError, IndexError, MemoryError) as error:
+            raise CiphertextError(f"SEAL can't read these keys: {error}") from error
+        galois = keys.get(sealapi.GaloisKeys)
+        elements = [pow(3, step, 2 * context.n) for step in server.packing.rotations]
+        if galois is not None and not all(galois.has_key(element) for element in elements):
+            raise CiphertextError("Galois keys that this model needs are missing: send Client.public()")
+        self.encryptor = sealapi.Encryptor(context.seal, keys[sealapi.PublicKey])
+        self.keys = EvaluationKeys(keys.get(sealapi.RelinKeys), galois)
+
+    def diagnose(self, uploads: list[bytes]) -> list[bytes]:
+        """One film's ciphertexts in, masked and re-randomised replies out.
+
+        Raises
+        ------
+        CiphertextError
+            Ciphertexts that aren't of this packing; checked before any work.
+        """
+        server, packing = self.server, self.server.packing
+        started = time.perf_counter()
+        if len(uploads) != packing.uploads:
+            raise CiphertextError(f"{len(uploads)} ciphertexts came, {packing.uploads} belong to a film")
+        inputs = [server.context.receive(data, scale=packing.fresh_scale) for data in uploads]
+        server._note("receive", started)
+        started = time.perf_counter()
+        products = server.kernel(inputs, self.keys)
+        server._note("compute", started, level=packing.reply_level)
+        started = time.perf_counter()
+        out = [
+            seal_reply(server.context, self.encryptor, product, packing.reply_level, keep)
+            for product, keep in zip(products, packing.keep, strict=True)
+        ]
+        server._note("mask", started, sum(map(len, out)), packing.reply_level)
+        return out
+
+
+class Server:
+    """The model's owner: has the plain model, and of a client its public material and ciphertexts, never more.
+
+    Parameters
+    ----------
+    model : the trained part, see :func:`plan`
+    in_shape : of one film as it takes it
+    """
+
+    def __init__(self, model: nn.Module, in_shape: tuple[int, ...], keep_costs: bool = True):
+        self.packing = plan(model, in_shape).packing
+        self.context = Context(self.packing.parameters)
+        self.costs: list[Cost] | None = [] if keep_costs else None
+        started = time.perf_counter()
+        self.kernel = compile_model(model, self.packing, self.context)
+        self._note("compile", started)
+
+    def _note(self, step: str, started: float, size: int = 0, level: int = 0) -> None:
+        if self.costs is not None:
+            left = max(0, self.packing.parameters.levels - level)
+            self.costs.append(Cost(step, "server", time.perf_counter() - started, size / 1024, left))
+
+    def describe(self) -> dict:
+        """What a client needs to know, for JSON."""
+        return spec_of(self.packing)
+
+    def open(self, public: bytes) -> Session:
+        """
+        Raises
+        ------
+        CiphertextError
+            Bytes that aren't the public material for this model.
+        """
+        return Session(self, public)
+
+
+def _split(data: bytes, packing: Packing) -> list[bytes]:
+    if len(data) > MAX_PUBLIC_BYTES:
+        raise CiphertextError(f"{len(data)} bytes of keys are more than the {MAX_PUBLIC_BYTES} allowed")
+    start = len(_MAGIC) + 4
+    if len(data) < start or data[: len(_MAGIC)] != _MAGIC:
+        raise CiphertextError("these bytes are no public material: send what Client.public returned")
+    (size,) = struct.unpack_from("<I", data, len(_MAGIC))
+    try:
+        head = json.loads(data[start : start + min(size, 4096)])
+        theirs, lengths = packing_from(head["packing"]), [int(n) for n in head["bytes"]]
+    except (ValueError, KeyError, TypeError, UserError) as error:
+        raise CiphertextError("the public material's head can't be read: send what Client.public returned") from error
+    if theirs != packing:
+        raise CiphertextError("these keys are for another model: ask the server for its description first")
+    if min(lengths, default=-1) < 0 or start + size + sum(lengths) != len(data):
+        raise CiphertextError("the public material was cut, or has bytes too many")
+    parts, place = [], start + size
+    for length in lengths:
+        parts.append(data[place : place + length])
+        place += length
+    return parts

@@ -1,0 +1,226 @@
+"""The server's half of a packing: plain weights, compiled into plaintexts, and the circuit on ciphertexts."""
+
+from __future__ import annotations
+
+import numpy as np
+import tenseal.sealapi as sealapi
+from torch import nn
+
+from primia_lite.config import UserError
+from primia_lite.encrypted.packing import CNNPacking, LinearPacking
+from primia_lite.encrypted.seal import Context
+from primia_lite.networks import Square
+
+
+class EvaluationKeys:
+    """A client's keys for relinearisation and rotation."""
+
+    def __init__(self, relin=None, galois=None):
+        self.relin, self.galois = relin, galois
+
+
+class LinearKernel:
+    """Weights of a linear head, [classes, features], for :class:`LinearPacking`.
+
+    Raises
+    ------
+    UserError
+        Logits of features of norm ``norm`` could be too large for the modulus.
+    """
+
+    def __init__(self, packing: LinearPacking, weights: np.ndarray, context: Context, norm: float = 1.1):
+        largest = float(np.linalg.norm(weights, axis=1).max()) * norm
+        room = context.moduli[0] / packing.reply_scale(context) / 2
+        if not largest < room:
+            raise UserError(
+                f"logits may reach {largest:.0f}, the parameters have room for {room:.0f}: scale the head down"
+            )
+        self.plaintexts = []
+        for start in range(0, packing.features, packing.part):
+            part = weights[:, start : start + packing.part]
+            part = np.pad(part, ((0, 0), (0, packing.part - part.shape[1])))
+            self.plaintexts.append(context.encode_coefficients(part[:, ::-1].ravel(), 2.0**packing.weight_bits))
+        self.context = context
+
+    def __call__(self, inputs: list[sealapi.Ciphertext], keys: EvaluationKeys) -> list[sealapi.Ciphertext]:
+        evaluator, total = self.context.evaluator, None
+        for ciphertext, plaintext in zip(inputs, self.plaintexts, strict=True):
+            evaluator.multiply_plain_inplace(ciphertext, plaintext)
+            if total is None:
+                total = ciphertext
+            else:
+                evaluator.add_inplace(total, ciphertext)
+        return [total]
+
+
+class CNNKernel:
+    """Weights of a ``ckksnet`` for :class:`CNNPacking`."""
+
+    def __init__(self, packing: CNNPacking, layers: list, context: Context):
+        self.packing, self.context = packing, context
+        self.scales = packing.scales(context)
+        convolution, *dense = [(w.detach().double().numpy(), b.detach().double().numpy()) for w, b in layers]
+        self._convolution(*convolution)
+        if packing.hidden:
+            self._dense(*dense[0])
+        self._last(*dense[-1])
+
+    def _convolution(self, weight: np.ndarray, bias: np.ndarray) -> None:
+        p = self.packing
+        taps = weight.reshape(p.channels, -1)
+        self.taps = []
+        for upload in range(p.uploads):
+            row = []
+            for turn in range(p.channels // p.copies):
+                slots = np.zeros((p.blocks, p.block))
+                for block in range(p.blocks):
+                    # After turning by `turn` times the copies, this block has the tap of a later one.
+                    tap = p.tap_of(upload, (block + turn * p.copies) % p.blocks)
+                    if tap < taps.shape[1]:
+                        slots[block, : p.positions] = taps[block % p.channels, tap]
+                # Products come before the rotation, so the weights are turned back.
+                slots = np.roll(slots, turn * p.copies, axis=0)
+                row.append(self.context.encode_slots(slots.ravel(), self.scales["convolution"]))
+            self.taps.append(row)
+        spread = np.zeros((p.channels, p.block))
+        spread[:, : p.positions] = bias[:, None]
+        self.bias = self.context.encode_slots(np.tile(spread.ravel(), p.parameters.slots // p.period), p.fresh_scale, 1)
+
+    def _columns(self, weight: np.ndarray) -> np.ndarray:
+        """A dense layer's weights [out, channels x positions] for blocks padded to powers of two: [out, period]."""
+        p = self.packing
+        padded = np.zeros((len(weight), p.channels, p.block))
+        padded[:, :, : p.positions] = weight.reshape(len(weight), p.channels, p.positions)
+        return padded.reshape(len(weight), p.period)
+
+    def _dense(self, weight: np.ndarray, bias: np.ndarray) -> None:
+        """Diagonals, in baby and giant steps (Halevi and Shoup, CRYPTO 2014)."""
+        p, matrix = self.packing, self._columns(weight)
+        slot = np.arange(p.parameters.slots)
+        self.diagonals = []
+        for giant in range(0, p.hidden, p.baby_steps):
+            row = []
+            for baby in range(p.baby_steps):
+                values = matrix[slot % p.hidden, (slot + giant + baby) % p.period]
+                row.append(self.context.encode_slots(np.roll(values, giant), self.scales["dense"], 2))
+            self.diagonals.append(row)
+        self.hidden_bias = self.context.encode_slots(np.tile(bias, p.parameters.slots // p.hidden), p.fresh_scale, 3)
+
+    def _last(self, weight: np.ndarray, bias: np.ndarray) -> None:
+        """A slot's value times its weight, averaged over slots, is coefficient 0 of the product; X^c brings it to
+        coefficient c. Both repeat, so nothing of other classes lies there."""
+        p = self.packing
+        matrix = weight if p.hidden else self._columns(weight)
+        self.last, self.last_bias, first = [], [], 0
+        for keep in p.keep:
+            slots = np.zeros(p.parameters.slots, complex)
+            for c in keep:
+                power = np.zeros(self.context.n)
+                power[c] = 1.0
+                spread = np.tile(matrix[first + c] * p.last_period, p.parameters.slots // p.last_period)
+                slots += spread * self.context.slots_of(power)
+            self.last.append(self.context.encode_slots(slots, 2.0**p.last_weight_bits, p.reply_level))
+            self.last_bias.append(
+                self.context.encode_coefficients(bias[first : first + len(keep)], self.scales["reply"], p.reply_level)
+            )
+            first += len(keep)
+
+    def __call__(self, inputs: list[sealapi.Ciphertext], keys: EvaluationKeys) -> list[sealapi.Ciphertext]:
+        p, evaluator = self.packing, self.context.evaluator
+        turns = [self._sum(inputs, [row[turn] for row in self.taps]) for turn in range(p.channels // p.copies)]
+        state = turns[0]
+        for step, turned in zip(p.steps["channels"], turns[1:], strict=True):
+            evaluator.rotate_vector_inplace(turned, step, keys.galois)
+            evaluator.add_inplace(state, turned)
+        evaluator.rescale_to_next_inplace(state)
+        state.scale = p.fresh_scale
+        self._fold(state, p.steps["taps"], keys)
+        evaluator.add_plain_inplace(state, self.bias)
+        self._square(state, keys, self.scales["square"])
+        if p.hidden:
+            state = self._hidden(state, keys)
+        replies = []
+        for weights, bias in zip(self.last, self.last_bias, strict=True):
+            out = sealapi.Ciphertext()
+            evaluator.multiply_plain(state, weights, out)
+            out.scale = self.scales["reply"]
+            evaluator.add_plain_inplace(out, bias)
+            replies.append(out)
+        return replies
+
+    def _hidden(self, state: sealapi.Ciphertext, keys: EvaluationKeys) -> sealapi.Ciphertext:
+        p, evaluator = self.packing, self.context.evaluator
+        turned = [state]
+        for step in range(1, p.baby_steps):
+            out = sealapi.Ciphertext()
+            evaluator.rotate_vector(state, step, keys.galois, out)
+            turned.append(out)
+        total = None
+        for number, row in enumerate(self.diagonals):
+            part = self._sum(turned, row)
+            if number:
+                evaluator.rotate_vector_inplace(part, number * p.baby_steps, keys.galois)
+                evaluator.add_inplace(total, part)
+            else:
+                total = part
+        evaluator.rescale_to_next_inplace(total)
+        total.scale = p.fresh_scale
+        self._fold(total, p.steps["columns"], keys)
+        evaluator.add_plain_inplace(total, self.hidden_bias)
+        self._square(total, keys, self.scales["square 2"])
+        return total
+
+    def _sum(self, ciphertexts, plaintexts) -> sealapi.Ciphertext:
+        evaluator, total, term = self.context.evaluator, sealapi.Ciphertext(), sealapi.Ciphertext()
+        evaluator.multiply_plain(ciphertexts[0], plaintexts[0], total)
+        for ciphertext, plaintext in zip(ciphertexts[1:], plaintexts[1:], strict=True):
+            evaluator.multiply_plain(ciphertext, plaintext, term)
+            evaluator.add_inplace(total, term)
+        return total
+
+    def _fold(self, state: sealapi.Ciphertext, steps: list[int], keys: EvaluationKeys) -> None:
+        term = sealapi.Ciphertext()
+        for step in steps:
+            self.context.evaluator.rotate_vector(state, step, keys.galois, term)
+            self.context.evaluator.add_inplace(state, term)
+
+    def _square(self, state: sealapi.Ciphertext, keys: EvaluationKeys, scale: float) -> None:
+        evaluator = self.context.evaluator
+        evaluator.square_inplace(state)
+        evaluator.relinearize_inplace(state, keys.relin)
+        evaluator.rescale_to_next_inplace(state)
+        state.scale = scale
+
+
+def packing_for(model: nn.Module, in_shape: tuple[int, ...]) -> LinearPacking | CNNPacking:
+    """The packing of a head without bias, or of convolution, square, dense (square, dense).
+
+    Raises
+    ------
+    UserError
+        A network that none of the packings is for.
+    """
+    if isinstance(model, nn.Linear) and model.bias is None:
+        return LinearPacking(model.in_features, model.out_features)
+    layers = [layer for layer in model if not isinstance(layer, nn.Flatten)] if isinstance(model, nn.Sequential) else []
+    kinds = [type(layer) for layer in layers]
+    if kinds in ([nn.Conv2d, Square, nn.Linear], [nn.Conv2d, Square, nn.Linear, Square, nn.Linear]):
+        convolution, hidden, last = layers[0], layers[2].out_features if len(layers) == 5 else 0, layers[-1]
+        plain = (convolution.padding, convolution.dilation, convolution.groups) == ((0, 0), (1, 1), 1)
+        square = len({*convolution.kernel_size, 0}) == 2 and len({*convolution.stride, 0}) == 2
+        if convolution.in_channels == 1 and plain and square and in_shape[-1] == in_shape[-2]:
+            return CNNPacking(
+                in_shape[-1], convolution.kernel_size[0], convolution.stride[0], convolution.out_channels, hidden,
+                last.out_features,
+            )  # fmt: skip
+    raise UserError(
+        "no packing for this network: under CKKS run a linear head without bias (litenet, scatternet) or convolution, "
+        "square, dense, with or without another square and dense layer (ckksnet)"
+    )
+
+
+def compile_model(model: nn.Module, packing: LinearPacking | CNNPacking, context: Context) -> LinearKernel | CNNKernel:
+    if isinstance(packing, LinearPacking):
+        return LinearKernel(packing, model.weight.detach().double().numpy(), context)
+    layers = [(layer.weight, layer.bias) for layer in model if isinstance(layer, (nn.Conv2d, nn.Linear))]
+    return CNNKernel(packing, layers, context)

@@ -1,0 +1,95 @@
+"""The hospital's key, and reading the coefficients that it is entitled to."""
+
+from __future__ import annotations
+
+import numpy as np
+import tenseal.sealapi as sealapi
+
+from primia_lite.encrypted.seal import Context, dump
+
+
+class SecretKey:
+    """A ternary CKKS key of a hospital: encrypts, and reads single coefficients of a reply.
+
+    Decrypting a whole plaintext at full precision, and showing it, gives the key away (Li and Micciancio, EUROCRYPT
+    2021), so there is no way here to get one: :meth:`coefficients` computes the few that are asked for.
+    """
+
+    def __init__(self, context: Context):
+        self.context = context
+        generator = sealapi.KeyGenerator(context.seal)
+        self._generator, self._key = generator, generator.secret_key()
+        self._encryptor = sealapi.Encryptor(context.seal, generator_public(generator), self._key)
+        self._ternary = self._coefficients_of_key()
+
+    def public_key(self) -> bytes:
+        return dump(generator_public(self._generator))
+
+    def relin_keys(self) -> bytes:
+        return dump(self._generator.create_relin_keys())
+
+    def galois_keys(self, steps: list[int]) -> bytes:
+        """For rotations by just these numbers of slots."""
+        elements = [pow(3, step % (self.context.n // 2), 2 * self.context.n) for step in steps]
+        return dump(self._generator.create_galois_keys(elements))
+
+    def encrypt(self, plaintext: sealapi.Plaintext) -> bytes:
+        """Symmetric, with a seed in place of the second polynomial: half the bytes."""
+        return dump(self._encryptor.encrypt_symmetric(plaintext))
+
+    def is_inside(self, data: bytes) -> bool:
+        """Whether the key is in these bytes: SEAL's, stored or compressed, or its coefficients."""
+        whole = _payload(dump(self._key))
+        marks = [whole[-512:], dump(self._key)[-512:], self._ternary[:256].tobytes()]
+        return any(mark in data for mark in marks)
+
+    def _coefficients_of_key(self) -> np.ndarray:
+        """The key as int8 [N] in {-1, 0, 1}; SEAL keeps its number-theoretic transform only."""
+        context = self.context
+        # As the first polynomial of a ciphertext with nothing but it, SEAL transforms it back.
+        last = len(context.level_ids) - 1
+        first = context.moduli[0]
+        body = np.frombuffer(_payload(dump(self._key)), np.uint64)[-len(context.moduli) * context.n :][: context.n]
+        pair = np.zeros((2, 1, context.n), np.uint64)
+        pair[:, 0] = body
+        holder = context.load(context.compose(pair, scale=1.0, level=last, ntt=True), sealapi.Ciphertext)
+        context.evaluator.transform_from_ntt_inplace(holder)
+        values = context.integers(dump(holder), scale=1.0, level=last)[0, 0].astype(object)
+        return np.array([int(v) if v <= first // 2 else int(v) - first for v in values], np.int8)
+
+    def coefficients(self, integers: np.ndarray, keep: list[int], level: int) -> list[int]:
+        """Coefficients ``keep`` of c0 + c1 s, as integers in (-q/2, q/2], of a ciphertext uint64 [2, primes, N]."""
+        moduli = self.context.moduli_at(level)
+        ternary = self._ternary.astype(np.int64)
+        residues = []
+        for c0, c1, modulus in zip(integers[0], integers[1], moduli, strict=True):
+            low, high = (c1 & np.uint64((1 << 30) - 1)).astype(np.int64), (c1 >> np.uint64(30)).astype(np.int64)
+            row = []
+            for k in keep:
+                # Coefficient k of a product modulo X^N + 1: what wraps round changes its sign.
+                factor = np.concatenate([ternary[k::-1], -ternary[:k:-1]])
+                row.append((int(c0[k]) + int(low @ factor) + (int(high @ factor) << 30)) % modulus)
+            residues.append(row)
+        return [_chinese(column, moduli) for column in zip(*residues, strict=True)]
+
+
+def generator_public(generator: sealapi.KeyGenerator) -> sealapi.PublicKey:
+    out = sealapi.PublicKey()
+    generator.create_public_key(out)
+    return out
+
+
+def _chinese(residues, moduli: list[int]) -> int:
+    """The integer in (-q/2, q/2] of those residues."""
+    value, product = 0, 1
+    for residue, modulus in zip(residues, moduli, strict=True):
+        value += product * ((residue - value) * pow(product, -1, modulus) % modulus)
+        product *= modulus
+    return value if value <= product // 2 else value - product
+
+
+def _payload(data: bytes) -> bytes:
+    """SEAL's bytes of a key, decompressed; the secret key is a plaintext."""
+    import zstandard
+
+    return zstandard.ZstdDecompressor().decompress(data[16:]) if data[5] == 2 else data[16:]

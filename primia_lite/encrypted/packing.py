@@ -1,0 +1,273 @@
+"""How numbers lie in a ciphertext. What a packing says is public: shapes and parameters, no weight.
+
+The client's half of a packing encodes, and reads the result; the server's half (:mod:`linear`, :mod:`cnn`) compiles
+weights into plaintexts for it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import ClassVar
+
+import numpy as np
+import tenseal.sealapi as sealapi
+
+from primia_lite.config import UserError
+from primia_lite.encrypted.parameters import Parameters
+from primia_lite.encrypted.seal import Context
+
+
+@dataclass(frozen=True)
+class LinearPacking:
+    """A linear head, lowest latency: features are coefficients, and so are the weights, reversed; a product of
+    polynomials then holds each class's logit in one coefficient. No rotation, no evaluation key.
+
+    Features lie in coefficients 0 to d - 1, class a's weights, reversed, in those from a d on; coefficient
+    a d + d - 1 of the product is their inner product. Where classes x features is more than N, features go into
+    several ciphertexts, whose products add up.
+
+    Attributes
+    ----------
+    features, classes : shape of the head
+    """
+
+    features: int
+    classes: int
+    kind: ClassVar[str] = "linear"
+    parameters: ClassVar[Parameters] = Parameters(4096, (54,), 26)
+    weight_bits: ClassVar[int] = 20
+    rotations: ClassVar[tuple[int, ...]] = ()
+    relinearise: ClassVar[bool] = False
+
+    def __post_init__(self):
+        if min(self.features, self.classes) < 1 or self.classes > self.parameters.poly_modulus_degree:
+            raise UserError(f"a head of {self.features} features and {self.classes} classes can't be packed")
+
+    @property
+    def uploads(self) -> int:
+        return math.ceil(self.features / (self.parameters.poly_modulus_degree // self.classes))
+
+    @property
+    def part(self) -> int:
+        """Features in one ciphertext."""
+        return math.ceil(self.features / self.uploads)
+
+    @property
+    def in_shape(self) -> tuple[int, ...]:
+        return (self.features,)
+
+    @property
+    def fresh_scale(self) -> float:
+        return 2.0**self.parameters.scale_bits
+
+    @property
+    def reply_level(self) -> int:
+        return 0
+
+    @property
+    def keep(self) -> list[list[int]]:
+        """Of each reply, the coefficients that are its logits."""
+        return [[a * self.part + self.part - 1 for a in range(self.classes)]]
+
+    def reply_scale(self, context: Context) -> float:
+        return self.fresh_scale * 2.0**self.weight_bits
+
+    def encode(self, context: Context, film: np.ndarray) -> list[sealapi.Plaintext]:
+        parts = [film[start : start + self.part] for start in range(0, self.features, self.part)]
+        return [context.encode_coefficients(part, self.fresh_scale) for part in parts]
+
+
+@dataclass(frozen=True)
+class CNNPacking:
+    """A small CNN: convolution, square, dense, or with another square and dense layer.
+
+    The client lays the film out as patches (im2col). A slot block of ``block`` slots holds one tap of the kernel at all
+    positions; ``copies`` adjacent blocks hold the same tap, for as many channels. A sum over taps is a sum of products
+    with plaintexts, over rotations by blocks. The last layer is one product: its weights, spread over the slots, times
+    powers of X, bring class c's logit into coefficient c.
+
+    Attributes
+    ----------
+    side, kernel, stride : of the film and of the convolution, px
+    channels : of the convolution, a power of two
+    hidden : units of the hidden dense layer, a power of two, or 0 without
+    classes : logits
+    """
+
+    side: int
+    kernel: int
+    stride: int
+    channels: int
+    hidden: int
+    classes: int
+    kind: ClassVar[str] = "cnn"
+    relinearise: ClassVar[bool] = True
+    last_weight_bits: ClassVar[int] = 13
+    # More uploads spare the server rotations, and cost the client's line.
+    most_uploads: ClassVar[int] = 16
+
+    def __post_init__(self):
+        if min(self.side, self.kernel, self.stride, self.channels, self.classes) < 1 or self.kernel > self.side:
+            raise UserError(
+                "a convolution needs a film at least as large as its kernel, a stride, channels and classes"
+            )
+        for name, number in (("channels", self.channels), ("hidden", self.hidden)):
+            if number & (number - 1):
+                raise UserError(f"{name} is {number}: packing needs a power of two")
+        if self.channels * self.block > self.parameters.slots:
+            raise UserError(
+                f"{self.channels} channels at {self.positions} positions need {self.channels * self.block} slots, a "
+                f"ciphertext has {self.parameters.slots}: take a larger stride, or fewer channels"
+            )
+        if self.hidden > self.period:
+            raise UserError(f"hidden is {self.hidden}, wider than the convolution's {self.period} outputs: narrow it")
+
+    @property
+    def parameters(self) -> Parameters:
+        # Depth 4 or 2 at 30 bits a level; what is left of N = 8192's 218 bits goes to the ends.
+        return Parameters(8192, (48, 30, 30, 30, 30, 48) if self.hidden else (50, 30, 30, 50), 30)
+
+    @property
+    def in_shape(self) -> tuple[int, ...]:
+        return (self.side, self.side)
+
+    @property
+    def out_side(self) -> int:
+        return (self.side - self.kernel) // self.stride + 1
+
+    @property
+    def positions(self) -> int:
+        return self.out_side**2
+
+    @property
+    def block(self) -> int:
+        """Slots of one tap: the positions, and padding to a power of two."""
+        return 1 << (self.positions - 1).bit_length()
+
+    @property
+    def blocks(self) -> int:
+        return self.parameters.slots // self.block
+
+    @property
+    def period(self) -> int:
+        """Slots after which the convolution's result repeats."""
+        return self.channels * self.block
+
+    @property
+    def copies(self) -> int:
+        copies = self.channels
+        while copies > 1 and math.ceil(self.kernel**2 * copies / self.blocks) > self.most_uploads:
+            copies //= 2
+        return copies
+
+    @property
+    def uploads(self) -> int:
+        return math.ceil(self.kernel**2 * self.copies / self.blocks)
+
+    @property
+    def fresh_scale(self) -> float:
+        return 2.0**self.parameters.scale_bits
+
+    @property
+    def steps(self) -> dict[str, list[int]]:
+        """Rotations by what they are for."""
+        out = {
+            "channels": [m * self.copies * self.block for m in range(1, self.channels // self.copies)],
+            "taps": _doublings(self.period, self.parameters.slots),
+        }
+        if self.hidden:
+            baby = self.baby_steps
+            out["diagonals"] = [*range(1, baby), *range(baby, self.hidden, baby)]
+            out["columns"] = _doublings(self.hidden, self.period)
+        return out
+
+    @property
+    def baby_steps(self) -> int:
+        return 1 << ((self.hidden.bit_length()) // 2)
+
+    @property
+    def rotations(self) -> tuple[int, ...]:
+        """Those that Galois keys are needed for."""
+        return tuple(sorted({step for steps in self.steps.values() for step in steps}))
+
+    @property
+    def reply_level(self) -> int:
+        return 4 if self.hidden else 2
+
+    @property
+    def replies(self) -> int:
+        return len(self.keep)
+
+    @property
+    def last_period(self) -> int:
+        return self.hidden or self.period
+
+    @property
+    def keep(self) -> list[list[int]]:
+        """Of each reply, the coefficients that are its logits: as many as the last layer's inputs repeat."""
+        repeats = self.parameters.slots // self.last_period
+        return [list(range(min(repeats, self.classes - a))) for a in range(0, self.classes, repeats)]
+
+    def scales(self, context: Context) -> dict[str, float]:
+        """Of weights and of results. Weights are scaled by the prime that rescaling takes away again."""
+        primes = context.moduli_at(0)
+        first = self.fresh_scale**2 / primes[-2]
+        out = {"convolution": float(primes[-1]), "square": first}
+        if self.hidden:
+            # Brings the scale back to the fresh one.
+            out["dense"] = primes[-3] * self.fresh_scale / first
+            out["square 2"] = self.fresh_scale**2 / primes[-4]
+        out["reply"] = (out["square 2"] if self.hidden else first) * 2.0**self.last_weight_bits
+        return out
+
+    def reply_scale(self, context: Context) -> float:
+        return self.scales(context)["reply"]
+
+    def patches(self, film: np.ndarray) -> np.ndarray:
+        """[side, side] to [positions, taps]."""
+        windows = np.lib.stride_tricks.sliding_window_view(film, (self.kernel, self.kernel))
+        return windows[:: self.stride, :: self.stride].reshape(self.positions, -1)
+
+    def tap_of(self, upload: int, block: int) -> int:
+        """Which tap lies in a block; from kernel² on: none."""
+        return upload * (self.blocks // self.copies) + block // self.copies
+
+    def encode(self, context: Context, film: np.ndarray) -> list[sealapi.Plaintext]:
+        patches, out = self.patches(film), []
+        for upload in range(self.uploads):
+            slots = np.zeros((self.blocks, self.block))
+            for block in range(self.blocks):
+                if (tap := self.tap_of(upload, block)) < patches.shape[1]:
+                    slots[block, : self.positions] = patches[:, tap]
+            out.append(context.encode_slots(slots.ravel(), self.fresh_scale))
+        return out
+
+
+def _doublings(start: int, stop: int) -> list[int]:
+    """start, 2 start, 4 start, ... below stop."""
+    return [start << k for k in range(int(math.log2(stop // start)))] if stop > start else []
+
+
+PACKINGS = {packing.kind: packing for packing in (LinearPacking, CNNPacking)}
+Packing = LinearPacking | CNNPacking
+
+
+def packing_from(spec: dict) -> Packing:
+    """From what :func:`spec_of` wrote.
+
+    Raises
+    ------
+    UserError
+        Another kind, or numbers that don't make a packing.
+    """
+    try:
+        numbers = {key: int(value) for key, value in spec.items() if key != "kind"}
+        return PACKINGS[spec["kind"]](**numbers)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"this isn't the description of a packing: {spec!r}") from error
+
+
+def spec_of(packing: Packing) -> dict:
+    """For JSON."""
+    return {"kind": packing.kind} | asdict(packing)

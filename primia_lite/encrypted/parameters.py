@@ -1,0 +1,120 @@
+"""CKKS parameters: how large, how many levels, how precise (Cheon, Kim, Kim, Song, ASIACRYPT 2017)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+from primia_lite.config import UserError
+
+# Most bits of the coefficient modulus, special prime included, at 128-bit security for a ternary secret and classical
+# attackers: HomomorphicEncryption.org security standard (Albrecht et al. 2018), table 1, as in Microsoft SEAL 4.
+MAX_BITS_128 = {1024: 27, 2048: 54, 4096: 109, 8192: 218, 16384: 438, 32768: 881}
+# Of one prime: SEAL's limits (60), and room for a few primes p = 1 mod 2N of that size.
+_LEAST_BITS, _MOST_BITS = 20, 60
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """A set of CKKS parameters, at least 128-bit secure, or refused.
+
+    Attributes
+    ----------
+    poly_modulus_degree : N, a power of two; a ciphertext has N / 2 slots, or N coefficients
+    coeff_mod_bit_sizes : bits of each prime of the coefficient modulus: first what is left for the result, then one for
+        each rescaling, last the special prime of key switching. A single prime: no rescaling, no key switching.
+    scale_bits : log2 of the scale of what is encrypted
+
+    Raises
+    ------
+    UserError
+        Weaker than 128 bits, primes that rescaling would take the scale apart with, or no room for the result.
+    """
+
+    poly_modulus_degree: int
+    coeff_mod_bit_sizes: tuple[int, ...]
+    scale_bits: int
+
+    def __post_init__(self):
+        bits = tuple(int(b) for b in self.coeff_mod_bit_sizes)
+        object.__setattr__(self, "coeff_mod_bit_sizes", bits)
+        most = MAX_BITS_128.get(self.poly_modulus_degree)
+        if most is None:
+            raise UserError(
+                f"poly_modulus_degree is {self.poly_modulus_degree}: choose one of {', '.join(map(str, MAX_BITS_128))}"
+            )
+        if not bits or min(bits) < _LEAST_BITS or max(bits) > _MOST_BITS:
+            raise UserError(f"coeff_mod_bit_sizes are {bits}: give primes of {_LEAST_BITS} to {_MOST_BITS} bits")
+        if sum(bits) > most:
+            raise UserError(
+                f"{sum(bits)} bits of modulus at N = {self.poly_modulus_degree} are weaker than 128-bit security: it "
+                f"allows {most}; take fewer or smaller primes, or a larger poly_modulus_degree"
+            )
+        if uneven := [b for b in bits[1:-1] if b != self.scale_bits]:
+            raise UserError(
+                f"a middle prime has {uneven[0]} bits, the scale {self.scale_bits}: rescaling divides by the prime, so "
+                "the scale would run away and results come out wrong; make the middle primes as large as the scale"
+            )
+        if len(bits) > 1 and bits[-1] < max(bits):
+            raise UserError(f"the last prime has {bits[-1]} bits: the special prime must be the largest, {max(bits)}")
+        if not 1 <= self.scale_bits < bits[0]:
+            raise UserError(
+                f"scale_bits is {self.scale_bits}, the first prime has {bits[0]} bits: the result has room in "
+                "the difference; make the prime larger, or the scale smaller"
+            )
+
+    @property
+    def levels(self) -> int:
+        """Rescalings that a fresh ciphertext allows."""
+        return max(0, len(self.coeff_mod_bit_sizes) - 2)
+
+    @property
+    def slots(self) -> int:
+        return self.poly_modulus_degree // 2
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+
+def rescaling_error_bits(poly_modulus_degree: int) -> float:
+    """log2 of a slot's standard deviation after one rescaling, in units of 1 / scale.
+
+    Rescaling rounds both parts of a ciphertext, each coefficient by a uniform error of variance 1/12; the second part
+    is multiplied by the key, of N coefficients of variance 2/3; a slot is the sum of N of the results. That is
+    N sqrt(1/18) for N in the thousands.
+    """
+    n = poly_modulus_degree
+    return 0.5 * math.log2(n * (1 + 2 * n / 3) / 12)
+
+
+def choose(depth: int, *, precision_bits: int = 18, integer_bits: int = 8, slots: int = 1) -> Parameters:
+    """The smallest parameters for a circuit in slots.
+
+    The scale is ``precision_bits`` above the error of a rescaling (:func:`rescaling_error_bits`); each level has a
+    prime of that size; first prime and special prime have ``integer_bits`` more, for results up to
+    2^(integer_bits - 1). The smallest N that allows for those bits at 128-bit security, and for the slots, is taken.
+
+    Parameters
+    ----------
+    depth : multiplications one after the other that are rescaled
+    precision_bits : log2 of 1 / the standard deviation of one rescaling's error
+    integer_bits : room for the result's integer part and sign
+    slots : numbers in one ciphertext
+
+    Raises
+    ------
+    UserError
+        No N allows for it.
+    """
+    if depth < 0 or precision_bits < 1 or integer_bits < 1 or slots < 1:
+        raise UserError("depth must be at least 0; precision_bits, integer_bits and slots at least 1")
+    for n in MAX_BITS_128:
+        scale = math.ceil(precision_bits + rescaling_error_bits(n))
+        edge = scale + integer_bits
+        bits = (edge, *[scale] * depth, edge)
+        if 2 * slots <= n and sum(bits) <= MAX_BITS_128[n] and scale >= _LEAST_BITS and edge <= _MOST_BITS:
+            return Parameters(n, bits, scale)
+    raise UserError(
+        f"no CKKS parameters have depth {depth}, {precision_bits} bits of precision and {slots} slots at 128-bit "
+        "security: take a shallower network, less precision, or fewer slots"
+    )

@@ -1,0 +1,210 @@
+"""A thin layer over Microsoft SEAL, by ``tenseal.sealapi``: encoding, bytes in and out, and a ciphertext's integers.
+
+TenSEAL's tensors choose the packing themselves; here it is ours, so their lower layer is used. Bytes are SEAL's own
+format (version 4); they are checked here before SEAL reads them, so that nothing a stranger sends reaches its parser
+with a size, a level or a scale that wasn't asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+import tempfile
+from collections.abc import Iterator
+
+import numpy as np
+import tenseal.sealapi as sealapi
+import zstandard
+
+from primia_lite.config import UserError
+from primia_lite.encrypted.parameters import Parameters
+
+_HEADER = struct.Struct("<HBBBBHQ")  # magic, header's size, version (two), compression, reserved, size of all
+_FIELDS = struct.Struct("<4Q?QQQdQ")  # parms_id, NTT form, polynomials, N, primes, scale, correction factor
+_MAGIC, _VERSION, _STORED, _ZSTD = 0xA15E, (4, 3), 0, 2
+_SEED_BYTES = 81  # what stands for the second polynomial of a seeded ciphertext: header, generator's name, seed
+
+
+class CiphertextError(UserError):
+    """Bytes that aren't the ciphertext that was asked for."""
+
+
+class Context:
+    """SEAL's context with evaluator and encoder.
+
+    Attributes
+    ----------
+    moduli : the primes, the special one last
+    level_ids : SEAL's name for the parameters at each level, from a fresh ciphertext on
+    """
+
+    def __init__(self, parameters: Parameters):
+        self.parameters = parameters
+        self.n = parameters.poly_modulus_degree
+        inner = sealapi.EncryptionParameters(sealapi.SCHEME_TYPE.CKKS)
+        inner.set_poly_modulus_degree(self.n)
+        inner.set_coeff_modulus(sealapi.CoeffModulus.Create(self.n, list(parameters.coeff_mod_bit_sizes)))
+        self.seal = sealapi.SEALContext(inner, True, sealapi.SEC_LEVEL_TYPE.TC128)
+        if not self.seal.parameters_set():
+            raise UserError(f"SEAL refuses these parameters: {self.seal.parameters_error_message()}")
+        self.moduli = [modulus.value() for modulus in inner.coeff_modulus()]
+        self.level_ids, data = [], self.seal.first_context_data()
+        while data is not None:
+            self.level_ids.append(list(data.parms_id()))
+            data = data.next_context_data()
+        self.evaluator = sealapi.Evaluator(self.seal)
+        self.encoder = sealapi.CKKSEncoder(self.seal)
+        # Slot i is the value at the root of unity's power 3^i (Cheon et al. 2017), its conjugate at the inverse.
+        power = np.array([pow(3, i, 2 * self.n) for i in range(self.n // 2)])
+        self._root, self._conjugate = (power - 1) // 2, (2 * self.n - power - 1) // 2
+        self._twist = np.exp(1j * np.pi * np.arange(self.n) / self.n)
+
+    def moduli_at(self, level: int) -> list[int]:
+        """Primes of a ciphertext after ``level`` rescalings."""
+        return self.moduli[: len(self.level_ids) - level]
+
+    # --- encoding -----------------------------------------------------------------------------------------------------
+
+    def encode_slots(self, values: np.ndarray, scale: float, level: int = 0) -> sealapi.Plaintext:
+        """Real or complex [up to N / 2]."""
+        out = sealapi.Plaintext()
+        self.encoder.encode(np.asarray(values).tolist(), self.level_ids[level], scale, out)
+        return out
+
+    def encode_coefficients(self, values: np.ndarray, scale: float, level: int = 0) -> sealapi.Plaintext:
+        """Real [up to N], the polynomial's coefficients themselves: products of polynomials are convolutions."""
+        whole = np.zeros(self.n)
+        whole[: len(values)] = values
+        return self.encode_slots(self.slots_of(whole), scale, level)
+
+    def slots_of(self, coefficients: np.ndarray) -> np.ndarray:
+        """Values of a real polynomial [N] at the slots' roots, complex [N / 2]."""
+        return (self.n * np.fft.ifft(coefficients * self._twist))[self._root]
+
+    def coefficients_of(self, slots: np.ndarray) -> np.ndarray:
+        """The inverse of :meth:`slots_of`."""
+        whole = np.empty(self.n, complex)
+        whole[self._root], whole[self._conjugate] = slots, np.conj(slots)
+        return np.real(np.fft.fft(whole) / self.n * np.conj(self._twist))
+
+    # --- bytes --------------------------------------------------------------------------------------------------------
+
+    def load(self, data: bytes, kind: type):
+        """An object of SEAL, from bytes of this process or of a trusted one; for ciphertexts of strangers:
+        :meth:`receive`."""
+        out = kind()
+        with _file(data) as path:
+            out.load(self.seal, path)
+        return out
+
+    def receive(self, data: bytes, *, scale: float, level: int = 0, seeded: bool = True) -> sealapi.Ciphertext:
+        """A ciphertext of two polynomials in NTT form that a stranger sent, of just this scale and level.
+
+        Raises
+        ------
+        CiphertextError
+            Anything else: other parameters, a truncated or altered header, a number of bytes that doesn't fit, or
+            coefficients beyond their primes.
+        """
+        primes = len(self.moduli_at(level))
+        full = self._size(2, primes)
+        body = _unwrap(data, full)
+        self._check(body, level, scale, ntt=True)
+        if len(body) != full and not (seeded and len(body) == self._size(1, primes) + _SEED_BYTES):
+            raise CiphertextError(f"this ciphertext has {len(body)} bytes inside instead of {full}: was it cut?")
+        try:
+            return self.load(_wrap(body), sealapi.Ciphertext)
+        except (RuntimeError, ValueError, IndexError, MemoryError) as error:
+            raise CiphertextError(f"SEAL can't read this ciphertext: {error}") from error
+
+    def integers(self, data: bytes, *, scale: float, level: int, ntt: bool = False) -> np.ndarray:
+        """Coefficients (or NTT values) of a ciphertext's two polynomials, uint64 [2, primes, N], from its bytes.
+
+        Raises
+        ------
+        CiphertextError
+            As :meth:`receive`.
+        """
+        moduli = self.moduli_at(level)
+        full = self._size(2, len(moduli))
+        body = _unwrap(data, full)
+        self._check(body, level, scale, ntt)
+        if len(body) != full:
+            raise CiphertextError(f"this ciphertext has {len(body)} bytes inside instead of {full}: was it cut?")
+        start = _FIELDS.size + _HEADER.size + 8
+        out = np.frombuffer(body, np.uint64, offset=start).reshape(2, len(moduli), self.n)
+        if (out >= np.array(moduli, np.uint64)[None, :, None]).any():
+            raise CiphertextError("coefficients of this ciphertext are beyond their prime: was it altered?")
+        return out
+
+    def compose(self, integers: np.ndarray, *, scale: float, level: int, ntt: bool = False) -> bytes:
+        """The ciphertext of those coefficients (or NTT values), uint64 [2, primes, N], as bytes: :meth:`integers`
+        undone."""
+        polynomials, primes, n = integers.shape
+        fields = _FIELDS.pack(*self.level_ids[level], ntt, polynomials, n, primes, scale, 1)
+        inner = _HEADER.pack(_MAGIC, _HEADER.size, *_VERSION, _STORED, 0, _HEADER.size + 8 + integers.nbytes)
+        return _wrap(fields + inner + struct.pack("<Q", integers.size) + np.ascontiguousarray(integers).tobytes())
+
+    def _size(self, polynomials: int, primes: int) -> int:
+        return _FIELDS.size + _HEADER.size + 8 + 8 * polynomials * primes * self.n
+
+    def _check(self, body: bytes, level: int, scale: float, ntt: bool) -> None:
+        if len(body) < _FIELDS.size:
+            raise CiphertextError(f"{len(body)} bytes are no ciphertext: was it cut?")
+        *parms, form, polynomials, n, primes, found, _ = _FIELDS.unpack_from(body)
+        if parms != self.level_ids[level] or (n, primes) != (self.n, len(self.moduli_at(level))):
+            raise CiphertextError("this ciphertext was made with other parameters, or is at another level")
+        if (form, polynomials) != (ntt, 2) or not abs(found / scale - 1) < 1e-6:
+            raise CiphertextError("this ciphertext's form, size or scale isn't that of the plan: encrypt by the plan")
+
+
+def dump(thing) -> bytes:
+    """An object of SEAL as bytes."""
+    with _file(b"") as path:
+        thing.save(path)
+        with open(path, "rb") as file:
+            return file.read()
+
+
+@contextlib.contextmanager
+def _file(data: bytes) -> Iterator[str]:
+    """SEAL reads and writes files only: a nameless one, private to this process, in memory where the system has it."""
+    if hasattr(os, "memfd_create"):
+        handle = os.memfd_create("seal")
+        try:
+            with open(handle, "wb", closefd=False) as file:
+                file.write(data)
+            yield f"/proc/self/fd/{handle}"
+        finally:
+            os.close(handle)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "seal")
+            with open(path, "wb") as file:
+                file.write(data)
+            yield path
+
+
+def _wrap(body: bytes) -> bytes:
+    return _HEADER.pack(_MAGIC, _HEADER.size, *_VERSION, _STORED, 0, _HEADER.size + len(body)) + body
+
+
+def _unwrap(data: bytes, most: int) -> bytes:
+    """What follows the header, decompressed, if that is at most ``most`` bytes."""
+    if len(data) < _HEADER.size:
+        raise CiphertextError(f"{len(data)} bytes are no ciphertext: was it cut?")
+    magic, header, major, _, compression, _, total = _HEADER.unpack_from(data)
+    if (magic, header, major) != (_MAGIC, _HEADER.size, _VERSION[0]) or compression not in (_STORED, _ZSTD):
+        raise CiphertextError("these bytes are no ciphertext of SEAL 4: send what Client.encrypt returned")
+    if total != len(data) or total > most + 4096:
+        raise CiphertextError(f"the header tells of {total} bytes, {len(data)} came, {most} are the most: was it cut?")
+    body = data[_HEADER.size :]
+    if compression == _STORED:
+        return body
+    try:
+        if not 0 < zstandard.frame_content_size(body) <= most:
+            raise CiphertextError(f"this ciphertext would be larger than {most} bytes: it isn't one of this plan")
+        return zstandard.ZstdDecompressor().decompress(body, max_output_size=most)
+    except zstandard.ZstdError as error:
+        raise CiphertextError("this ciphertext can't be decompressed: was it altered?") from error
