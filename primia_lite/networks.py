@@ -24,19 +24,16 @@ class Copy(nn.Module):
 
 
 def ckksnet(n_classes: int, in_shape: tuple[int, ...], channels: int = 8, hidden: int = 64) -> nn.Module:
-    """Convolution, square, dense, square, dense: multiplicative depth 5, no norms, no pooling."""
+    """Convolution, square, dense, square, dense: multiplicative depth 5, no norms, no pooling; with ``hidden`` 0
+    convolution, square, dense, of depth 3."""
     side = in_shape[-1]
     kernel = max(3, round(side / 8) + 1)
     stride = max(2, round(side / 12))
     positions = ((side - kernel) // stride + 1) ** 2
-    net = nn.Sequential(
-        nn.Conv2d(1, channels, kernel, stride),
-        Square(),
-        nn.Flatten(),
-        nn.Linear(channels * positions, hidden),
-        Square(),
-        nn.Linear(hidden, n_classes),
-    )
+    layers = [nn.Conv2d(1, channels, kernel, stride), Square(), nn.Flatten()]
+    if hidden:
+        layers += [nn.Linear(channels * positions, hidden), Square()]
+    net = nn.Sequential(*layers, nn.Linear(hidden or channels * positions, n_classes))
     for layer in net:
         if hasattr(layer, "weight"):
             # Squares of squares explode or vanish: halving the gain keeps the outputs of order one.

@@ -72,7 +72,7 @@ def test_readme_quotes_the_benchmark_of_the_commands():
 ATTACKS = "paper/04_model_inversion_attacks.json"
 
 
-@pytest.mark.parametrize("name", ["convnet_b1", "relu_b1", "relu_trained_b1", "b4", "squares_prior", "resnet18_prior"])
+@pytest.mark.parametrize("name", ["convnet_b1", "relu_trained_b1", "b4", "b64_honest", "local5_unrolled", "squares_prior", "resnet18_prior"])
 def test_readme_quotes_what_attacks_get(name):
     entry = metrics(ATTACKS)[f"psnr_{name}_db"]
     assert f"{entry['median']:.1f} dB (worst {entry['min']:.1f}), n = {entry['n']}" in README
@@ -89,6 +89,21 @@ def test_readme_quotes_the_identification_game():
     for at in ("sigma_01", "sigma_02", "sigma_05", "sigma_1"):
         names = (f"identified_{at}", f"identified_orthogonal_{at}", f"rero_bound_{at}")
         assert " | ".join(f"{100 * found[name]['mean']:.1f} %" for name in names) in README
+
+
+@pytest.mark.parametrize("epsilon", ["8", "1", "05"])
+def test_readme_quotes_what_the_best_attacks_get_against_dp(epsilon):
+    found = metrics(ATTACKS)
+    cells = []
+    for server in ("curious", "malicious"):
+        gain = round(found[f"defence_dp_eps{epsilon}_{server}_psnr_gain_db"]["median"], 2) + 0.0
+        cells += [f"{gain:+.2f} dB", f"{100 * found[f'defence_dp_eps{epsilon}_{server}_identified']['mean']:.1f} %"]
+    assert " | ".join(cells) in README
+
+
+def test_readme_quotes_the_ratio_to_the_bound():
+    entry = metrics(ATTACKS)["identified_orthogonal_to_bound"]
+    assert f"{entry['mean']:.2f} of the bound ({entry['ci95_low']:.2f} to {entry['ci95_high']:.2f}" in README
 
 
 def test_readme_quotes_the_benchmark_of_attacks():
