@@ -72,7 +72,9 @@ def test_readme_quotes_the_benchmark_of_the_commands():
 ATTACKS = "paper/04_model_inversion_attacks.json"
 
 
-@pytest.mark.parametrize("name", ["convnet_b1", "relu_trained_b1", "b4", "b64_honest", "local5_unrolled", "squares_prior", "resnet18_prior"])
+@pytest.mark.parametrize(
+    "name", ["convnet_b1", "relu_trained_b1", "b4", "b64_honest", "local5_unrolled", "squares_prior", "resnet18_prior"]
+)
 def test_readme_quotes_what_attacks_get(name):
     entry = metrics(ATTACKS)[f"psnr_{name}_db"]
     assert f"{entry['median']:.1f} dB (worst {entry['min']:.1f}), n = {entry['n']}" in README

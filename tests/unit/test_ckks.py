@@ -1,0 +1,352 @@
+"""Encrypted inference: beside plain torch and TenSEAL's tensors, what each party holds, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import struct
+
+import numpy as np
+import pytest
+import tenseal
+import tenseal.sealapi as sealapi
+import torch
+from torch import nn
+
+from primia_lite import models
+from primia_lite.config import UserError
+from primia_lite.encrypted.ckks import Client, Server, Session, plan
+from primia_lite.encrypted.kernels import packing_for
+from primia_lite.encrypted.keys import SecretKey, generator_public
+from primia_lite.encrypted.packing import CNNPacking, LinearPacking, packing_from, spec_of
+from primia_lite.encrypted.parameters import Parameters
+from primia_lite.encrypted.seal import CiphertextError, Context, dump
+from primia_lite.networks import Square, ckksnet
+
+
+def head(features: int, classes: int = 3) -> nn.Linear:
+    torch.manual_seed(features)
+    return nn.Linear(features, classes, bias=False)
+
+
+def cnn(side: int, kernel: int, stride: int, channels: int, hidden: int, classes: int) -> nn.Sequential:
+    torch.manual_seed(side)
+    outputs = channels * ((side - kernel) // stride + 1) ** 2
+    middle = [nn.Linear(outputs, hidden), Square()] if hidden else []
+    return nn.Sequential(
+        nn.Conv2d(1, channels, kernel, stride), Square(), nn.Flatten(), *middle, nn.Linear(hidden or outputs, classes)
+    )
+
+
+def film(shape, seed=0) -> torch.Tensor:
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return x / x.norm() if len(shape) == 1 else x.clamp(-2, 2)
+
+
+def pair(model, shape, decimals=8):
+    server = Server(model, shape)
+    client = Client(packing_from(json.loads(json.dumps(server.describe()))), decimals)
+    return client, server, server.open(client.public())
+
+
+def encrypted(client, session, x) -> np.ndarray:
+    x = x.numpy()
+    return client.decrypt(session.diagnose(client.encrypt(x if x.ndim == 1 else x[0])))
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A head of 40 features: client, server, session."""
+    return pair(head(40), (40,))
+
+
+# --- the result -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("features", "classes"), [(1, 1), (40, 2), (869, 3), (1280, 3), (2369, 3), (700, 10)])
+def test_a_head_under_encryption_is_the_head(features, classes):
+    model = head(features, classes)
+    client, _, session = pair(model, (features,))
+    for seed in range(3):
+        x = film((features,), seed)
+        np.testing.assert_allclose(encrypted(client, session, x), model(x).detach().numpy(), atol=5e-6)
+
+
+NETWORKS = {
+    "tutorial": (28, 7, 3, 4, 64, 10),
+    "shallow": (28, 7, 3, 4, 0, 3),
+    "one channel": (16, 5, 2, 1, 8, 2),
+    "hidden as wide as the convolution": (12, 5, 3, 2, 16, 3),
+    "ckksnet's shape": (64, 9, 5, 8, 0, 3),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_cnn_under_encryption_is_the_cnn(name):
+    shape = NETWORKS[name]
+    model = cnn(*shape)
+    packing = packing_for(model, (1, shape[0], shape[0]))
+    assert spec_of(packing) == {"kind": "cnn"} | dict(
+        zip(("side", "kernel", "stride", "channels", "hidden", "classes"), shape, strict=True)
+    )
+    if name == "ckksnet's shape":  # copies fewer than channels, and more logits than the last layer's inputs repeat
+        assert packing.copies < packing.channels and len(packing.keep) == 2
+    client, _, session = pair(model, (1, shape[0], shape[0]))
+    for seed in range(2):
+        x = film((1, shape[0], shape[0]), seed)
+        plain = model(x[None])[0].detach().numpy()
+        np.testing.assert_allclose(encrypted(client, session, x), plain, atol=1e-3 * max(1, np.abs(plain).max()))
+
+
+def test_ckksnet_itself_is_packed():
+    for hidden in (0, 64):
+        model = ckksnet(3, (1, 64, 64), channels=4, hidden=hidden)
+        assert packing_for(model, (1, 64, 64)) == CNNPacking(64, 9, 5, 4, hidden, 3)
+    assert packing_for(models.build("litenet", 3, (2369,)), (2369,)) == LinearPacking(2369, 3)
+
+
+def test_tenseals_tensors_agree(small):
+    """An independent implementation of the same head, on the same features."""
+    client, _, session = small
+    model, x = head(40), film((40,))
+    context = tenseal.context(tenseal.SCHEME_TYPE.CKKS, 8192, coeff_mod_bit_sizes=[40, 30, 40])
+    context.global_scale = 2.0**30
+    context.generate_galois_keys()
+    peer = tenseal.ckks_vector(context, x.tolist()).mm(model.weight.T.tolist()).decrypt()
+    np.testing.assert_allclose(encrypted(client, session, x), peer, atol=1e-4)
+
+
+def test_logits_are_rounded():
+    model = head(40)
+    client, _, session = pair(model, (40,), decimals=2)
+    out = encrypted(client, session, film((40,)))
+    np.testing.assert_array_equal(out, np.round(out, 2))
+
+
+def test_networks_without_a_packing_are_refused():
+    for model in (nn.Linear(4, 2), nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), cnn(28, 7, 3, 3, 0, 3)):
+        with pytest.raises(UserError, match="no packing for this network|power of two"):
+            plan(model, (1, 28, 28))
+    with pytest.raises(UserError, match="slots, a ciphertext has 4096"):
+        plan(cnn(64, 3, 1, 4, 0, 3), (1, 64, 64))
+    with pytest.raises(UserError, match="scale the head down"):
+        big = head(40)
+        big.weight.data *= 1e4
+        Server(big, (40,))
+
+
+# --- the layer below --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ring():
+    context = Context(Parameters(4096, (39, 30, 39), 30))
+    return context, SecretKey(context)
+
+
+def test_coefficients_multiply_as_polynomials(ring):
+    context, _ = ring
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=context.n), rng.normal(size=context.n)
+    full = np.convolve(a, b)
+    product = full[: context.n] - np.append(full[context.n :], 0.0)  # modulo X^N + 1
+    slots = context.slots_of(a) * context.slots_of(b)
+    np.testing.assert_allclose(context.coefficients_of(slots), product, atol=1e-8)
+
+
+def test_slots_are_seals(ring):
+    context, _ = ring
+    a = np.random.default_rng(1).normal(size=context.n)
+    plaintext = context.encode_coefficients(a, 2.0**30)
+    decoded = np.array(context.encoder.decode_complex(plaintext))
+    np.testing.assert_allclose(decoded, context.slots_of(a), atol=1e-5)
+
+
+def test_kept_coefficients_are_what_seal_decrypts(ring):
+    context, key = ring
+    assert set(np.unique(key._ternary)) == {-1, 0, 1}
+    values = np.random.default_rng(2).normal(size=context.n)
+    ciphertext = context.receive(key.encrypt(context.encode_coefficients(values, 2.0**30)), scale=2.0**30)
+    plaintext = sealapi.Plaintext()
+    sealapi.Decryptor(context.seal, key._key).decrypt(ciphertext, plaintext)
+    peer = context.coefficients_of(np.array(context.encoder.decode_complex(plaintext)))
+    context.evaluator.transform_from_ntt_inplace(ciphertext)
+    integers = context.integers(dump(ciphertext), scale=2.0**30, level=0)
+    keep = [0, 1, 17, 2048, 4094, 4095]
+    mine = np.array(key.coefficients(integers, keep, 0), dtype=float) / 2.0**30
+    np.testing.assert_allclose(mine, peer[keep], atol=1e-9)
+    np.testing.assert_allclose(mine, values[keep], atol=1e-6)
+
+
+def test_integers_and_compose_undo_each_other(ring):
+    context, key = ring
+    ciphertext = context.receive(key.encrypt(context.encode_slots(np.ones(8), 2.0**30)), scale=2.0**30)
+    data = dump(ciphertext)
+    integers = context.integers(data, scale=2.0**30, level=0, ntt=True)
+    again = context.compose(integers, scale=2.0**30, level=0, ntt=True)
+    np.testing.assert_array_equal(context.integers(again, scale=2.0**30, level=0, ntt=True), integers)
+    plaintext = sealapi.Plaintext()
+    sealapi.Decryptor(context.seal, key._key).decrypt(context.load(again, sealapi.Ciphertext), plaintext)
+    np.testing.assert_allclose(context.encoder.decode_double(plaintext)[:8], 1.0, atol=1e-5)
+
+
+# --- what each party holds --------------------------------------------------------------------------------------------
+
+
+def reachable(thing, seen=None):
+    """Everything that attributes, containers and closures lead to."""
+    seen = {} if seen is None else seen
+    if id(thing) in seen or isinstance(thing, (type, str, bytes, int, float, type(None))):
+        return seen
+    seen[id(thing)] = thing
+    if isinstance(thing, dict):
+        children = [*thing.values()]
+    elif isinstance(thing, (list, tuple, set)):
+        children = [*thing]
+    else:
+        children = [*getattr(thing, "__dict__", {}).values()]
+    for child in children:
+        reachable(child, seen)
+    return seen
+
+
+def holds_key(thing) -> bool:
+    return any(isinstance(x, (sealapi.SecretKey, sealapi.KeyGenerator, SecretKey)) for x in reachable(thing).values())
+
+
+def test_the_server_holds_no_secret_key(small):
+    client, server, session = small
+    assert not holds_key(server) and not holds_key(session)
+    assert holds_key(client)  # the walk finds one where there is one
+
+
+def test_what_is_sent_holds_neither_key_nor_film(small):
+    client, _, session = small
+    x = film((40,)).numpy()
+    sent = [client.public(), *client.encrypt(x)]
+    for data in sent:
+        client.refuse_secret(data)
+        for form in (np.float32, np.float64):
+            assert x.astype(form).tobytes()[:64] not in data
+    replies = session.diagnose(client.encrypt(x))
+    assert all(x.astype(np.float64).tobytes()[:64] not in reply for reply in replies)
+
+
+@pytest.mark.parametrize("form", ["as SEAL saves it", "stored", "coefficients"])
+def test_a_secret_key_in_what_is_sent_is_refused(small, form):
+    client, _, _ = small
+    saved = dump(client._key._key)
+    from primia_lite.encrypted.keys import _payload
+
+    key = {"as SEAL saves it": saved, "stored": _payload(saved), "coefficients": client._key._ternary.tobytes()}[form]
+    with pytest.raises(UserError, match="the secret key is inside"):
+        client.refuse_secret(b"header" + key + b"trailer")
+
+
+def test_costs_are_noted(small):
+    client, server, session = small
+    encrypted(client, session, film((40,)))
+    assert {cost.step for cost in client.costs} >= {"make keys", "publish keys", "encrypt", "decrypt"}
+    assert {cost.step for cost in server.costs} >= {"compile", "receive", "compute", "mask"}
+    assert all(cost.seconds >= 0 for cost in client.costs + server.costs)
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+def test_bad_films_are_refused(small):
+    client, _, _ = small
+    for bad, message in ((np.ones(41), "the model takes"), (np.ones((40, 1)), "the model takes")):
+        with pytest.raises(UserError, match=message):
+            client.encrypt(bad)
+    for value in (np.nan, np.inf):
+        with pytest.raises(UserError, match="aren't finite"):
+            client.encrypt(np.full(40, value))
+
+
+def changed(data: bytes, at: int, value: bytes) -> bytes:
+    return data[:at] + value + data[at + len(value) :]
+
+
+def test_wrong_ciphertexts_are_refused_before_any_work(small):
+    client, server, session = small
+    (good,) = client.encrypt(film((40,)).numpy())
+    other = Client(CNNPacking(12, 5, 3, 2, 0, 3)).encrypt(np.ones((12, 12)))[0]
+    context = server.context
+    scaled = client._key.encrypt(context.encode_coefficients(np.ones(40), 2.0**20))
+    bomb = b"\x28\xb5\x2f\xfd" + bytes(64)
+    for bad in (
+        b"", b"x", good[:-1], good + b"x", good[:100], bytes(len(good)), np.random.default_rng(0).bytes(len(good)),
+        other, scaled, changed(good, 0, b"\0\0"), changed(good, 5, b"\x01"),
+        struct.pack("<HBBBBHQ", 0xA15E, 16, 4, 3, 2, 0, 16 + len(bomb)) + bomb,
+        bytes(10 << 20),
+    ):  # fmt: skip
+        with pytest.raises(CiphertextError):
+            session.diagnose([bad])
+    for number in (0, 2):
+        with pytest.raises(CiphertextError, match="1 belong to a film"):
+            session.diagnose([good] * number)
+    # A coefficient beyond its prime.
+    ciphertext = context.receive(good, scale=server.packing.fresh_scale)
+    integers = context.integers(dump(ciphertext), scale=server.packing.fresh_scale, level=0, ntt=True).copy()
+    integers[1, 0, 5] = context.moduli[0]
+    with pytest.raises(CiphertextError):
+        session.diagnose([context.compose(integers, scale=server.packing.fresh_scale, level=0, ntt=True)])
+    assert len(session.diagnose([good])) == 1
+
+
+def test_wrong_keys_are_refused(small):
+    client, server, _ = small
+    good = client.public()
+    for bad in (b"", good[:50], good[:-1], good + b"x", b"PLCK0001" + bytes(60), changed(good, 0, b"XXXX")):
+        with pytest.raises(CiphertextError):
+            server.open(bad)
+    other = Client(LinearPacking(41, 3)).public()
+    with pytest.raises(CiphertextError, match="for another model"):
+        server.open(other)
+    deep = Server(cnn(12, 5, 3, 2, 0, 3), (1, 12, 12))
+    owner = Client(deep.packing)
+    public = owner.public()
+    few = generator_public(owner._key._generator)
+    parts = [dump(few), owner._key.relin_keys(), owner._key.galois_keys([1])]
+    head_ = json.dumps({"packing": spec_of(deep.packing), "bytes": [len(part) for part in parts]}).encode()
+    with pytest.raises(CiphertextError, match="Galois keys that this model needs are missing"):
+        deep.open(b"".join([b"PLCK0001", struct.pack("<I", len(head_)), head_, *parts]))
+    assert isinstance(deep.open(public), Session)
+
+
+def test_altered_bytes_never_get_further_than_an_error(small):
+    """Flips, cuts, splices and altered headers: an error of ours, or a reply of the right form."""
+    client, server, session = small
+    (good,) = client.encrypt(film((40,)).numpy())
+    keys, rng, served = client.public(), np.random.default_rng(0), 0
+    for trial in range(1500):
+        source = keys if trial % 5 == 0 else good
+        data = bytearray(source)
+        kind = trial % 4
+        at = int(rng.integers(len(data) if trial % 3 else 128))
+        if kind == 0:
+            data[at] ^= 1 << int(rng.integers(8))
+        elif kind == 1:
+            del data[at:]
+        elif kind == 2:
+            data[at : at + 8] = rng.bytes(8)
+        else:
+            data[at:at] = rng.bytes(int(rng.integers(1, 40)))
+        try:
+            if source is keys:
+                server.open(bytes(data))
+            else:
+                replies = session.diagnose([bytes(data)])
+                assert len(replies) == 1 and client.decrypt(replies).shape == (3,)
+                served += 1
+        except CiphertextError:
+            pass
+    assert served < 1200  # most are found out; flips inside the random part make another ciphertext
+
+
+def test_replies_of_another_kind_are_refused(small):
+    client, _, session = small
+    (reply,) = session.diagnose(client.encrypt(film((40,)).numpy()))
+    for bad in ([], [reply, reply], [reply[:-1]], [reply[:16]], [bytes(len(reply))]):
+        with pytest.raises(CiphertextError):
+            client.decrypt(bad)

@@ -1,0 +1,78 @@
+"""CKKS parameters: SEAL's own table, refused sets, and the error that choose() promises."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tenseal
+import tenseal.sealapi as sealapi
+
+from primia_lite.config import UserError
+from primia_lite.encrypted.keys import SecretKey
+from primia_lite.encrypted.parameters import MAX_BITS_128, Parameters, choose, rescaling_error_bits
+from primia_lite.encrypted.seal import Context
+
+
+@pytest.mark.parametrize("n", MAX_BITS_128)
+def test_the_table_is_seals(n):
+    assert sealapi.CoeffModulus.MaxBitCount(n, sealapi.SEC_LEVEL_TYPE.TC128) == MAX_BITS_128[n]
+
+
+@pytest.mark.parametrize(
+    ("n", "bits", "scale", "message"),
+    [
+        (4096, (54, 30, 54), 30, "weaker than 128-bit security"),
+        (3000, (54,), 24, "choose one of 1024, 2048"),
+        (8192, (60, 30, 30, 60), 40, "rescaling divides by the prime"),
+        (8192, (60, 30, 30, 40), 30, "must be the largest"),
+        (8192, (40, 40, 40), 40, "has room in the difference"),
+        (8192, (61, 30, 61), 30, "primes of 20 to 60 bits"),
+        (8192, (), 30, "primes of 20 to 60 bits"),
+    ],
+)
+def test_sets_that_are_weak_or_wrong_are_refused(n, bits, scale, message):
+    with pytest.raises(UserError, match=message):
+        Parameters(n, bits, scale)
+
+
+def test_what_is_refused_goes_wrong_silently_in_tensor_libraries():
+    """30-bit primes under a scale of 2^40: a product of ones comes back as 1024."""
+    context = tenseal.context(tenseal.SCHEME_TYPE.CKKS, 8192, coeff_mod_bit_sizes=[60, 30, 30, 60])
+    context.global_scale = 2.0**40
+    product = (tenseal.ckks_vector(context, [1.0]) * tenseal.ckks_vector(context, [1.0])).decrypt()[0]
+    assert product == pytest.approx(1024, rel=0.01)
+    with pytest.raises(UserError, match="the scale would run away"):
+        Parameters(8192, (60, 30, 30, 60), 40)
+
+
+@pytest.mark.parametrize(("depth", "precision"), [(1, 14), (2, 18), (4, 14)])
+def test_chosen_parameters_keep_their_promise(depth, precision):
+    """Products with ones, rescaled: each slot's error is that of ``depth`` rescalings at most."""
+    parameters = choose(depth, precision_bits=precision, slots=64)
+    context = Context(parameters)
+    key = SecretKey(context)
+    values = np.random.default_rng(0).uniform(-1, 1, parameters.slots)
+    data = key.encrypt(context.encode_slots(values, 2.0**parameters.scale_bits))
+    state = context.receive(data, scale=2.0**parameters.scale_bits)
+    for level in range(depth):
+        ones = context.encode_slots(np.ones(parameters.slots), float(context.moduli_at(level)[-1]), level)
+        context.evaluator.multiply_plain_inplace(state, ones)
+        context.evaluator.rescale_to_next_inplace(state)
+        state.scale = 2.0**parameters.scale_bits
+    plaintext = sealapi.Plaintext()
+    sealapi.Decryptor(context.seal, key._key).decrypt(state, plaintext)
+    error = np.std(np.array(context.encoder.decode_double(plaintext)) - values)
+    assert error < 2.0**-precision * depth**0.5 * 1.5
+    # Not by a margin that would waste levels either.
+    assert error > 2.0 ** -(precision + 6)
+
+
+def test_choose_takes_the_smallest_ring_and_says_when_there_is_none():
+    assert choose(0, slots=1).poly_modulus_degree == 4096
+    assert choose(2, slots=4096).poly_modulus_degree == 8192
+    assert choose(2, slots=4097).poly_modulus_degree == 16384
+    assert rescaling_error_bits(8192) == pytest.approx(np.log2(8192 / 18**0.5), abs=0.01)
+    with pytest.raises(UserError, match="no CKKS parameters have depth 60"):
+        choose(60)
+    with pytest.raises(UserError, match="at least 1"):
+        choose(1, slots=0)
