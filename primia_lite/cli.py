@@ -58,6 +58,23 @@ def _parser() -> argparse.ArgumentParser:
     ledger.add_argument("file", metavar="FILE", help="such as runs/smoke-phantom/state/.../ledger-A.sqlite")
     ledger.set_defaults(call=_ledger)
 
+    serve = commands.add_parser("serve", help="offer models for encrypted diagnosis, by HTTP")
+    serve.add_argument("models", nargs="*", metavar="[NAME=]FILE", help="models saved by ModelCard.save")
+    serve.add_argument("--demo", action="store_true", help="train a small model on phantom films, and offer it")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine only)")
+    serve.add_argument("--port", type=int, default=8000)
+    serve.add_argument("--certfile", metavar="PEM", help="TLS certificate")
+    serve.add_argument("--keyfile", metavar="PEM", help="TLS key")
+    serve.add_argument("--no-limits", action="store_true", help="no limits on sessions and queries, for benchmarks")
+    serve.set_defaults(call=_serve)
+
+    diagnose = commands.add_parser("diagnose", help="encrypt a film, and have it diagnosed by a service")
+    diagnose.add_argument("film", metavar="FILM", help="a PNG or JPEG file")
+    diagnose.add_argument("--url", default="http://127.0.0.1:8000", help="of the service")
+    diagnose.add_argument("--model", help="its name there (default: the only one)")
+    diagnose.add_argument("--ca-file", metavar="PEM", help="certificate to trust, for https")
+    diagnose.set_defaults(call=_diagnose)
+
     bench = commands.add_parser("bench", help="list the benchmarks, or run one")
     bench.add_argument("name", nargs="?")
     bench.add_argument("arguments", nargs=argparse.REMAINDER, help="given to the benchmark")
@@ -96,6 +113,22 @@ def _ledger(args: argparse.Namespace) -> int:
     from primia_lite import describe
 
     print(describe.ledger(args.file))
+    return 0
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from primia_lite import serve
+
+    return serve.serve(
+        args.models, demo=args.demo, host=args.host, port=args.port, certfile=args.certfile, keyfile=args.keyfile,
+        limits=not args.no_limits,
+    )  # fmt: skip
+
+
+def _diagnose(args: argparse.Namespace) -> int:
+    from primia_lite import serve
+
+    print(serve.diagnose(args.film, args.url, args.model, args.ca_file))
     return 0
 
 

@@ -1,0 +1,92 @@
+"""A model with what its users must know to prepare films for it: one file."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from primia_lite import models
+from primia_lite.config import UserError
+from primia_lite.runtime import write_atomic
+
+
+@dataclass(frozen=True, eq=False)
+class ModelCard:
+    """What is served: weights, and how films are prepared for them.
+
+    Attributes
+    ----------
+    model : its name in :data:`primia_lite.models.MODELS`
+    options : of its network
+    class_names : in the order of the logits
+    image_size : side of a film, px
+    in_shape : of one film as the trained part takes it
+    state : weights
+    trained_on : one line on data, privacy and seed, shown to users
+    """
+
+    model: str
+    options: dict
+    class_names: tuple[str, ...]
+    image_size: int
+    in_shape: tuple[int, ...]
+    state: dict = field(repr=False)
+    trained_on: str = ""
+
+    _PUBLIC = ("model", "class_names", "image_size", "in_shape", "trained_on")
+
+    def network(self) -> torch.nn.Module:
+        network = models.build(self.model, len(self.class_names), tuple(self.in_shape), **self.options)
+        network.load_state_dict(self.state)
+        return network.eval()
+
+    def describe(self) -> dict:
+        """What a hospital needs, for JSON; no weights."""
+        return {name: getattr(self, name) for name in self._PUBLIC}
+
+    def save(self, path: str | Path) -> Path:
+        content = {name: getattr(self, name) for name in (*self._PUBLIC, "options", "state")}
+        return write_atomic(path, lambda file: torch.save(content, file))
+
+    @classmethod
+    def load(cls, path: str | Path) -> ModelCard:
+        """
+        Raises
+        ------
+        UserError
+            No such file, or another kind of file.
+        """
+        try:
+            content = torch.load(io.BytesIO(Path(path).read_bytes()), weights_only=True)
+            return cls(**content)
+        except FileNotFoundError as error:
+            raise UserError(f"there is no {path}: save a model there by ModelCard.save") from error
+        except Exception as error:  # torch raises many kinds
+            raise UserError(f"{path} isn't a model saved by ModelCard.save: {type(error).__name__}") from error
+
+
+def prepare_film(description: dict, image: np.ndarray) -> np.ndarray:
+    """A film as a served model takes it: public features [D], or pixels [H, W]; computed by the hospital.
+
+    Parameters
+    ----------
+    description : of the service, see :meth:`ModelCard.describe`
+    image : uint8 [H, W], of the size that the description says
+
+    Raises
+    ------
+    UserError
+        Another size or type.
+    """
+    from primia_lite.data import ChestXrays
+
+    size, image = description["image_size"], np.asarray(image)
+    if image.dtype != np.uint8 or image.shape != (size, size):
+        raise UserError(f"this film is {image.dtype} {image.shape}, the model takes uint8 ({size}, {size}): resize it")
+    names = tuple(description["class_names"])
+    one = ChestXrays(image[None], np.zeros(1, np.int64), names, *(np.array([v]) for v in ("film", "here", "test")))
+    return models.prepare(description["model"], one, cache=False).inputs[0, 0].numpy().squeeze()

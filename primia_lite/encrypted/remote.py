@@ -1,0 +1,134 @@
+"""The hospital's side of the service: asks for a diagnosis over HTTP, and tries again where that may help."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import time
+
+import httpx
+import numpy as np
+
+from primia_lite.config import UserError
+from primia_lite.encrypted.card import prepare_film
+from primia_lite.encrypted.ckks import Client
+from primia_lite.encrypted.packing import packing_from
+from primia_lite.encrypted.service import join, split
+
+
+class ServiceError(UserError):
+    """The service said no, or can't be reached; with its own sentence where it gave one."""
+
+    def __init__(self, sentence: str, status: int = 0):
+        super().__init__(sentence)
+        self.status = status
+
+
+class RemoteServer:
+    """A model behind a service: ``diagnose`` takes a film and returns its logits.
+
+    Makes a key of its own, opens a session, and opens another if that one expired.
+
+    Parameters
+    ----------
+    url : of the service, such as http://127.0.0.1:8000
+    model : its name there; may be left out where there is one
+    ca_file : certificate to trust for https; the system's if left out
+    timeout_s, retries : of one request; waits grow from 0.2 s, doubling, or are what the service asks for
+    transport : of httpx, for tests
+
+    Raises
+    ------
+    ServiceError
+        Not reachable, or no such model.
+    """
+
+    def __init__(
+        self, url: str, model: str | None = None, *, ca_file: str | None = None, timeout_s: float = 60.0,
+        retries: int = 4, decimals: int = 3, transport: httpx.BaseTransport | None = None,
+    ):  # fmt: skip
+        import ssl
+
+        verify = ssl.create_default_context(cafile=ca_file) if ca_file else True
+        self._http = httpx.Client(base_url=url, timeout=timeout_s, verify=verify, transport=transport)
+        self.retries = retries
+        offered = self._ask("GET", "/models").json()
+        if model is None and len(offered) == 1:
+            (model,) = offered
+        if model not in offered:
+            raise ServiceError(f"the service has no model {model!r}: choose one of {', '.join(offered)}", 404)
+        self.name, self.description = model, offered[model]
+        self.client = Client(packing_from(self.description["packing"]), decimals)
+        self._token: str | None = None
+
+    def __enter__(self) -> RemoteServer:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the session; the service forgets the keys."""
+        if self._token is not None:
+            token, self._token = self._token, None
+            with contextlib.suppress(httpx.HTTPError):  # else it will expire
+                self._http.delete(f"/sessions/{token}")
+        self._http.close()
+
+    def _ask(self, method: str, path: str, content: bytes | None = None) -> httpx.Response:
+        for attempt in range(self.retries + 1):
+            wait = 0.2 * 2**attempt * random.uniform(0.7, 1.3)
+            try:
+                response = self._http.request(method, path, content=content)
+            except httpx.TransportError as error:
+                sentence, status = f"the service can't be reached at {self._http.base_url}: {error}", 0
+            else:
+                if response.is_success:
+                    return response
+                sentence, status = _sentence(response), response.status_code
+                if status not in (429, 502, 503, 504):
+                    raise ServiceError(sentence, status)
+                asked = response.headers.get("Retry-After", "")
+                wait = max(wait, float(asked)) if asked.isdigit() else wait
+                if wait > 30:  # for longer, the caller should decide
+                    raise ServiceError(sentence, status)
+            if attempt < self.retries:
+                time.sleep(wait)
+        raise ServiceError(sentence, status)
+
+    def open(self) -> str:
+        """Open a session, unless one is open."""
+        if self._token is None:
+            self._token = self._ask("POST", f"/models/{self.name}/sessions", self.client.public()).json()["session"]
+        return self._token
+
+    def diagnose(self, film: np.ndarray) -> np.ndarray:
+        """Logits, float64 [classes]; of uint8 pixels [H, W], or of a film as the model takes it.
+
+        Raises
+        ------
+        ServiceError
+            The service said no.
+        UserError
+            A film of another size or with values that aren't finite.
+        """
+        film = np.asarray(film)
+        if film.dtype == np.uint8:
+            film = prepare_film(self.description, film)
+        body = join(self.client.encrypt(film))
+        self.client.refuse_secret(body)
+        try:
+            response = self._ask("POST", f"/sessions/{self.open()}/diagnose", body)
+        except ServiceError as error:
+            if error.status != 404:
+                raise
+            self._token = None  # it expired, or the service was started anew
+            response = self._ask("POST", f"/sessions/{self.open()}/diagnose", body)
+        return self.client.decrypt(split(response.content))
+
+
+def _sentence(response: httpx.Response) -> str:
+    try:
+        return f"the service says: {response.json()['error']}"
+    except (ValueError, KeyError, TypeError):
+        return f"the service answered {response.status_code}"

@@ -1,0 +1,147 @@
+"""Models offered for encrypted diagnosis: the commands ``serve`` and ``diagnose``, and a service as another process."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from primia_lite.config import UserError
+
+
+def serve(
+    models: Sequence[str], *, demo: bool = False, host: str = "127.0.0.1", port: int = 8000,
+    certfile: str | None = None, keyfile: str | None = None, limits: bool = True,
+) -> int:  # fmt: skip
+    """Offer models until stopped.
+
+    Parameters
+    ----------
+    models : files saved by :meth:`~primia_lite.encrypted.card.ModelCard.save`, with a name before it (``NAME=FILE``)
+        or named as its file
+    """
+    from primia_lite.encrypted import service
+    from primia_lite.encrypted.card import ModelCard
+
+    cards = {}
+    for entry in models:
+        name, separator, path = entry.partition("=")
+        cards[name if separator else Path(entry).stem] = ModelCard.load(path if separator else entry)
+    if demo:
+        cards["demo"] = demo_card()
+    if not cards:
+        raise UserError("name a model file to offer (notebook 05 saves some), or pass --demo")
+    scheme = "https" if certfile else "http"
+    if scheme == "http" and host not in ("127.0.0.1", "localhost", "::1"):
+        print("warning: without TLS anybody on the way can alter requests and use sessions: give --certfile, --keyfile")
+    print(f"offering {', '.join(cards)} at {scheme}://{host}:{port} (Ctrl-C stops); not for clinical use", flush=True)
+    chosen = None if limits else service.NO_LIMITS
+    service.serve(cards, host, port, limits=chosen, certfile=certfile, keyfile=keyfile)
+    return 0
+
+
+def demo_card(n_films: int = 300, size: int = 64, seed: int = 0):
+    """``litenet`` trained on phantom films, in a few seconds."""
+    from primia_lite import models
+    from primia_lite.data import load
+    from primia_lite.encrypted.card import ModelCard
+    from primia_lite.privacy.rng import SecureGenerator
+    from primia_lite.training import Training, train
+
+    print("training litenet on phantom films ...", flush=True)
+    films = load("phantom", size, n_films=n_films, seed=seed)
+    inputs = models.prepare("litenet", films.of_split("train"))
+    recipe = Training(
+        "litenet", len(films.class_names), sample_rate=0.25, local_steps=None, local_epochs=10, learning_rate=4.0
+    )
+    network = models.build("litenet", len(films.class_names), inputs.inputs.shape[2:])
+    train(network, inputs, recipe, None, SecureGenerator.from_seed(seed), 1.0)
+    return ModelCard(
+        "litenet", {}, films.class_names, size, tuple(inputs.inputs.shape[2:]), network.state_dict(),
+        f"{n_films} phantom films (computer-made, no patients), without DP, seed {seed}",
+    )  # fmt: skip
+
+
+def diagnose(film: str, url: str, model: str | None = None, ca_file: str | None = None) -> str:
+    """A film from a file, encrypted here, diagnosed there: a table.
+
+    Raises
+    ------
+    UserError
+        No such film, an unreadable one, or a service that can't be reached or says no.
+    """
+    from primia_lite.data.pixels import decode, to_square
+    from primia_lite.encrypted.remote import RemoteServer
+
+    try:
+        content = Path(film).read_bytes()
+    except OSError as error:
+        raise UserError(f"the film {film} can't be read: {error.strerror}") from error
+    image = decode(content, film)
+    with RemoteServer(url, model, ca_file=ca_file) as server:
+        described = server.description
+        logits = server.diagnose(to_square(image, described["image_size"]))
+        costs = {cost.step: cost for cost in server.client.costs}
+    shares = np.exp(logits - logits.max())
+    shares /= shares.sum()
+    lines = [f"{name:>12}  {share:6.1%}" for name, share in zip(described["class_names"], shares, strict=True)]
+    return "\n".join(
+        [
+            *lines,
+            f"model {server.name} ({described['model']}, {described['trained_on']})",
+            f"sent: {costs['encrypt'].kib:.0f} KiB of ciphertext",
+            "a demonstration, not for clinical use",
+        ]
+    )
+
+
+@contextlib.contextmanager
+def running(cards: dict, *, limits: bool = True, wait_s: float = 60.0) -> Iterator[tuple[str, subprocess.Popen]]:
+    """The service as another process on a free port of this machine, while the context lasts: its address, and it.
+
+    Parameters
+    ----------
+    cards : ModelCards by name
+
+    Raises
+    ------
+    UserError
+        It ended, or didn't answer in time; with what it wrote.
+    """
+    import httpx
+
+    with tempfile.TemporaryDirectory() as folder:
+        files = [f"{name}={card.save(Path(folder) / f'{name}.pt')}" for name, card in cards.items()]
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        log = Path(folder) / "log"
+        command = [sys.executable, "-m", "primia_lite", "serve", *files, "--port", str(port)]
+        with log.open("wb") as out:
+            process = subprocess.Popen(
+                [*command, *([] if limits else ["--no-limits"])], stdout=out, stderr=subprocess.STDOUT
+            )
+        url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + wait_s
+        try:
+            while True:
+                with contextlib.suppress(httpx.TransportError):
+                    if httpx.get(f"{url}/health", timeout=2).is_success:
+                        break
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise UserError(f"the service didn't start: {log.read_text()[-2000:]}")
+                time.sleep(0.1)
+            yield url, process
+        finally:
+            process.terminate()
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()

@@ -1,0 +1,327 @@
+"""The service: another process, what crosses the wire, limits, bad input, and altered bodies."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+import torch
+from starlette.testclient import TestClient
+from torch import nn
+
+from primia_lite import serve
+from primia_lite.config import UserError
+from primia_lite.data import load
+from primia_lite.encrypted.card import ModelCard, prepare_film
+from primia_lite.encrypted.ckks import Client
+from primia_lite.encrypted.packing import CNNPacking, LinearPacking, packing_from
+from primia_lite.encrypted.remote import RemoteServer, ServiceError
+from primia_lite.encrypted.seal import CiphertextError
+from primia_lite.encrypted.service import NO_LIMITS, Limits, Service, join, most_key_bytes, most_upload_bytes, split
+
+NAMES = ("normal", "bacterial", "viral")
+FEATURES = 8
+
+
+@pytest.fixture(scope="module")
+def card() -> ModelCard:
+    torch.manual_seed(0)
+    head = nn.Linear(FEATURES, 3, bias=False)
+    return ModelCard("litenet", {}, NAMES, 32, (FEATURES,), head.state_dict(), "nothing: random weights")
+
+
+@pytest.fixture(scope="module")
+def deep() -> ModelCard:
+    from primia_lite.networks import ckksnet
+
+    torch.manual_seed(1)
+    options = {"channels": 2, "hidden": 0}
+    state = ckksnet(3, (1, 32, 32), **options).state_dict()
+    return ModelCard("ckksnet", options, NAMES, 32, (1, 32, 32), state, "nothing: random weights")
+
+
+def app(cards, limits=NO_LIMITS) -> TestClient:
+    return TestClient(Service(cards, limits).app, raise_server_exceptions=True)
+
+
+def film(seed=0) -> np.ndarray:
+    x = np.random.default_rng(seed).normal(size=FEATURES)
+    return x / np.linalg.norm(x)
+
+
+def opened(web, name="head"):
+    client = Client(packing_from(web.get("/models").json()[name]["packing"]), decimals=6)
+    answer = web.post(f"/models/{name}/sessions", content=client.public())
+    assert answer.status_code == 201
+    return client, answer.json()["session"]
+
+
+# --- another process --------------------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """Passes bytes between a client and a server on, and keeps them."""
+
+    def __init__(self, port: int):
+        self.heard, self.target = bytearray(), port
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        while True:
+            try:
+                near, _ = self.listener.accept()
+            except OSError:
+                return
+            far = socket.create_connection(("127.0.0.1", self.target))
+            for one, other in ((near, far), (far, near)):
+                threading.Thread(target=self._pass, args=(one, other), daemon=True).start()
+
+    def _pass(self, one, other):
+        while data := one.recv(1 << 16):
+            self.heard += data
+            other.sendall(data)
+        other.close()
+
+
+@pytest.mark.slow
+def test_two_processes_and_what_crosses_between_them(card, deep):
+    films = load("phantom", 32, n_films=30)
+    image = films.images[0]
+    with serve.running({"head": card, "net": deep}, limits=False) as (url, process):
+        recorder = Recorder(int(url.rsplit(":", 1)[1]))
+        with RemoteServer(f"http://127.0.0.1:{recorder.port}", "head", decimals=6) as server:
+            x = film()
+            plain = card.network()(torch.tensor(x).float()[None])[0].detach().numpy()
+            np.testing.assert_allclose(server.diagnose(x), plain, atol=1e-5)
+        with RemoteServer(f"http://127.0.0.1:{recorder.port}", "net", decimals=6) as other:
+            prepared = prepare_film(other.description, image)
+            plain = deep.network()(torch.from_numpy(prepared)[None, None])[0].detach().numpy()
+            np.testing.assert_allclose(other.diagnose(image), plain, atol=1e-3)
+        heard = bytes(recorder.heard)
+        assert len(heard) > 1 << 20
+        for own in (server.client, other.client):
+            own.refuse_secret(heard)
+            with pytest.raises(UserError):  # it would be found
+                own.refuse_secret(heard + own._key._ternary.tobytes())
+        for secret in (x, prepared, image / 255.0):
+            for kind in (np.float32, np.float64):
+                assert np.ascontiguousarray(secret, kind).tobytes()[:32] not in heard
+        assert image[10:12].tobytes() not in heard
+        recorder.listener.close()
+        assert psutil.Process(process.pid).is_running()
+    assert process.poll() is not None
+
+
+def test_commands(card, tmp_path, capsys):
+    from primia_lite.cli import main
+
+    assert main(["serve"]) == 2
+    assert "name a model file" in capsys.readouterr().err
+    assert main(["serve", str(tmp_path / "none.pt")]) == 2
+    assert "save a model there" in capsys.readouterr().err
+    (tmp_path / "bad.pt").write_bytes(b"x")
+    assert main(["serve", str(tmp_path / "bad.pt")]) == 2
+    assert "isn't a model" in capsys.readouterr().err
+    assert main(["serve", str(card.save(tmp_path / "good.pt")), "--certfile", "x"]) == 2
+    assert "both" in capsys.readouterr().err
+    assert main(["diagnose", str(tmp_path / "none.png")]) == 2
+    assert "can't be read" in capsys.readouterr().err
+
+
+def test_a_card_comes_back(deep, tmp_path):
+    again = ModelCard.load(deep.save(tmp_path / "net.pt"))
+    assert again.describe() == deep.describe() and "state" not in deep.describe()
+    x = torch.randn(1, 1, 32, 32)
+    torch.testing.assert_close(again.network()(x), deep.network()(x))
+
+
+# --- sessions and limits ----------------------------------------------------------------------------------------------
+
+
+def test_a_film_is_diagnosed(card):
+    with app({"head": card}) as web:
+        client, token = opened(web)
+        x = film()
+        answer = web.post(f"/sessions/{token}/diagnose", content=join(client.encrypt(x)))
+        plain = card.network()(torch.tensor(x).float()[None])[0].detach().numpy()
+        np.testing.assert_allclose(client.decrypt(split(answer.content)), plain, atol=1e-5)
+        assert web.get("/health").json()["queries"] == 1
+
+
+def test_sessions_are_separate_and_end(card):
+    with app({"head": card}) as web:
+        (one, token), (_, other) = opened(web), opened(web)
+        assert token != other and len(token) > 40
+        body = join(one.encrypt(film()))
+        right = one.decrypt(split(web.post(f"/sessions/{token}/diagnose", content=body).content))
+        # Under the other's key it is re-randomised wrongly: noise comes out, no error, and nothing of the film.
+        mixed = one.decrypt(split(web.post(f"/sessions/{other}/diagnose", content=body).content))
+        assert np.abs(mixed - right).max() > 1
+        assert web.delete(f"/sessions/{token}").status_code == 204
+        replayed = web.post(f"/sessions/{token}/diagnose", content=body)
+        assert replayed.status_code == 404 and "open a new one" in replayed.json()["error"]
+        assert web.delete(f"/sessions/{token}").status_code == 404
+
+
+def test_limits(card):
+    limits = Limits(sessions=2, session_s=0.4, queries=2, per_minute=3, opened_per_minute=4)
+    with app({"head": card}, limits) as web:
+        client, token = opened(web)
+        body = join(client.encrypt(film()))
+        ask = lambda: web.post(f"/sessions/{token}/diagnose", content=body)  # noqa: E731
+        assert [ask().status_code for _ in range(3)] == [200, 200, 429]
+        opened(web)
+        opened(web)  # the first is closed for it
+        assert ask().status_code == 404 and web.get("/health").json()["sessions"] == 2
+        _, last = opened(web)
+        refused = web.post("/models/head/sessions", content=client.public())
+        assert refused.status_code == 429 and int(refused.headers["Retry-After"]) >= 1
+        time.sleep(0.5)
+        assert web.delete(f"/sessions/{last}").status_code == 404  # expired
+
+
+def test_queries_in_a_minute_are_limited(card):
+    with app({"head": card}, Limits(per_minute=2)) as web:
+        client, token = opened(web)
+        body = join(client.encrypt(film()))
+        answers = [web.post(f"/sessions/{token}/diagnose", content=body) for _ in range(3)]
+        assert [a.status_code for a in answers] == [200, 200, 429]
+        assert "in a minute" in answers[2].json()["error"] and 50 < int(answers[2].headers["Retry-After"]) <= 60
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+def test_bad_bodies_get_a_sentence_and_the_service_goes_on(card, deep):
+    with app({"head": card, "net": deep}) as web:
+        client, token = opened(web)
+        (good,) = client.encrypt(film())
+        other = Client(CNNPacking(12, 5, 3, 2, 0, 3)).encrypt(np.ones((12, 12)))[0]
+        for bad in (b"", b"abc", join([]), join([good[:-5]]), join([good, good]), join([bytes(len(good))]),
+                    join([np.random.default_rng(0).bytes(len(good))]), join([other]), join([good])[:-1],
+                    join([good]) + b"x", b"\xff" * 40):  # fmt: skip
+            answer = web.post(f"/sessions/{token}/diagnose", content=bad)
+            assert answer.status_code in (400, 413) and answer.json()["error"], bad[:20]
+            assert web.get("/health").json()["status"] == "ok"
+        assert web.post("/models/none/sessions", content=client.public()).status_code == 404
+        assert web.post("/models/net/sessions", content=client.public()).status_code in (400, 413)
+        assert web.post("/models/head/sessions", content=b"").status_code == 400
+        assert web.get("/models/head/sessions").status_code == 405
+        assert web.get("/none").status_code == 404
+        assert web.post(f"/sessions/{token}/diagnose", content=join([good])).status_code == 200
+
+
+def test_large_bodies_are_cut_early(card):
+    sent = 0
+
+    def endless():
+        nonlocal sent
+        for _ in range(100):
+            sent += 1 << 20
+            yield bytes(1 << 20)
+
+    with serve.running({"head": card}, limits=False) as (url, _), httpx.Client(base_url=url, timeout=20) as web:
+        client = Client(packing_from(web.get("/models").json()["head"]["packing"]))
+        token = web.post("/models/head/sessions", content=client.public()).json()["session"]
+        for path in (f"/sessions/{token}/diagnose", "/models/head/sessions"):
+            declared = web.post(path, content=bytes(5 << 20))
+            assert declared.status_code == 413 and "larger than" in declared.json()["error"]
+            sent = 0
+            with contextlib.suppress(httpx.TransportError):  # the connection is closed while we still write
+                assert web.post(path, content=endless()).status_code == 413
+            assert sent < 60 << 20
+        assert web.get("/health").json()["status"] == "ok"
+        good = web.post(f"/sessions/{token}/diagnose", content=join(client.encrypt(film())))
+        assert good.status_code == 200
+
+
+def test_bounds_on_bodies_hold_what_clients_send():
+    for packing in (LinearPacking(8, 3), LinearPacking(2369, 3), CNNPacking(16, 5, 2, 4, 8, 3)):
+        client = Client(packing)
+        public = client.public()
+        assert len(public) <= most_key_bytes(packing) < 4 * len(public) + 65536
+        body = join(client.encrypt(np.zeros(packing.in_shape)))
+        assert len(body) <= most_upload_bytes(packing)
+
+
+def test_the_client_refuses_before_it_sends(card):
+    with app({"head": card}) as web:
+        server = RemoteServer("http://testserver", transport=web._transport)
+        for bad, message in ((np.full(FEATURES, np.nan), "finite"), (np.ones(FEATURES + 1), "the model takes"),
+                             (np.zeros((31, 31), np.uint8), "resize it")):  # fmt: skip
+            with pytest.raises(UserError, match=message):
+                server.diagnose(bad)
+        with pytest.raises(ServiceError, match="no model 'none'"):
+            RemoteServer("http://testserver", "none", transport=web._transport)
+        assert web.get("/health").json()["queries"] == 0
+
+
+def test_the_client_tries_again_and_opens_sessions_anew(card, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda s: None)
+    with app({"head": card}) as web:
+        failures = [503, 502, 429]
+
+        class Flaky(httpx.BaseTransport):
+            def handle_request(self, request):
+                if failures and request.url.path.endswith("diagnose"):
+                    return httpx.Response(failures.pop(), json={"error": "later"})
+                return web._transport.handle_request(request)
+
+        server = RemoteServer("http://testserver", transport=Flaky(), decimals=6)
+        first = server.diagnose(film())
+        assert not failures
+        web.delete(f"/sessions/{server._token}")
+        np.testing.assert_allclose(server.diagnose(film()), first, atol=1e-5)
+        failures += [503] * 9
+        with pytest.raises(ServiceError, match="later"):
+            server.diagnose(film())
+    with pytest.raises(ServiceError, match="can't be reached"):
+        RemoteServer("http://127.0.0.1:9", retries=1)
+
+
+def test_split_undoes_join():
+    for parts in ([], [b""], [b"a", b"", b"bcd"]):
+        assert split(join(parts)) == parts
+    with pytest.raises(CiphertextError):
+        split(b"\xff\xff\xff\xff")
+
+
+@pytest.mark.slow
+def test_ten_thousand_altered_bodies(card):
+    """Each gets an answer of 4xx, or a reply of the right form; none gets a 5xx, and none ends the service."""
+    rng, counts = np.random.default_rng(0), {}
+    with app({"head": card}) as web:
+        client, token = opened(web)
+        good, keys = join(client.encrypt(film())), client.public()
+        for trial in range(10_000):
+            source, path = (keys, "/models/head/sessions") if trial % 10 == 0 else (good, f"/sessions/{token}/diagnose")
+            data = bytearray(source)
+            at = int(rng.integers(len(data) if trial % 2 else 160))  # half of them in the headers
+            kind = trial // 2 % 5
+            if kind == 0:
+                data[at] ^= 1 << int(rng.integers(8))
+            elif kind == 1:
+                del data[at:]
+            elif kind == 2:
+                data[at : at + 8] = rng.bytes(8)
+            elif kind == 3:
+                data[at:at] = rng.bytes(int(rng.integers(1, 60)))
+            else:
+                other = int(rng.integers(len(data)))
+                data[at : at + 64] = data[other : other + 64]
+            answer = web.post(path, content=bytes(data))
+            counts[answer.status_code] = counts.get(answer.status_code, 0) + 1
+            assert answer.status_code in (200, 201, 400, 413), answer.text
+            if answer.status_code == 200 and trial % 20 == 1:
+                assert client.decrypt(split(answer.content)).shape == (3,)
+        assert web.get("/health").json()["status"] == "ok"
+        assert web.post(f"/sessions/{token}/diagnose", content=good).status_code == 200
+    assert counts[400] > 5_000
