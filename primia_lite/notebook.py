@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import sys
 import threading
 import time
@@ -146,12 +147,37 @@ def _engine():
 
             nb_man.cell_start = cell_start
             client = PapermillNotebookClient(
-                nb_man, kernel_name=kernel_name, startup_timeout=start_timeout, timeout=execution_timeout
-            )
+                nb_man, kernel_name=kernel_name, startup_timeout=start_timeout, timeout=execution_timeout,
+                on_notebook_start=lambda notebook: look_again(client.kc),
+            )  # fmt: skip
             with open(kernel_log, "ab") as log:
                 return client.execute(stderr=log)
 
     return Engine
+
+
+def look_again(kernel_client, every_s: float = 1.0) -> None:
+    """Let a client look for messages every second, however long it waits.
+
+    Waiting in asyncio on a ZeroMQ socket can miss that a message came (its file descriptor tells of changes only), and
+    then sleeps until its timeout, here a cell's 300 s, though the answer is there: seen in cells with widgets.
+    """
+    for channel in (kernel_client.shell_channel, kernel_client.iopub_channel):
+        channel.get_msg = _in_slices(channel.get_msg, every_s)
+
+
+def _in_slices(get_msg, every_s: float):
+    async def patient(timeout: float | None = None):
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            left = every_s if deadline is None else min(every_s, deadline - time.monotonic())
+            try:
+                return await get_msg(timeout=max(0.0, left))
+            except queue.Empty:
+                if deadline is not None and time.monotonic() >= deadline:
+                    raise
+
+    return patient
 
 
 @contextmanager

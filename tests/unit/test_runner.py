@@ -297,3 +297,30 @@ def torch_rounds(checkpoint) -> int:
     import torch
 
     return torch.load(checkpoint, weights_only=True)["round"]
+
+
+def test_a_message_whose_arrival_was_missed_is_found():
+    """A socket that sleeps until its timeout though a message came after 0.1 s, as asyncio on ZeroMQ may."""
+    import asyncio
+    import queue
+
+    came = time.monotonic() + 0.1
+
+    class Channel:
+        async def get_msg(self, timeout=None):
+            if time.monotonic() >= came:  # looked for when asked, but not woken up by it
+                return "message"
+            await asyncio.sleep(timeout)
+            raise queue.Empty
+
+    class Client:
+        shell_channel, iopub_channel = Channel(), Channel()
+
+    notebook.look_again(Client, every_s=0.05)
+    started = time.monotonic()
+    assert asyncio.run(Client.shell_channel.get_msg(timeout=20)) == "message"
+    assert asyncio.run(Client.iopub_channel.get_msg()) == "message"
+    assert time.monotonic() - started < 5
+    came = time.monotonic() + 60
+    with pytest.raises(queue.Empty):
+        asyncio.run(Client.shell_channel.get_msg(timeout=0.2))
