@@ -183,10 +183,8 @@ class Session:
         kinds += [sealapi.GaloisKeys] if server.packing.rotations else []
         if len(parts) != len(kinds):
             raise CiphertextError(f"{len(parts)} keys came, this model needs {len(kinds)}: send Client.public()")
-        try:
-            keys = {kind: context.load(part, kind) for kind, part in zip(kinds, parts, strict=True)}
-        except (RuntimeError, ValueError, IndexError, MemoryError) as error:
-            raise CiphertextError(f"SEAL can't read these keys: {error}") from error
+        turns = len(server.packing.rotations)
+        keys = {kind: context.receive_keys(part, kind, turns) for kind, part in zip(kinds, parts, strict=True)}
         galois = keys.get(sealapi.GaloisKeys)
         elements = [pow(3, step, 2 * context.n) for step in server.packing.rotations]
         if galois is not None and not all(galois.has_key(element) for element in elements):
@@ -209,7 +207,12 @@ class Session:
         inputs = [server.context.receive(data, scale=packing.fresh_scale) for data in uploads]
         server._note("receive", started)
         started = time.perf_counter()
-        products = server.kernel(inputs, self.keys)
+        try:
+            products = server.kernel(inputs, self.keys)
+        except RuntimeError as error:
+            if "transparent" not in str(error):
+                raise
+            raise CiphertextError("these keys or ciphertexts cancel to 0: send what Client made") from error
         server._note("compute", started, level=packing.reply_level)
         started = time.perf_counter()
         out = [
@@ -266,7 +269,7 @@ def _split(data: bytes, packing: Packing) -> list[bytes]:
     try:
         head = json.loads(data[start : start + min(size, 4096)])
         theirs, lengths = packing_from(head["packing"]), [int(n) for n in head["bytes"]]
-    except (ValueError, KeyError, TypeError, UserError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError, UserError) as error:
         raise CiphertextError("the public material's head can't be read: send what Client.public returned") from error
     if theirs != packing:
         raise CiphertextError("these keys are for another model: ask the server for its description first")

@@ -264,7 +264,7 @@ def packing_from(spec: dict) -> Packing:
     try:
         numbers = {key: int(value) for key, value in spec.items() if key != "kind"}
         return PACKINGS[spec["kind"]](**numbers)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise UserError(f"this isn't the description of a packing: {spec!r}") from error
 
 
