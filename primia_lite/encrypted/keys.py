@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import tenseal.sealapi as sealapi
 
-from primia_lite.encrypted.seal import Context, dump
+from primia_lite.encrypted.seal import Context, dump, payload
 
 
 class SecretKey:
@@ -39,23 +39,15 @@ class SecretKey:
 
     def is_inside(self, data: bytes) -> bool:
         """Whether the key is in these bytes: SEAL's, stored or compressed, or its coefficients."""
-        whole = _payload(dump(self._key))
+        whole = payload(dump(self._key))
         marks = [whole[-512:], dump(self._key)[-512:], self._ternary[:256].tobytes()]
         return any(mark in data for mark in marks)
 
     def _coefficients_of_key(self) -> np.ndarray:
         """The key as int8 [N] in {-1, 0, 1}; SEAL keeps its number-theoretic transform only."""
-        context = self.context
-        # As the first polynomial of a ciphertext with nothing but it, SEAL transforms it back.
-        last = len(context.level_ids) - 1
-        first = context.moduli[0]
-        body = np.frombuffer(_payload(dump(self._key)), np.uint64)[-len(context.moduli) * context.n :][: context.n]
-        pair = np.zeros((2, 1, context.n), np.uint64)
-        pair[:, 0] = body
-        holder = context.load(context.compose(pair, scale=1.0, level=last, ntt=True), sealapi.Ciphertext)
-        context.evaluator.transform_from_ntt_inplace(holder)
-        values = context.integers(dump(holder), scale=1.0, level=last)[0, 0].astype(object)
-        return np.array([int(v) if v <= first // 2 else int(v) - first for v in values], np.int8)
+        first = self.context.moduli[0]
+        values = self.context.inverse_ntt(self.context.ntt_values(self._key)[0])
+        return np.where(values > first // 2, values.astype(np.int64) - first, values.astype(np.int64)).astype(np.int8)
 
     def coefficients(self, integers: np.ndarray, keep: list[int], level: int) -> list[int]:
         """Coefficients ``keep`` of c0 + c1 s, as integers in (-q/2, q/2], of a ciphertext uint64 [2, primes, N]."""
@@ -86,10 +78,3 @@ def _chinese(residues, moduli: list[int]) -> int:
         value += product * ((residue - value) * pow(product, -1, modulus) % modulus)
         product *= modulus
     return value if value <= product // 2 else value - product
-
-
-def _payload(data: bytes) -> bytes:
-    """SEAL's bytes of a key, decompressed; the secret key is a plaintext."""
-    import zstandard
-
-    return zstandard.ZstdDecompressor().decompress(data[16:]) if data[5] == 2 else data[16:]

@@ -80,11 +80,11 @@ def rescaling_error_bits(poly_modulus_degree: int) -> float:
     """log2 of a slot's standard deviation after one rescaling, in units of 1 / scale.
 
     Rescaling rounds both parts of a ciphertext, each coefficient by a uniform error of variance 1/12; the second part
-    is multiplied by the key, of N coefficients of variance 2/3; a slot is the sum of N of the results. That is
-    N sqrt(1/18) for N in the thousands.
+    is multiplied by the key, of N coefficients of variance 2/3; a slot's real part is the sum of N of the results, each
+    times a cosine of variance 1/2. That is N / 6 for N in the thousands.
     """
     n = poly_modulus_degree
-    return 0.5 * math.log2(n * (1 + 2 * n / 3) / 12)
+    return 0.5 * math.log2(n * (1 + 2 * n / 3) / 24)
 
 
 def choose(depth: int, *, precision_bits: int = 18, integer_bits: int = 8, slots: int = 1) -> Parameters:

@@ -176,6 +176,22 @@ class Context:
         inner = _HEADER.pack(_MAGIC, _HEADER.size, *_VERSION, _STORED, 0, _HEADER.size + 8 + integers.nbytes)
         return _wrap(fields + inner + struct.pack("<Q", integers.size) + np.ascontiguousarray(integers).tobytes())
 
+    def inverse_ntt(self, values: np.ndarray) -> np.ndarray:
+        """Coefficients of the polynomial with these number-theoretic transforms, uint64 [N], modulo the first prime."""
+        last = len(self.level_ids) - 1
+        pair = np.zeros((2, 1, self.n), np.uint64)
+        pair[:, 0] = values
+        # As a ciphertext's polynomial, SEAL transforms it.
+        holder = self.load(self.compose(pair, scale=1.0, level=last, ntt=True), sealapi.Ciphertext)
+        self.evaluator.transform_from_ntt_inplace(holder)
+        return self.integers(dump(holder), scale=1.0, level=last)[0, 0]
+
+    def ntt_values(self, plaintext) -> np.ndarray:
+        """Number-theoretic transforms of a plaintext or secret key modulo each of its primes, uint64 [primes, N]."""
+        body = payload(dump(plaintext))
+        primes = (len(body) - _HEADER.size) // (8 * self.n)
+        return np.frombuffer(body[-8 * primes * self.n :], np.uint64).reshape(primes, self.n)
+
     def _size(self, polynomials: int, primes: int) -> int:
         return _FIELDS.size + _HEADER.size + 8 + 8 * polynomials * primes * self.n
 
@@ -237,6 +253,12 @@ def _file(data: bytes) -> Iterator[str]:
             with open(path, "wb") as file:
                 file.write(data)
             yield path
+
+
+def payload(data: bytes) -> bytes:
+    """SEAL's bytes of an object of our own, decompressed."""
+    body = data[_HEADER.size :]
+    return zstandard.ZstdDecompressor().decompress(body) if data[5] == _ZSTD else body
 
 
 def _wrap(body: bytes) -> bytes:

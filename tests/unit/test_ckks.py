@@ -19,7 +19,7 @@ from primia_lite.encrypted.kernels import packing_for
 from primia_lite.encrypted.keys import SecretKey, generator_public
 from primia_lite.encrypted.packing import CNNPacking, LinearPacking, packing_from, spec_of
 from primia_lite.encrypted.parameters import Parameters
-from primia_lite.encrypted.seal import CiphertextError, Context, dump
+from primia_lite.encrypted.seal import CiphertextError, Context, dump, payload
 from primia_lite.networks import Square, ckksnet
 
 
@@ -235,9 +235,7 @@ def test_what_is_sent_holds_neither_key_nor_film(small):
 def test_a_secret_key_in_what_is_sent_is_refused(small, form):
     client, _, _ = small
     saved = dump(client._key._key)
-    from primia_lite.encrypted.keys import _payload
-
-    key = {"as SEAL saves it": saved, "stored": _payload(saved), "coefficients": client._key._ternary.tobytes()}[form]
+    key = {"as SEAL saves it": saved, "stored": payload(saved), "coefficients": client._key._ternary.tobytes()}[form]
     with pytest.raises(UserError, match="the secret key is inside"):
         client.refuse_secret(b"header" + key + b"trailer")
 

@@ -13,9 +13,10 @@ from torch import nn
 
 from primia_lite.config import UserError
 from primia_lite.encrypted.ckks import Client, Server
+from primia_lite.encrypted.leakage import key_from_decryption, ratio_of_replies
 from primia_lite.encrypted.masks import Mask, uniform
 from primia_lite.encrypted.parameters import Parameters
-from primia_lite.encrypted.seal import Context, dump
+from primia_lite.encrypted.seal import Context
 
 KEEP = [7, 100, 4095]
 
@@ -122,24 +123,10 @@ def parts(server, data, *, ntt, scale) -> np.ndarray:
     return server.context.integers(data, scale=scale, level=0, ntt=ntt)
 
 
-def quotient(server, upload: bytes, reply: sealapi.Ciphertext) -> np.ndarray:
-    """c1_out / c1_in in NTT form, modulo the prime."""
-    context, modulus = server.context, server.context.moduli[0]
-    fresh = context.receive(upload, scale=server.packing.fresh_scale)
-    c_in = parts(server, dump(fresh), ntt=True, scale=server.packing.fresh_scale)[1, 0]
-    c_out = parts(server, dump(reply), ntt=True, scale=reply.scale)[1, 0]
-    return np.array([int(a) * pow(int(b), -1, modulus) % modulus for a, b in zip(c_out, c_in, strict=True)], object)
-
-
-def weights_of(server, ratio) -> np.ndarray:
-    """Read as a plaintext's NTT values: its coefficients, over the weights' scale."""
-    context, modulus = server.context, server.context.moduli[0]
-    pair = np.zeros((2, 1, context.n), np.uint64)
-    pair[:, 0] = ratio.astype(np.uint64)
-    holder = context.load(context.compose(pair, scale=1.0, level=0, ntt=True), sealapi.Ciphertext)
-    context.evaluator.transform_from_ntt_inplace(holder)
-    values = context.integers(dump(holder), scale=1.0, level=0)[0, 0].astype(np.int64)
-    return np.where(values > modulus // 2, values - modulus, values) / 2.0**server.packing.weight_bits
+def weights_of(server, upload: bytes, reply: sealapi.Ciphertext) -> np.ndarray:
+    """[3, 40], as the hospital would read them."""
+    ratio = ratio_of_replies(server.context, upload, reply, server.packing.fresh_scale)
+    return ratio[:120].reshape(3, 40)[:, ::-1] / 2.0**server.packing.weight_bits
 
 
 def test_weights_fall_out_of_a_bare_product_and_not_out_of_a_reply(parties):
@@ -147,12 +134,12 @@ def test_weights_fall_out_of_a_bare_product_and_not_out_of_a_reply(parties):
     (upload,) = client.encrypt(np.ones(40) / 40)
     bare = server.kernel([server.context.receive(upload, scale=server.packing.fresh_scale)], session.keys)[0]
     weight = model.weight.detach().numpy()
-    found = weights_of(server, quotient(server, upload, bare))[:120].reshape(3, 40)[:, ::-1]
+    found = weights_of(server, upload, bare)
     np.testing.assert_allclose(found, weight, atol=1e-5)
     (reply,) = session.diagnose([upload])
     sealed = server.context.load(reply, sealapi.Ciphertext)
     server.context.evaluator.transform_to_ntt_inplace(sealed)
-    found = weights_of(server, quotient(server, upload, sealed))[:120].reshape(3, 40)[:, ::-1]
+    found = weights_of(server, upload, sealed)
     assert abs(np.corrcoef(found.ravel(), weight.ravel())[0, 1]) < 0.5
     assert np.abs(found).max() > 1e6  # uniform numbers modulo the prime
 
@@ -177,3 +164,16 @@ def test_all_but_the_kept_coefficients_decrypt_to_noise(parties):
     read = np.array([v % modulus for v in client._key.coefficients(integers, others, 0)], object)
     for name, p in uniformity(read.astype(np.uint64), modulus).items():
         assert p > 1e-5, (name, p)
+
+
+def test_a_shared_decryption_gives_the_key_away_and_rounded_logits_do_not(parties):
+    _, client, server, _ = parties
+    context, scale = server.context, server.packing.fresh_scale
+    (upload,) = client.encrypt(np.ones(40) / 40)
+    plaintext = sealapi.Plaintext()
+    sealapi.Decryptor(context.seal, client._key._key).decrypt(context.receive(upload, scale=scale), plaintext)
+    shared = np.array(context.encoder.decode_complex(plaintext))
+    np.testing.assert_array_equal(key_from_decryption(context, upload, shared, scale), client._key._ternary)
+    for careful in (np.round(shared, 3), shared + 2.0**-16 * np.random.default_rng(0).normal(size=len(shared))):
+        guess = key_from_decryption(context, upload, careful, scale)
+        assert np.mean(np.isin(guess, (-1, 0, 1))) < 0.01
