@@ -9,17 +9,18 @@ from __future__ import annotations
 import json
 import struct
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import tenseal.sealapi as sealapi
 from torch import nn
 
 from primia_lite.config import UserError
+from primia_lite.encrypted.flooding import Flooding, flooding_std, rounded_gaussian
 from primia_lite.encrypted.kernels import EvaluationKeys, compile_model, packing_for
 from primia_lite.encrypted.keys import SecretKey
 from primia_lite.encrypted.masks import seal_reply
-from primia_lite.encrypted.packing import Packing, packing_from, spec_of
+from primia_lite.encrypted.packing import LinearPacking, Packing, packing_from, spec_of
 from primia_lite.encrypted.seal import CiphertextError, Context
 
 _MAGIC = b"PLCK0001"
@@ -91,16 +92,40 @@ class Client:
     packing : from the server (:func:`~primia_lite.encrypted.packing.packing_from`), or of a plan
     decimals
         Logits are rounded to so many. What isn't shown can't help an attacker; but this is a heuristic, not a proof.
+    flooding : noise before the rounding, for logits that are shared; a proof, see
+        :mod:`~primia_lite.encrypted.flooding` for what it assumes
 
     Attributes
     ----------
     costs : a list of Cost, a row for each step
+    flooding_std : of the noise, in logits; 0 without
+    queries_left : decryptions that the flooding still covers
+
+    Raises
+    ------
+    UserError
+        Flooding for a packing without room for it.
     """
 
-    def __init__(self, packing: Packing, decimals: int = 3):
+    def __init__(self, packing: Packing, decimals: int = 3, flooding: Flooding | None = None):
         self.packing, self.decimals, self.costs = packing, decimals, []
         started = time.perf_counter()
         self.context = Context(packing.parameters)
+        self.flooding, self.flooding_std, self.queries_left = flooding, 0.0, None
+        if flooding is not None:
+            if not (isinstance(packing, LinearPacking) and packing.flooded):
+                raise UserError(
+                    "this packing has no room for flooding: take a linear head, and Server(..., flooded=True)"
+                )
+            bound = packing.noise_bound(self.context)
+            self._flood = flooding_std(bound, flooding.queries, flooding.statistical_bits)
+            self.flooding_std = self._flood / packing.reply_scale(self.context)
+            if self.flooding_std > 1:
+                raise UserError(
+                    f"flooding by noise of standard deviation {self.flooding_std:.3g} leaves nothing of the logits: "
+                    "take fewer queries or statistical bits"
+                )
+            self.queries_left = flooding.queries
         self._key = SecretKey(self.context)
         self._note("make keys", started, 0)
 
@@ -159,6 +184,8 @@ class Client:
         ------
         CiphertextError
             A reply that isn't one of this packing.
+        UserError
+            More decryptions than the flooding covers.
         """
         started = time.perf_counter()
         if len(replies) != len(self.packing.keep):
@@ -168,6 +195,11 @@ class Client:
         for reply, keep in zip(replies, self.packing.keep, strict=True):
             integers = self.context.integers(reply, scale=scale, level=level)
             out += self._key.coefficients(integers, keep, level)
+        if self.flooding is not None:
+            if not self.queries_left:
+                raise UserError(f"{self.flooding.queries} decryptions are what the flooding covers: make a new Client")
+            self.queries_left -= 1
+            out = [a + b for a, b in zip(out, rounded_gaussian(len(out), self._flood), strict=True)]
         self._note("decrypt", started, 0, level)
         return np.round(np.array(out, dtype=np.float64) / scale, self.decimals)
 
@@ -230,10 +262,15 @@ class Server:
     ----------
     model : the trained part, see :func:`plan`
     in_shape : of one film as it takes it
+    flooded : with room for the client's flooding, see :class:`Client`; a linear head only
     """
 
-    def __init__(self, model: nn.Module, in_shape: tuple[int, ...], keep_costs: bool = True):
+    def __init__(self, model: nn.Module, in_shape: tuple[int, ...], keep_costs: bool = True, flooded: bool = False):
         self.packing = plan(model, in_shape).packing
+        if flooded:
+            if not isinstance(self.packing, LinearPacking):
+                raise UserError("flooding takes a linear head: noise after a square has no bound that would be of use")
+            self.packing = replace(self.packing, flooded=True)
         self.context = Context(self.packing.parameters)
         self.costs: list[Cost] | None = [] if keep_costs else None
         started = time.perf_counter()

@@ -30,19 +30,45 @@ class LinearPacking:
     Attributes
     ----------
     features, classes : shape of the head
+    flooded : with room for the noise of :mod:`~primia_lite.encrypted.flooding`: two primes and twice the bytes
     """
 
     features: int
     classes: int
+    flooded: bool = False
     kind: ClassVar[str] = "linear"
-    parameters: ClassVar[Parameters] = Parameters(4096, (54,), 26)
-    weight_bits: ClassVar[int] = 20
+    # Features' L2 norm at most; those of models.Head have 1.005.
+    most_norm: ClassVar[float] = 1.1
     rotations: ClassVar[tuple[int, ...]] = ()
     relinearise: ClassVar[bool] = False
 
     def __post_init__(self):
         if min(self.features, self.classes) < 1 or self.classes > self.parameters.poly_modulus_degree:
             raise UserError(f"a head of {self.features} features and {self.classes} classes can't be packed")
+        object.__setattr__(self, "flooded", bool(self.flooded))
+
+    @property
+    def parameters(self) -> Parameters:
+        return Parameters(4096, (36, 36, 37), 48, rescaled=False) if self.flooded else Parameters(4096, (54,), 26)
+
+    @property
+    def weight_bits(self) -> int:
+        return 16 if self.flooded else 20
+
+    def room(self, context: Context) -> float:
+        """Logits of this absolute value and above wrap round."""
+        return math.prod(context.moduli_at(0)) / self.reply_scale(context) / 2
+
+    def noise_bound(self, context: Context) -> float:
+        """Noise of a reply's kept coefficients together, L2 norm, in units of the reply's integers.
+
+        An upload's noise, of standard deviation 3.24 in SEAL, meets each class's weights, of the largest norm that the
+        server compiles; re-randomising adds that of an encryption of zero, which meets a ternary key and a ternary
+        draw. All are sums of coin flips, so ten standard deviations are passed less than once in 2^70.
+        """
+        weights = self.room(context) / self.most_norm * 2.0**self.weight_bits
+        zero = math.sqrt(4 / 3 * context.n + 1)
+        return 10 * 3.24 * math.hypot(weights, zero) * math.sqrt(self.classes)
 
     @property
     def uploads(self) -> int:
