@@ -100,6 +100,11 @@ class LinearPacking:
         return self.fresh_scale * 2.0**self.weight_bits
 
     def encode(self, context: Context, film: np.ndarray) -> list[sealapi.Plaintext]:
+        if not (norm := float(np.linalg.norm(film))) <= self.most_norm:
+            raise UserError(
+                f"these features have norm {norm:.4g}; above {self.most_norm} logits could wrap round unseen: "
+                "scale them as models.Head does"
+            )
         parts = [film[start : start + self.part] for start in range(0, self.features, self.part)]
         return [context.encode_coefficients(part, self.fresh_scale) for part in parts]
 

@@ -67,9 +67,20 @@ class Context:
     # --- encoding -----------------------------------------------------------------------------------------------------
 
     def encode_slots(self, values: np.ndarray, scale: float, level: int = 0) -> sealapi.Plaintext:
-        """Real or complex [up to N / 2]."""
+        """Real or complex [up to N / 2].
+
+        Raises
+        ------
+        UserError
+            Too large for the modulus at this level.
+        """
         out = sealapi.Plaintext()
-        self.encoder.encode(np.asarray(values).tolist(), self.level_ids[level], scale, out)
+        try:
+            self.encoder.encode(np.asarray(values).tolist(), self.level_ids[level], scale, out)
+        except ValueError as error:
+            raise UserError(
+                f"numbers are too large for these parameters ({error}): scale film or weights down"
+            ) from error
         return out
 
     def encode_coefficients(self, values: np.ndarray, scale: float, level: int = 0) -> sealapi.Plaintext:
@@ -201,7 +212,7 @@ class Context:
         *parms, form, polynomials, n, primes, found, _ = _FIELDS.unpack_from(body)
         if parms != self.level_ids[level] or (n, primes) != (self.n, len(self.moduli_at(level))):
             raise CiphertextError("this ciphertext was made with other parameters, or is at another level")
-        if (form, polynomials) != (ntt, 2) or not abs(found / scale - 1) < 1e-6:
+        if (form, polynomials, found) != (ntt, 2, scale):
             raise CiphertextError("this ciphertext's form, size or scale isn't that of the plan: encrypt by the plan")
 
 
