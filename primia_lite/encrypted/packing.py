@@ -134,7 +134,6 @@ class CNNPacking:
     classes: int
     kind: ClassVar[str] = "cnn"
     relinearise: ClassVar[bool] = True
-    last_weight_bits: ClassVar[int] = 13
     # More uploads spare the server rotations, and cost the client's line.
     most_uploads: ClassVar[int] = 16
 
@@ -156,12 +155,21 @@ class CNNPacking:
 
     @property
     def parameters(self) -> Parameters:
-        # Depth 4 or 2 at 30 bits a level; what is left of N = 8192's 218 bits goes to the ends.
-        return Parameters(8192, (48, 30, 30, 30, 30, 48) if self.hidden else (50, 30, 30, 50), 30)
+        # Depth 4 or 2 at 30 bits a level. The first prime has room for logits up to `room`: a logit beyond it would
+        # wrap round, and neither party would see it.
+        return Parameters(8192, (49, 30, 30, 30, 30, 49) if self.hidden else (52, 30, 30, 52), 30)
+
+    @property
+    def last_weight_bits(self) -> int:
+        return 11 if self.hidden else 13
 
     @property
     def in_shape(self) -> tuple[int, ...]:
         return (self.side, self.side)
+
+    def room(self, context: Context) -> float:
+        """Logits of this absolute value and above wrap round: about 128, or 256 without a hidden layer."""
+        return context.moduli[0] / self.reply_scale(context) / 2
 
     @property
     def out_side(self) -> int:
