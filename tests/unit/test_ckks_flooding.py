@@ -110,10 +110,11 @@ def encoded(client, x: np.ndarray) -> list[int]:
     context = client.context
     (plaintext,) = client.packing.encode(context, x)
     values = context.ntt_values(plaintext)
-    data = context.compose(np.stack([values, np.zeros_like(values)]), scale=1.0, level=0, ntt=True)
+    data = context.compose(np.stack([values, values]), scale=1.0, level=0, ntt=True)
     holder = context.load(data, sealapi.Ciphertext)
     context.evaluator.transform_from_ntt_inplace(holder)
-    integers = context.integers(dump(holder), scale=1.0, level=0)
+    integers = context.integers(dump(holder), scale=1.0, level=0).copy()
+    integers[1] = 0  # SEAL refuses it, so only now
     return client._key.coefficients(integers, list(range(len(x))), 0)
 
 
@@ -132,7 +133,7 @@ def test_the_noise_of_replies_is_what_the_bound_is_made_of(server):
         )
     std = np.sqrt(np.mean(np.array(found, float) ** 2, axis=0))
     expected = 3.24 * np.hypot(np.linalg.norm(weights, axis=1), math.sqrt(4 / 3 * context.n + 1))
-    assert (0.6 < std / expected).all() and (std / expected < 1.5).all(), std / expected
+    assert (std / expected > 0.6).all() and (std / expected < 1.5).all(), std / expected
     assert np.linalg.norm(np.array(found, float), axis=1).max() < packing.noise_bound(context)
 
 
