@@ -62,11 +62,12 @@ class LinearPacking:
     def noise_bound(self, context: Context) -> float:
         """Noise of a reply's kept coefficients together, L2 norm, in units of the reply's integers.
 
-        An upload's noise, of standard deviation 3.24 in SEAL, meets each class's weights, of the largest norm that the
-        server compiles; re-randomising adds that of an encryption of zero, which meets a ternary key and a ternary
-        draw. All are sums of coin flips, so ten standard deviations are passed less than once in 2^70.
+        An upload's noise, of standard deviation 3.24 in SEAL, lies in all coefficients and so meets all classes'
+        weights, each class's of the largest norm that the server compiles; re-randomising adds that of an encryption of
+        zero, which meets a ternary key and a ternary draw. All are sums of coin flips, so ten standard deviations are
+        passed less than once in 2^70.
         """
-        weights = self.room(context) / self.most_norm * 2.0**self.weight_bits
+        weights = math.sqrt(self.classes) * self.room(context) / self.most_norm * 2.0**self.weight_bits
         zero = math.sqrt(4 / 3 * context.n + 1)
         return 10 * 3.24 * math.hypot(weights, zero) * math.sqrt(self.classes)
 
