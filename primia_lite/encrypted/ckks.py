@@ -174,6 +174,8 @@ class Client:
         if not np.isfinite(film).all():
             raise UserError("the film has values that aren't finite: leave it out, or prepare it again")
         out = [self._key.encrypt(plaintext) for plaintext in self.packing.encode(self.context, film)]
+        for data in out:
+            self.refuse_secret(data)
         self._note("encrypt", started, sum(map(len, out)))
         return out
 
