@@ -17,6 +17,7 @@ NOTEBOOKS = [
     "02_federated_dp_training",
     "03_privacy_accounting",
     "04_model_inversion_attacks",
+    "05_encrypted_inference",
 ]
 RUN_S = 600  # a notebook of the smoke profile, on two busy cores
 

@@ -93,6 +93,27 @@ def test_readme_quotes_the_identification_game():
         assert " | ".join(f"{100 * found[name]['mean']:.1f} %" for name in names) in README
 
 
+def test_readmes_table_of_targets_quotes_what_attacks_get():
+    """The rows themselves, as the same numbers stand elsewhere, too."""
+    found = metrics(ATTACKS)
+
+    def row(start):
+        (line,) = [line for line in README.splitlines() if line.startswith(start)]
+        return line
+
+    shares = ", ".join(f"{100 * found[f'imprint_exact_{name}']['mean']:.1f} %" for name in ("b64", "3x64", "20_steps"))
+    assert shares in row("| imprint layer")
+    ratio = found["identified_orthogonal_to_bound"]
+    assert f"| {ratio['mean']:.2f} ({ratio['ci95_low']:.2f} to {ratio['ci95_high']:.2f}" in row(
+        "| malicious server's game"
+    )
+    relu, trained = found["psnr_relu_b1_db"], found["psnr_relu_trained_b1_db"]
+    for entry in (relu, trained):
+        assert f"{entry['median']:.0f} dB ({entry['min']:.0f})" in row("| ReLU; trained ReLU")
+    assert f"{found['psnr_b4_db']['median']:.0f} dB, all identified" in row("| batch of 4 |")
+    assert found["identified_b4"]["mean"] == 1
+
+
 @pytest.mark.parametrize("epsilon", ["8", "1", "05"])
 def test_readme_quotes_what_the_best_attacks_get_against_dp(epsilon):
     found = metrics(ATTACKS)

@@ -96,7 +96,7 @@ def psnrs(gallery, reconstruction, index) -> np.ndarray:
 
 # --- separation: by the text of the modules ---------------------------------------------------------------------------
 
-ATTACKERS = ("view", "inversion", "imprint", "prior")
+ATTACKERS = ("view", "inversion", "imprint", "prior", "estimate")
 GRANTED = ("primia_lite.config", "primia_lite.runtime", "primia_lite.networks", "primia_lite.attacks.view",
            "primia_lite.attacks.inversion")  # fmt: skip
 

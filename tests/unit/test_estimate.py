@@ -91,7 +91,7 @@ def test_labels_are_found_where_noise_is_low(inputs, sketch, estimate):
         assert int(out.labels) == int(inputs.labels[index])
 
 
-def test_a_sketch_beats_the_mean_film_at_epsilon_8_and_much_noise_hides_it(films, inputs, sketch, own, estimate):
+def test_a_sketch_beats_the_labels_mean_film_at_epsilon_8_and_much_noise_hides_it(films, inputs, sketch, own, estimate):
     test, mean = films.of_split("test"), own.images.mean(0) / 255.0
 
     def gains(sigma):
