@@ -9,17 +9,18 @@ from __future__ import annotations
 import json
 import struct
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import tenseal.sealapi as sealapi
 from torch import nn
 
 from primia_lite.config import UserError
+from primia_lite.encrypted.flooding import Flooding, flooding_std, rounded_gaussian
 from primia_lite.encrypted.kernels import EvaluationKeys, compile_model, packing_for
 from primia_lite.encrypted.keys import SecretKey
 from primia_lite.encrypted.masks import seal_reply
-from primia_lite.encrypted.packing import Packing, packing_from, spec_of
+from primia_lite.encrypted.packing import LinearPacking, Packing, packing_from, spec_of
 from primia_lite.encrypted.seal import CiphertextError, Context
 
 _MAGIC = b"PLCK0001"
@@ -91,16 +92,40 @@ class Client:
     packing : from the server (:func:`~primia_lite.encrypted.packing.packing_from`), or of a plan
     decimals
         Logits are rounded to so many. What isn't shown can't help an attacker; but this is a heuristic, not a proof.
+    flooding : noise before the rounding, for logits that are shared; a proof, see
+        :mod:`~primia_lite.encrypted.flooding` for what it assumes
 
     Attributes
     ----------
     costs : a list of Cost, a row for each step
+    flooding_std : of the noise, in logits; 0 without
+    queries_left : decryptions that the flooding still covers
+
+    Raises
+    ------
+    UserError
+        Flooding for a packing without room for it.
     """
 
-    def __init__(self, packing: Packing, decimals: int = 3):
+    def __init__(self, packing: Packing, decimals: int = 3, flooding: Flooding | None = None):
         self.packing, self.decimals, self.costs = packing, decimals, []
         started = time.perf_counter()
         self.context = Context(packing.parameters)
+        self.flooding, self.flooding_std, self.queries_left = flooding, 0.0, None
+        if flooding is not None:
+            if not (isinstance(packing, LinearPacking) and packing.flooded):
+                raise UserError(
+                    "this packing has no room for flooding: take a linear head, and Server(..., flooded=True)"
+                )
+            bound = packing.noise_bound(self.context)
+            self._flood = flooding_std(bound, flooding.queries, flooding.statistical_bits)
+            self.flooding_std = self._flood / packing.reply_scale(self.context)
+            if self.flooding_std > 1:
+                raise UserError(
+                    f"flooding by noise of standard deviation {self.flooding_std:.3g} leaves nothing of the logits: "
+                    "take fewer queries or statistical bits"
+                )
+            self.queries_left = flooding.queries
         self._key = SecretKey(self.context)
         self._note("make keys", started, 0)
 
@@ -149,6 +174,8 @@ class Client:
         if not np.isfinite(film).all():
             raise UserError("the film has values that aren't finite: leave it out, or prepare it again")
         out = [self._key.encrypt(plaintext) for plaintext in self.packing.encode(self.context, film)]
+        for data in out:
+            self.refuse_secret(data)
         self._note("encrypt", started, sum(map(len, out)))
         return out
 
@@ -159,6 +186,8 @@ class Client:
         ------
         CiphertextError
             A reply that isn't one of this packing.
+        UserError
+            More decryptions than the flooding covers.
         """
         started = time.perf_counter()
         if len(replies) != len(self.packing.keep):
@@ -168,6 +197,11 @@ class Client:
         for reply, keep in zip(replies, self.packing.keep, strict=True):
             integers = self.context.integers(reply, scale=scale, level=level)
             out += self._key.coefficients(integers, keep, level)
+        if self.flooding is not None:
+            if not self.queries_left:
+                raise UserError(f"{self.flooding.queries} decryptions are what the flooding covers: make a new Client")
+            self.queries_left -= 1
+            out = [a + b for a, b in zip(out, rounded_gaussian(len(out), self._flood), strict=True)]
         self._note("decrypt", started, 0, level)
         return np.round(np.array(out, dtype=np.float64) / scale, self.decimals)
 
@@ -183,10 +217,8 @@ class Session:
         kinds += [sealapi.GaloisKeys] if server.packing.rotations else []
         if len(parts) != len(kinds):
             raise CiphertextError(f"{len(parts)} keys came, this model needs {len(kinds)}: send Client.public()")
-        try:
-            keys = {kind: context.load(part, kind) for kind, part in zip(kinds, parts, strict=True)}
-        except (RuntimeError, ValueError, IndexError, MemoryError) as error:
-            raise CiphertextError(f"SEAL can't read these keys: {error}") from error
+        turns = len(server.packing.rotations)
+        keys = {kind: context.receive_keys(part, kind, turns) for kind, part in zip(kinds, parts, strict=True)}
         galois = keys.get(sealapi.GaloisKeys)
         elements = [pow(3, step, 2 * context.n) for step in server.packing.rotations]
         if galois is not None and not all(galois.has_key(element) for element in elements):
@@ -209,7 +241,12 @@ class Session:
         inputs = [server.context.receive(data, scale=packing.fresh_scale) for data in uploads]
         server._note("receive", started)
         started = time.perf_counter()
-        products = server.kernel(inputs, self.keys)
+        try:
+            products = server.kernel(inputs, self.keys)
+        except RuntimeError as error:
+            if "transparent" not in str(error):
+                raise
+            raise CiphertextError("these keys or ciphertexts cancel to 0: send what Client made") from error
         server._note("compute", started, level=packing.reply_level)
         started = time.perf_counter()
         out = [
@@ -227,10 +264,15 @@ class Server:
     ----------
     model : the trained part, see :func:`plan`
     in_shape : of one film as it takes it
+    flooded : with room for the client's flooding, see :class:`Client`; a linear head only
     """
 
-    def __init__(self, model: nn.Module, in_shape: tuple[int, ...], keep_costs: bool = True):
+    def __init__(self, model: nn.Module, in_shape: tuple[int, ...], keep_costs: bool = True, flooded: bool = False):
         self.packing = plan(model, in_shape).packing
+        if flooded:
+            if not isinstance(self.packing, LinearPacking):
+                raise UserError("flooding takes a linear head: noise after a square has no bound that would be of use")
+            self.packing = replace(self.packing, flooded=True)
         self.context = Context(self.packing.parameters)
         self.costs: list[Cost] | None = [] if keep_costs else None
         started = time.perf_counter()
@@ -266,7 +308,7 @@ def _split(data: bytes, packing: Packing) -> list[bytes]:
     try:
         head = json.loads(data[start : start + min(size, 4096)])
         theirs, lengths = packing_from(head["packing"]), [int(n) for n in head["bytes"]]
-    except (ValueError, KeyError, TypeError, UserError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError, UserError) as error:
         raise CiphertextError("the public material's head can't be read: send what Client.public returned") from error
     if theirs != packing:
         raise CiphertextError("these keys are for another model: ask the server for its description first")

@@ -25,12 +25,12 @@ class LinearKernel:
     Raises
     ------
     UserError
-        Logits of features of norm ``norm`` could be too large for the modulus.
+        Logits of features of the packing's largest norm could be too large for the modulus.
     """
 
-    def __init__(self, packing: LinearPacking, weights: np.ndarray, context: Context, norm: float = 1.1):
-        largest = float(np.linalg.norm(weights, axis=1).max()) * norm
-        room = context.moduli[0] / packing.reply_scale(context) / 2
+    def __init__(self, packing: LinearPacking, weights: np.ndarray, context: Context):
+        largest = float(np.linalg.norm(weights, axis=1).max()) * packing.most_norm
+        room = packing.room(context)
         if not largest < room:
             raise UserError(
                 f"logits may reach {largest:.0f}, the parameters have room for {room:.0f}: scale the head down"

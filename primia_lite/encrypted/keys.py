@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import tenseal.sealapi as sealapi
 
-from primia_lite.encrypted.seal import Context, dump, payload
+from primia_lite.encrypted.seal import Context, dump
 
 
 class SecretKey:
@@ -21,6 +21,7 @@ class SecretKey:
         self._generator, self._key = generator, generator.secret_key()
         self._encryptor = sealapi.Encryptor(context.seal, generator_public(generator), self._key)
         self._ternary = self._coefficients_of_key()
+        self._marks = self._marks_of_key()
 
     def public_key(self) -> bytes:
         return dump(generator_public(self._generator))
@@ -38,10 +39,21 @@ class SecretKey:
         return dump(self._encryptor.encrypt_symmetric(plaintext))
 
     def is_inside(self, data: bytes) -> bool:
-        """Whether the key is in these bytes: SEAL's, stored or compressed, or its coefficients."""
-        whole = payload(dump(self._key))
-        marks = [whole[-512:], dump(self._key)[-512:], self._ternary[:256].tobytes()]
-        return any(mark in data for mark in marks)
+        """Whether a piece of the key is in these bytes: SEAL's, stored or compressed, or its coefficients.
+
+        It finds mistakes; a key that was encoded in another way isn't found.
+        """
+        return any(mark in data for mark in self._marks)
+
+    def _marks_of_key(self) -> list[bytes]:
+        saved = dump(self._key)
+        rows = self.context.ntt_values(self._key)
+        starts = range(0, self.context.n, self.context.n // 4)
+        marks = [saved[start : start + 256] for start in range(256, len(saved) - 256, len(saved) // 8)]
+        marks += [row[start : start + 32].tobytes() for row in rows for start in starts]
+        for kind in (np.int8, np.int64):
+            marks += [self._ternary[start : start + 256].astype(kind).tobytes() for start in starts]
+        return marks
 
     def _coefficients_of_key(self) -> np.ndarray:
         """The key as int8 [N] in {-1, 0, 1}; SEAL keeps its number-theoretic transform only."""

@@ -30,19 +30,46 @@ class LinearPacking:
     Attributes
     ----------
     features, classes : shape of the head
+    flooded : with room for the noise of :mod:`~primia_lite.encrypted.flooding`: two primes and twice the bytes
     """
 
     features: int
     classes: int
+    flooded: bool = False
     kind: ClassVar[str] = "linear"
-    parameters: ClassVar[Parameters] = Parameters(4096, (54,), 26)
-    weight_bits: ClassVar[int] = 20
+    # Features' L2 norm at most; those of models.Head have 1.005.
+    most_norm: ClassVar[float] = 1.1
     rotations: ClassVar[tuple[int, ...]] = ()
     relinearise: ClassVar[bool] = False
 
     def __post_init__(self):
         if min(self.features, self.classes) < 1 or self.classes > self.parameters.poly_modulus_degree:
             raise UserError(f"a head of {self.features} features and {self.classes} classes can't be packed")
+        object.__setattr__(self, "flooded", bool(self.flooded))
+
+    @property
+    def parameters(self) -> Parameters:
+        return Parameters(4096, (36, 36, 37), 48, rescaled=False) if self.flooded else Parameters(4096, (54,), 26)
+
+    @property
+    def weight_bits(self) -> int:
+        return 16 if self.flooded else 20
+
+    def room(self, context: Context) -> float:
+        """Logits of this absolute value and above wrap round."""
+        return math.prod(context.moduli_at(0)) / self.reply_scale(context) / 2
+
+    def noise_bound(self, context: Context) -> float:
+        """Noise of a reply's kept coefficients together, L2 norm, in units of the reply's integers.
+
+        An upload's noise, of standard deviation 3.24 in SEAL, lies in all coefficients and so meets all classes'
+        weights, each class's of the largest norm that the server compiles; re-randomising adds that of an encryption of
+        zero, which meets a ternary key and a ternary draw. All are sums of coin flips, so ten standard deviations are
+        passed less than once in 2^70.
+        """
+        weights = math.sqrt(self.classes) * self.room(context) / self.most_norm * 2.0**self.weight_bits
+        zero = math.sqrt(4 / 3 * context.n + 1)
+        return 10 * 3.24 * math.hypot(weights, zero) * math.sqrt(self.classes)
 
     @property
     def uploads(self) -> int:
@@ -74,6 +101,11 @@ class LinearPacking:
         return self.fresh_scale * 2.0**self.weight_bits
 
     def encode(self, context: Context, film: np.ndarray) -> list[sealapi.Plaintext]:
+        if not (norm := float(np.linalg.norm(film))) <= self.most_norm:
+            raise UserError(
+                f"these features have norm {norm:.4g}; above {self.most_norm} logits could wrap round unseen: "
+                "scale them as models.Head does"
+            )
         parts = [film[start : start + self.part] for start in range(0, self.features, self.part)]
         return [context.encode_coefficients(part, self.fresh_scale) for part in parts]
 
@@ -103,7 +135,6 @@ class CNNPacking:
     classes: int
     kind: ClassVar[str] = "cnn"
     relinearise: ClassVar[bool] = True
-    last_weight_bits: ClassVar[int] = 13
     # More uploads spare the server rotations, and cost the client's line.
     most_uploads: ClassVar[int] = 16
 
@@ -125,12 +156,21 @@ class CNNPacking:
 
     @property
     def parameters(self) -> Parameters:
-        # Depth 4 or 2 at 30 bits a level; what is left of N = 8192's 218 bits goes to the ends.
-        return Parameters(8192, (48, 30, 30, 30, 30, 48) if self.hidden else (50, 30, 30, 50), 30)
+        # Depth 4 or 2 at 30 bits a level. The first prime has room for logits up to `room`: a logit beyond it would
+        # wrap round, and neither party would see it.
+        return Parameters(8192, (49, 30, 30, 30, 30, 49) if self.hidden else (52, 30, 30, 52), 30)
+
+    @property
+    def last_weight_bits(self) -> int:
+        return 11 if self.hidden else 13
 
     @property
     def in_shape(self) -> tuple[int, ...]:
         return (self.side, self.side)
+
+    def room(self, context: Context) -> float:
+        """Logits of this absolute value and above wrap round: about 128, or 256 without a hidden layer."""
+        return context.moduli[0] / self.reply_scale(context) / 2
 
     @property
     def out_side(self) -> int:
@@ -264,7 +304,7 @@ def packing_from(spec: dict) -> Packing:
     try:
         numbers = {key: int(value) for key, value in spec.items() if key != "kind"}
         return PACKINGS[spec["kind"]](**numbers)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise UserError(f"this isn't the description of a packing: {spec!r}") from error
 
 

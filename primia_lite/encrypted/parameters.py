@@ -24,6 +24,7 @@ class Parameters:
     coeff_mod_bit_sizes : bits of each prime of the coefficient modulus: first what is left for the result, then one for
         each rescaling, last the special prime of key switching. A single prime: no rescaling, no key switching.
     scale_bits : log2 of the scale of what is encrypted
+    rescaled : whether the circuit rescales; if not, all primes but the special one are one modulus together
 
     Raises
     ------
@@ -34,6 +35,7 @@ class Parameters:
     poly_modulus_degree: int
     coeff_mod_bit_sizes: tuple[int, ...]
     scale_bits: int
+    rescaled: bool = True
 
     def __post_init__(self):
         bits = tuple(int(b) for b in self.coeff_mod_bit_sizes)
@@ -50,23 +52,24 @@ class Parameters:
                 f"{sum(bits)} bits of modulus at N = {self.poly_modulus_degree} are weaker than 128-bit security: it "
                 f"allows {most}; take fewer or smaller primes, or a larger poly_modulus_degree"
             )
-        if uneven := [b for b in bits[1:-1] if b != self.scale_bits]:
+        if uneven := [b for b in bits[1:-1] if self.rescaled and b != self.scale_bits]:
             raise UserError(
                 f"a middle prime has {uneven[0]} bits, the scale {self.scale_bits}: rescaling divides by the prime, so "
                 "the scale would run away and results come out wrong; make the middle primes as large as the scale"
             )
         if len(bits) > 1 and bits[-1] < max(bits):
             raise UserError(f"the last prime has {bits[-1]} bits: the special prime must be the largest, {max(bits)}")
-        if not 1 <= self.scale_bits < bits[0]:
+        room, name = (bits[0], "first prime has") if self.rescaled else (sum(bits[:-1] or bits), "primes have")
+        if not 1 <= self.scale_bits < room:
             raise UserError(
-                f"scale_bits is {self.scale_bits}, the first prime has {bits[0]} bits: the result has room in "
+                f"scale_bits is {self.scale_bits}, the {name} {room} bits: the result has room in "
                 "the difference; make the prime larger, or the scale smaller"
             )
 
     @property
     def levels(self) -> int:
         """Rescalings that a fresh ciphertext allows."""
-        return max(0, len(self.coeff_mod_bit_sizes) - 2)
+        return max(0, len(self.coeff_mod_bit_sizes) - 2) if self.rescaled else 0
 
     @property
     def slots(self) -> int:

@@ -67,9 +67,20 @@ class Context:
     # --- encoding -----------------------------------------------------------------------------------------------------
 
     def encode_slots(self, values: np.ndarray, scale: float, level: int = 0) -> sealapi.Plaintext:
-        """Real or complex [up to N / 2]."""
+        """Real or complex [up to N / 2].
+
+        Raises
+        ------
+        UserError
+            Too large for the modulus at this level.
+        """
         out = sealapi.Plaintext()
-        self.encoder.encode(np.asarray(values).tolist(), self.level_ids[level], scale, out)
+        try:
+            self.encoder.encode(np.asarray(values).tolist(), self.level_ids[level], scale, out)
+        except ValueError as error:
+            raise UserError(
+                f"numbers are too large for these parameters ({error}): scale film or weights down"
+            ) from error
         return out
 
     def encode_coefficients(self, values: np.ndarray, scale: float, level: int = 0) -> sealapi.Plaintext:
@@ -114,9 +125,39 @@ class Context:
         if len(body) != full and not (seeded and len(body) == self._size(1, primes) + _SEED_BYTES):
             raise CiphertextError(f"this ciphertext has {len(body)} bytes inside instead of {full}: was it cut?")
         try:
-            return self.load(_wrap(body), sealapi.Ciphertext)
+            out = self.load(_wrap(body), sealapi.Ciphertext)
         except (RuntimeError, ValueError, IndexError, MemoryError) as error:
             raise CiphertextError(f"SEAL can't read this ciphertext: {error}") from error
+        if out.is_transparent():
+            raise CiphertextError("this ciphertext isn't encrypted, its second polynomial is 0: send Client.encrypt()")
+        return out
+
+    def receive_keys(self, data: bytes, kind: type, elements: int = 0):
+        """A stranger's public key, relinearisation keys, or Galois keys for at most so many elements.
+
+        SEAL trusts the numbers of keys that such bytes tell, so they are counted here first.
+
+        Raises
+        ------
+        CiphertextError
+            Anything else.
+        """
+        each = self._size(2, len(self.moduli))
+        seeded = self._size(1, len(self.moduli)) + _SEED_BYTES
+        if kind is sealapi.PublicKey:
+            body = _unwrap(data, each)
+            fits = len(body) == each
+        else:
+            rows, most = (1, 1) if kind is sealapi.RelinKeys else (self.n, elements)
+            digits = len(self.moduli) - 1
+            body = _unwrap(data, 40 + 8 * rows + most * digits * (_HEADER.size + each))
+            fits = _keys_fit(body, rows, most, digits, {_HEADER.size + each, _HEADER.size + seeded})
+        if not fits:
+            raise CiphertextError("these keys were cut, altered, or made with other parameters: send Client.public()")
+        try:
+            return self.load(_wrap(body), kind)
+        except (RuntimeError, ValueError, IndexError, MemoryError) as error:
+            raise CiphertextError(f"SEAL can't read these keys: {error}") from error
 
     def integers(self, data: bytes, *, scale: float, level: int, ntt: bool = False) -> np.ndarray:
         """Coefficients (or NTT values) of a ciphertext's two polynomials, uint64 [2, primes, N], from its bytes.
@@ -171,8 +212,31 @@ class Context:
         *parms, form, polynomials, n, primes, found, _ = _FIELDS.unpack_from(body)
         if parms != self.level_ids[level] or (n, primes) != (self.n, len(self.moduli_at(level))):
             raise CiphertextError("this ciphertext was made with other parameters, or is at another level")
-        if (form, polynomials) != (ntt, 2) or not abs(found / scale - 1) < 1e-6:
+        if (form, polynomials, found) != (ntt, 2, scale):
             raise CiphertextError("this ciphertext's form, size or scale isn't that of the plan: encrypt by the plan")
+
+
+def _keys_fit(body: bytes, rows: int, most: int, digits: int, sizes: set[int]) -> bool:
+    """Whether this is a table of at most ``rows`` rows, ``most`` of them with ``digits`` keys of one of these sizes,
+    the others empty."""
+    try:
+        (found,) = struct.unpack_from("<Q", body, 32)
+        place, full = 40, 0
+        if found > rows:
+            return False
+        for _ in range(found):
+            (keys,) = struct.unpack_from("<Q", body, place)
+            place, full = place + 8, full + bool(keys)
+            if keys not in (0, digits) or full > most:
+                return False
+            for _ in range(keys):
+                size = _HEADER.unpack_from(body, place)[-1]
+                if size not in sizes:
+                    return False
+                place += size
+    except struct.error:
+        return False
+    return place == len(body)
 
 
 def dump(thing) -> bytes:

@@ -115,6 +115,61 @@ def test_tenseals_tensors_agree(small):
     np.testing.assert_allclose(encrypted(client, session, x), peer, atol=1e-4)
 
 
+def test_tenseals_convolution_agrees():
+    """TenSEAL's im2col, square and mm: the pattern of its tutorial, on the same small network."""
+    model, x = cnn(12, 5, 3, 2, 0, 3), film((1, 12, 12)).clamp(-1, 1)
+    client, _, session = pair(model, (1, 12, 12))
+    context = tenseal.context(tenseal.SCHEME_TYPE.CKKS, 8192, coeff_mod_bit_sizes=[40, 30, 30, 30, 30, 40])
+    context.global_scale = 2.0**30
+    context.generate_galois_keys()
+    windows, columns = tenseal.im2col_encoding(context, x[0].tolist(), 5, 5, 3)
+    weight, bias = model[0].weight.data, model[0].bias.data
+    maps = [windows.conv2d_im2col(w.tolist(), columns) + float(b) for w, b in zip(weight[:, 0], bias, strict=True)]
+    packed = tenseal.CKKSVector.pack_vectors(maps)
+    packed.square_()
+    peer = (packed.mm(model[-1].weight.data.T.tolist()) + model[-1].bias.data.tolist()).decrypt()
+    np.testing.assert_allclose(encrypted(client, session, x), peer, atol=2e-3)
+
+
+@pytest.mark.parametrize("kind", ["linear", "cnn"])
+def test_the_decision_is_the_same(kind):
+    """50 films: the same class, but where the two largest logits are closer than the error."""
+    shape, model = ((40,), head(40)) if kind == "linear" else ((1, 12, 12), cnn(12, 5, 3, 2, 0, 3))
+    client, _, session = pair(model, shape)
+    compared = 0
+    for seed in range(50):
+        x = film(shape, seed)
+        plain = model(x[None])[0].detach().numpy()
+        if np.diff(np.sort(plain))[-1] > 1e-3:
+            compared += 1
+            assert encrypted(client, session, x).argmax() == plain.argmax()
+    assert compared > 40
+
+
+def test_large_logits_do_not_wrap_round():
+    """A network of large logits, up to 100 of the 128 that there is room for."""
+    model = cnn(12, 5, 3, 2, 16, 3)
+    x = film((1, 12, 12))
+    with torch.no_grad():
+        model[-1].bias.zero_()
+        model[-1].weight *= 100 / model(x[None]).abs().max()
+    client, server, session = pair(model, (1, 12, 12))
+    assert server.packing.room(server.context) > 120
+    np.testing.assert_allclose(encrypted(client, session, x), model(x[None])[0].detach().numpy(), atol=0.1)
+
+
+def test_numbers_without_room_are_refused(small):
+    client, _, _ = small
+    with pytest.raises(UserError, match="these features have norm 2; above 1.1"):
+        client.encrypt(film((40,)).numpy() * 2)
+    with pytest.raises(UserError, match="numbers are too large for these parameters"):
+        Client(CNNPacking(12, 5, 3, 2, 0, 3)).encrypt(np.full((12, 12), 1e30))
+    model = cnn(12, 5, 3, 2, 0, 3)
+    model[-1].bias.data += 1e6
+    with pytest.raises(UserError, match="numbers are too large for these parameters"):
+        Server(model, (1, 12, 12))
+
+
 def test_logits_are_rounded():
     model = head(40)
     client, _, session = pair(model, (40,), decimals=2)
@@ -231,13 +286,31 @@ def test_what_is_sent_holds_neither_key_nor_film(small):
     assert all(x.astype(np.float64).tobytes()[:64] not in reply for reply in replies)
 
 
-@pytest.mark.parametrize("form", ["as SEAL saves it", "stored", "coefficients"])
-def test_a_secret_key_in_what_is_sent_is_refused(small, form):
+def _forms(client) -> dict[str, bytes]:
+    saved, ternary = dump(client._key._key), client._key._ternary
+    whole = payload(saved)
+    return {
+        "as SEAL saves it": saved, "stored": whole, "coefficients": ternary.tobytes(),
+        "wide coefficients": ternary.astype(np.int64).tobytes(), "first half": whole[: len(whole) // 2],
+        "second half": whole[len(whole) // 2 :], "half as saved": saved[: len(saved) // 2],
+        "coefficients' second half": ternary[len(ternary) // 2 :].tobytes(),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("form", range(8))
+def test_a_secret_key_in_what_is_sent_is_refused(small, form, monkeypatch):
     client, _, _ = small
-    saved = dump(client._key._key)
-    key = {"as SEAL saves it": saved, "stored": payload(saved), "coefficients": client._key._ternary.tobytes()}[form]
+    key = list(_forms(client).values())[form]
+    planted = b"header" + key + b"trailer"
     with pytest.raises(UserError, match="the secret key is inside"):
-        client.refuse_secret(b"header" + key + b"trailer")
+        client.refuse_secret(planted)
+    for part, send in (("encrypt", lambda: client.encrypt(np.zeros(40))), ("public_key", client.public)):
+        with monkeypatch.context() as patch:
+            patch.setattr(client._key, part, lambda *_: planted)
+            with pytest.raises(UserError, match="the secret key is inside"):
+                send()
+    other = Client(client.packing)
+    other.refuse_secret(planted)  # another's key isn't found, so it isn't the form that is
 
 
 def test_costs_are_noted(small):

@@ -1,0 +1,65 @@
+"""Noise on logits that a hospital shares, so that the sharing provably tells nothing of its key.
+
+A CKKS decryption is the result plus the ciphertext's noise, and that noise depends on the key (Li and Micciancio,
+EUROCRYPT 2021). Gaussian noise that is much wider hides it: Li, Micciancio, Schultz and Sorrell, "Securing approximate
+homomorphic encryption using differential privacy" (CRYPTO 2022).
+
+What is guaranteed: to tell the shared logits from those of a scheme whose decryptions don't depend on the key is as
+hard as ``statistical_bits`` say, for ``queries`` decryptions under one key, if the noise of every ciphertext is below
+the bound. The bound assumes a server that computes as the packing says: a server that answers with something else can
+have more noise in it, and then nothing is guaranteed. Logits that stay in the hospital don't need any of it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from primia_lite.config import UserError
+from primia_lite.privacy.rng import SecureGenerator
+
+
+def flooding_std(noise_bound: float, queries: int, statistical_bits: float) -> float:
+    """Standard deviation that hides noise of L2 norm up to ``noise_bound`` in each of ``queries`` decryptions,
+    sqrt(12 queries) · 2^(statistical_bits / 2) · noise_bound.
+
+    Two Gaussians ``noise_bound`` apart have a Kullback-Leibler divergence of bound² / (2 std²), and ``queries`` of them
+    together 2^-statistical_bits / 24.
+
+    Raises
+    ------
+    UserError
+        Numbers that aren't above 0.
+    """
+    if not (noise_bound > 0 and queries >= 1 and statistical_bits > 0 and math.isfinite(noise_bound)):
+        raise UserError("flooding needs a noise bound and bits above 0, and at least 1 query")
+    return math.sqrt(12 * queries) * 2 ** (statistical_bits / 2) * noise_bound
+
+
+@dataclass(frozen=True)
+class Flooding:
+    """How much noise a client adds before it rounds.
+
+    Attributes
+    ----------
+    queries : decryptions under one key; the client refuses more
+    statistical_bits : of the guarantee
+    """
+
+    queries: int = 1000
+    statistical_bits: float = 30.0
+
+    @property
+    def cost_bits(self) -> float:
+        """Bits of precision it takes: log2 of the flooding's standard deviation over the noise bound."""
+        return math.log2(flooding_std(1.0, self.queries, self.statistical_bits))
+
+
+def rounded_gaussian(size: int, std: float) -> list[int]:
+    """Whole numbers: normal samples from the operating system's generator, rounded.
+
+    An integer plus this is a function of the integer plus a Gaussian, so rounding gives nothing away.
+    """
+    return [round(float(z)) for z in np.rint(SecureGenerator().normal(size) * std)]
