@@ -30,6 +30,7 @@ def serve(
     from primia_lite.encrypted import service
     from primia_lite.encrypted.card import ModelCard
 
+    _check_port(host, port)
     cards = {}
     for entry in models:
         name, separator, path = entry.partition("=")
@@ -45,6 +46,17 @@ def serve(
     chosen = None if limits else service.NO_LIMITS
     service.serve(cards, host, port, limits=chosen, certfile=certfile, keyfile=keyfile)
     return 0
+
+
+def _check_port(host: str, port: int) -> None:
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"can't listen at {host}, port {port} ({error}): choose another with --port or --host"
+        ) from error
 
 
 def demo_card(n_films: int = 300, size: int = 64, seed: int = 0):

@@ -25,10 +25,13 @@ class LinearKernel:
     Raises
     ------
     UserError
-        Logits of features of the packing's largest norm could be too large for the modulus.
+        Logits of features of the packing's largest norm could be too large for the modulus, or all weights are 0, which
+        SEAL doesn't multiply by.
     """
 
     def __init__(self, packing: LinearPacking, weights: np.ndarray, context: Context):
+        if not weights.any():
+            raise UserError("all weights of the head are 0: train it first")
         largest = float(np.linalg.norm(weights, axis=1).max()) * packing.most_norm
         room = packing.room(context)
         if not largest < room:

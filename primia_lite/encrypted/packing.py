@@ -1,7 +1,7 @@
 """How numbers lie in a ciphertext. What a packing says is public: shapes and parameters, no weight.
 
-The client's half of a packing encodes, and reads the result; the server's half (:mod:`linear`, :mod:`cnn`) compiles
-weights into plaintexts for it.
+The client's half of a packing encodes, and reads the result; the server's half
+(:mod:`~primia_lite.encrypted.kernels`) compiles weights into plaintexts for it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class LinearPacking:
     classes: int
     flooded: bool = False
     kind: ClassVar[str] = "linear"
-    # Features' L2 norm at most; those of models.Head have 1.005.
+    # Features' L2 norm at most; those of a frozen network have 1.005 (primia_lite.models.features).
     most_norm: ClassVar[float] = 1.1
     rotations: ClassVar[tuple[int, ...]] = ()
     relinearise: ClassVar[bool] = False
@@ -104,7 +104,7 @@ class LinearPacking:
         if not (norm := float(np.linalg.norm(film))) <= self.most_norm:
             raise UserError(
                 f"these features have norm {norm:.4g}; above {self.most_norm} logits could wrap round unseen: "
-                "scale them as models.Head does"
+                "scale them to norm 1, as primia_lite.models.features does"
             )
         parts = [film[start : start + self.part] for start in range(0, self.features, self.part)]
         return [context.encode_coefficients(part, self.fresh_scale) for part in parts]

@@ -81,7 +81,11 @@ class RemoteServer:
             try:
                 response = self._http.request(method, path, content=content)
             except httpx.TransportError as error:
-                sentence, status = f"the service can't be reached at {self._http.base_url}: {error}", 0
+                status = 0
+                sentence = (
+                    f"no service answers at {self._http.base_url} ({error}): start one with `primia-lite serve`, or "
+                    "check the address"
+                )
             else:
                 if response.is_success:
                     return response

@@ -183,6 +183,10 @@ def test_networks_without_a_packing_are_refused():
             plan(model, (1, 28, 28))
     with pytest.raises(UserError, match="slots, a ciphertext has 4096"):
         plan(cnn(64, 3, 1, 4, 0, 3), (1, 64, 64))
+    with pytest.raises(UserError, match="train it first"):
+        empty = head(40)
+        empty.weight.data.zero_()
+        Server(empty, (40,))
     with pytest.raises(UserError, match="scale the head down"):
         big = head(40)
         big.weight.data *= 1e4
@@ -383,36 +387,6 @@ def test_wrong_keys_are_refused(small):
     with pytest.raises(CiphertextError, match="Galois keys that this model needs are missing"):
         deep.open(b"".join([b"PLCK0001", struct.pack("<I", len(head_)), head_, *parts]))
     assert isinstance(deep.open(public), Session)
-
-
-def test_altered_bytes_never_get_further_than_an_error(small):
-    """Flips, cuts, splices and altered headers: an error of ours, or a reply of the right form."""
-    client, server, session = small
-    (good,) = client.encrypt(film((40,)).numpy())
-    keys, rng, served = client.public(), np.random.default_rng(0), 0
-    for trial in range(1500):
-        source = keys if trial % 5 == 0 else good
-        data = bytearray(source)
-        kind = trial % 4
-        at = int(rng.integers(len(data) if trial % 3 else 128))
-        if kind == 0:
-            data[at] ^= 1 << int(rng.integers(8))
-        elif kind == 1:
-            del data[at:]
-        elif kind == 2:
-            data[at : at + 8] = rng.bytes(8)
-        else:
-            data[at:at] = rng.bytes(int(rng.integers(1, 40)))
-        try:
-            if source is keys:
-                server.open(bytes(data))
-            else:
-                replies = session.diagnose([bytes(data)])
-                assert len(replies) == 1 and client.decrypt(replies).shape == (3,)
-                served += 1
-        except CiphertextError:
-            pass
-    assert served < 1200  # most are found out; flips inside the random part make another ciphertext
 
 
 def test_replies_of_another_kind_are_refused(small):

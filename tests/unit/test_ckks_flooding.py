@@ -51,7 +51,7 @@ def test_the_attacks_refuse_what_they_are_not_for():
     with pytest.raises(UserError, match="choose one of whole, logits, flooded"):
         recover_key(WEIGHTS, unit(FEATURES, 0), "everything")
     with pytest.raises(UserError, match="one upload"):
-        weights_from_reply(np.zeros((3, 2000)), np.zeros(2000), masked=False)
+        weights_from_reply(np.ones((3, 2000)), np.zeros(2000), masked=False)
 
 
 # --- flooding ---------------------------------------------------------------------------------------------------------
