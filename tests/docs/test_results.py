@@ -133,3 +133,15 @@ def test_readme_quotes_the_benchmark_of_attacks():
     found = metrics("bench/attacks.json")
     assert f"{found['psnr_gain_over_breaching_db']['median']:+.1f} dB at equal CPU seconds" in README
     assert f"{found['cpu_s_ratio_to_breaching']['median']:.2f} of its CPU seconds" in README
+
+
+@pytest.mark.parametrize("name", ["litenet", "scatternet", "ckksnet"])
+def test_readme_quotes_encrypted_diagnosis(name):
+    found = metrics("paper/05_encrypted_inference.json")
+    (row,) = [line for line in README.splitlines() if line.startswith(f"| `{name}`: ")]
+    agreed, error, auroc = (found[f"{what}_{name}"] for what in ("agreement", "logit_error", "auroc"))
+    assert f"| {round(agreed['mean'] * agreed['n'])} of {agreed['n']} |" in row
+    assert f"| {error['mean']:.0e} | {auroc['mean']:.3f} |" in row
+    times = [found[f"{step}_ms_{name}"]["median"] for step in ("encrypt", "compute", "mask", "decrypt")]
+    assert " | ".join(f"{value:.2f} ms" for value in times) in row
+    assert f"| {found[f'upload_kib_{name}']['mean']:,.0f} KiB |" in row
