@@ -18,7 +18,7 @@ from torch import nn
 from primia_lite.config import UserError
 from primia_lite.encrypted.kernels import EvaluationKeys, compile_model, packing_for
 from primia_lite.encrypted.keys import SecretKey
-from primia_lite.encrypted.masks import seal_reply
+from primia_lite.encrypted.masks import Blind, seal_reply
 from primia_lite.encrypted.packing import Packing, packing_from, spec_of
 from primia_lite.encrypted.seal import CiphertextError, Context
 
@@ -193,6 +193,15 @@ class Session:
             raise CiphertextError("Galois keys that this model needs are missing: send Client.public()")
         self.encryptor = sealapi.Encryptor(context.seal, keys[sealapi.PublicKey])
         self.keys = EvaluationKeys(keys.get(sealapi.RelinKeys), galois)
+        self._blinds: list[list[Blind]] = []
+
+    def prepare(self, films: int = 1) -> None:
+        """Make, in idle time, what will hide the replies to so many films; later ones get theirs when they come."""
+        context, packing = self.server.context, self.server.packing
+        for _ in range(films):
+            self._blinds.append(
+                [Blind(context, self.encryptor, packing.reply_level, keep) for keep in packing.keep]
+            )
 
     def diagnose(self, uploads: list[bytes]) -> list[bytes]:
         """One film's ciphertexts in, masked and re-randomised replies out.
@@ -212,12 +221,20 @@ class Session:
         products = server.kernel(inputs, self.keys)
         server._note("compute", started, level=packing.reply_level)
         started = time.perf_counter()
-        out = [
-            seal_reply(server.context, self.encryptor, product, packing.reply_level, keep)
-            for product, keep in zip(products, packing.keep, strict=True)
-        ]
+        out = self._seal(products)
         server._note("mask", started, sum(map(len, out)), packing.reply_level)
         return out
+
+    def _seal(self, products: list[sealapi.Ciphertext]) -> list[bytes]:
+        context, packing = self.server.context, self.server.packing
+        try:
+            blinds = self._blinds.pop()  # in one step, so that no two threads get the same
+        except IndexError:
+            return [
+                seal_reply(context, self.encryptor, product, packing.reply_level, keep)
+                for product, keep in zip(products, packing.keep, strict=True)
+            ]
+        return [blind.seal(product) for blind, product in zip(blinds, products, strict=True)]
 
 
 class Server:
