@@ -29,18 +29,22 @@ class LinearKernel:
     """
 
     def __init__(self, packing: LinearPacking, weights: np.ndarray, context: Context, norm: float = 1.1):
-        largest = float(np.linalg.norm(weights, axis=1).max()) * norm
-        room = context.moduli[0] / packing.reply_scale(context) / 2
-        if not largest < room:
-            raise UserError(
-                f"logits may reach {largest:.0f}, the parameters have room for {room:.0f}: scale the head down"
-            )
+        self.check_room(packing, weights, context, norm)
         self.plaintexts = []
         for start in range(0, packing.features, packing.part):
             part = weights[:, start : start + packing.part]
             part = np.pad(part, ((0, 0), (0, packing.part - part.shape[1])))
             self.plaintexts.append(context.encode_coefficients(part[:, ::-1].ravel(), 2.0**packing.weight_bits))
         self.context = context
+
+    @staticmethod
+    def check_room(packing, weights: np.ndarray, context: Context, norm: float) -> None:
+        largest = float(np.linalg.norm(weights, axis=1).max()) * norm
+        room = context.moduli[0] / packing.reply_scale(context) / 2
+        if not largest < room:
+            raise UserError(
+                f"logits may reach {largest:.0f}, the parameters have room for {room:.0f}: scale the head down"
+            )
 
     def __call__(self, inputs: list[sealapi.Ciphertext], keys: EvaluationKeys) -> list[sealapi.Ciphertext]:
         evaluator, total = self.context.evaluator, None

@@ -35,6 +35,7 @@ class LinearPacking:
     features: int
     classes: int
     kind: ClassVar[str] = "linear"
+    in_slots: ClassVar[bool] = False
     parameters: ClassVar[Parameters] = Parameters(4096, (54,), 26)
     weight_bits: ClassVar[int] = 20
     rotations: ClassVar[tuple[int, ...]] = ()
@@ -102,6 +103,7 @@ class CNNPacking:
     hidden: int
     classes: int
     kind: ClassVar[str] = "cnn"
+    in_slots: ClassVar[bool] = False
     relinearise: ClassVar[bool] = True
     last_weight_bits: ClassVar[int] = 13
     # More uploads spare the server rotations, and cost the client's line.

@@ -58,6 +58,10 @@ class Context:
         # Slot i is the value at the root of unity's power 3^i (Cheon et al. 2017), its conjugate at the inverse.
         power = np.array([pow(3, i, 2 * self.n) for i in range(self.n // 2)])
         self._root, self._conjugate = (power - 1) // 2, (2 * self.n - power - 1) // 2
+        # Half of the roots have a power 4m + 1; there X^(N/2) = i, so half as long a transform does for a real polynomial.
+        # The others are conjugates.
+        self._place = np.where(self._root % 2, self._conjugate, self._root) // 2
+        self._sign = np.where(self._root % 2, -1.0, 1.0)
         self._twist = np.exp(1j * np.pi * np.arange(self.n) / self.n)
 
     def moduli_at(self, level: int) -> list[int]:
@@ -80,7 +84,11 @@ class Context:
 
     def slots_of(self, coefficients: np.ndarray) -> np.ndarray:
         """Values of a real polynomial [N] at the slots' roots, complex [N / 2]."""
-        return (self.n * np.fft.ifft(coefficients * self._twist))[self._root]
+        half = self.n // 2
+        folded = (coefficients[:half] + 1j * coefficients[half:]) * self._twist[:half]
+        out = np.fft.ifft(folded, norm="forward")[self._place]
+        out.imag *= self._sign
+        return out
 
     def coefficients_of(self, slots: np.ndarray) -> np.ndarray:
         """The inverse of :meth:`slots_of`."""
