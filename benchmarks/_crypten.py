@@ -1,4 +1,4 @@
-"""CrypTen's side of ``primia-lite bench ckks``, in a process of its own: two parties that share the film and the weights.
+"""CrypTen's side of ``primia-lite bench ckks``, in a process of its own: two parties that share film and weights.
 
 Reads a torch file (list of layers, film, logits), prints a JSON line. CrypTen 0.4.1 imports onnx and a part of torch
 that has moved, for converting networks only: they are stood in for.
@@ -18,10 +18,10 @@ for name in ("onnx", "onnx.numpy_helper", "torch.onnx._internal.registration"):
     except ImportError:
         sys.modules[name] = MagicMock()
 
-import crypten
-import crypten.communicator as communicator
-import crypten.mpc as mpc
-import torch
+import crypten  # noqa: E402
+import crypten.communicator as communicator  # noqa: E402
+import crypten.mpc as mpc  # noqa: E402
+import torch  # noqa: E402
 
 
 class Square(crypten.nn.Module):

@@ -1,16 +1,17 @@
-"""How fast, how precise and how large encrypted inference is, beside TenSEAL, orion-v2 and CrypTen on the same networks.
+"""How fast, precise and large encrypted inference is, beside TenSEAL, orion-v2 and CrypTen on the same networks.
 
 One core, the contenders in turns, the same random networks and inputs for all of them, errors against plain float64.
-TenSEAL's own tensors as its tutorials use them (`dot`, `mm`, `conv2d_im2col`, batched tensors); orion-v2 takes and gives
-bytes, so its server time has reading and writing in it (ours: receive + compute). CrypTen is another kind of thing: two
-servers that trust each other not to talk share film and weights and send each other messages, here without a network in
-between; it runs by itself, one thread for each party, and both of them on the one core.
+TenSEAL's own tensors as its tutorials use them (`dot`, `mm`, `conv2d_im2col`, batched tensors); orion-v2 takes and
+gives bytes, so its server time has reading and writing in it (ours: receive + server, and writing is in mask). CrypTen
+is another kind of thing: two servers that don't talk behind the client's back share film and weights and send each
+other messages, here without a network in between; it runs by itself, both parties on the one core.
 
-Times are CPU time of the process, so that other jobs on the machine count little; on a core of one's own that is what a
-clock on the wall shows. CrypTen's is that of one party.
+Times are CPU time of the process, which on a core of one's own is what a clock on the wall shows. Other jobs on the
+machine lengthen it less than they do the wall clock's, but they do (caches, shared cores): read the least, too, and the
+load in the results' origin. CrypTen's is that of one party.
 
-"server" is the product alone, without masks; "mask" is what re-randomising and masking the reply adds. "prepared" is with
-what hides a reply made before the film came. Errors are before the client rounds.
+"server" is the product alone, without masks; "mask" is what re-randomising and masking the reply adds. "prepared" is
+with what hides a reply made before the film came. Errors are before the client rounds.
 
 Peers are no dependencies of the package: they are installed the first time, into folders of their own under the cache
 (PRIMIA_LITE_CACHE). One that doesn't install or run is named with its reason.
@@ -344,9 +345,7 @@ def install(peer: str) -> Path:
     # Without dependencies: they would bring another torch.
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--target"]
     try:
-        done = subprocess.run(
-            [*pip, str(partial), *wanted], capture_output=True, text=True, timeout=INSTALL_LIMIT_S
-        )
+        done = subprocess.run([*pip, str(partial), *wanted], capture_output=True, text=True, timeout=INSTALL_LIMIT_S)
         if done.returncode:
             raise UserError(f"doesn't install: {(done.stderr.strip().splitlines() or ['pip said nothing'])[-1]}")
         partial.rename(folder)
@@ -485,7 +484,7 @@ def service(requests: int) -> dict[str, dict]:
         found = there.load_test(getattr(server, "url", server), clients=8, requests=requests)
     found = found if isinstance(found, dict) else vars(found)
     return {
-        f"service_{name}": {"median": float(found[name]), "n": requests, "unit": "ms, 8 clients on loopback, masks included"}
+        f"service_{name}": {"median": float(found[name]), "n": requests, "unit": "ms, 8 clients, masks included"}
         for name in ("p50_ms", "p99_ms")
     }
 
@@ -528,14 +527,16 @@ def metrics(found: dict[str, dict[str, Scores]]) -> dict[str, dict]:
     if "batch" in found:
         theirs, ours = found["batch"]["tenseal batched"], found["batch"]["ours"]
         out["speedup_batch_per_film"] = ratios(
-            theirs.by_round("server"), ours.by_round("server"), "server time for a film, TenSEAL's batched tensor / ours"
+            theirs.by_round("server"), ours.by_round("server"), "server time of a film, TenSEAL's batched tensor / ours"
         )
     for name, scores in found.items():
         for contender, s in scores.items():
             label = f"{name}_{contender.replace(' ', '_')}"
             each = ", for a film of a full batch" if name.startswith("batch") else ""
             for step, values in s.ms.items():
-                out[f"{step.replace(',', '').replace(' ', '_')}_{label}_ms"] = spread(values, f"ms{each}" if "wall" in step else f"ms of CPU time{each}")
+                out[f"{step.replace(',', '').replace(' ', '_')}_{label}_ms"] = spread(
+                    values, f"ms{each}" if "wall" in step else f"ms of CPU time{each}"
+                )
             out[f"error_{label}"] = spread(s.errors, "largest error of a logit")
             out[f"upload_{label}_kib"] = spread([s.up_kib], f"KiB{each}")
             out[f"reply_{label}_kib"] = spread([s.down_kib], f"KiB{each}")
@@ -561,7 +562,7 @@ def table(found: dict[str, dict[str, Scores]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="primia-lite bench ckks", description=__doc__.splitlines()[0])
     known = rows()
-    parser.add_argument("--rounds", type=int, default=5, help="of each network; slow peers run once a round (default 5)")
+    parser.add_argument("--rounds", type=int, default=5, help="of each network (default 5)")
     parser.add_argument("--rows", nargs="+", choices=[*known, "batch"], default=[*known, "batch"], help="default all")
     parser.add_argument("--requests", type=int, default=2000, help="to the service, where there is one (default 2000)")
     parser.add_argument("--quick", action="store_true", help="one round, a small batch, no results file")

@@ -211,9 +211,7 @@ class Session:
         """Make, in idle time, what will hide the replies to so many films; later ones get theirs when they come."""
         context, packing = self.server.context, self.server.packing
         for _ in range(films):
-            self._blinds.append(
-                [Blind(context, self.encryptor, packing.reply_level, keep) for keep in packing.keep]
-            )
+            self._blinds.append([Blind(context, self.encryptor, packing.reply_level, keep) for keep in packing.keep])
 
     def diagnose(self, uploads: list[bytes]) -> list[bytes]:
         """One film's ciphertexts in, masked and re-randomised replies out.

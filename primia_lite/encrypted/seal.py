@@ -58,8 +58,8 @@ class Context:
         # Slot i is the value at the root of unity's power 3^i (Cheon et al. 2017), its conjugate at the inverse.
         power = np.array([pow(3, i, 2 * self.n) for i in range(self.n // 2)])
         self._root, self._conjugate = (power - 1) // 2, (2 * self.n - power - 1) // 2
-        # Half of the roots have a power 4m + 1; there X^(N/2) = i, so half as long a transform does for a real polynomial.
-        # The others are conjugates.
+        # Half of the roots have a power 4m + 1; there X^(N/2) = i, so half as long a transform does for a real
+        # polynomial. The others are conjugates.
         self._place = np.where(self._root % 2, self._conjugate, self._root) // 2
         self._sign = np.where(self._root % 2, -1.0, 1.0)
         self._twist = np.exp(1j * np.pi * np.arange(self.n) / self.n)

@@ -46,8 +46,8 @@ def test_a_cnn(hidden):
 
 def test_the_plan_says_why():
     head = nn.Linear(1280, 3, bias=False)
-    few, many = plan(head, (1280,), 100), plan(head, (1280,), 160)
-    assert isinstance(few.packing, LinearPacking) and "one at a time" in str(few) and "160" in few.reason
+    few, many = plan(head, (1280,), 100), plan(head, (1280,), 214)
+    assert isinstance(few.packing, LinearPacking) and "one at a time" in str(few) and "214" in few.reason
     assert isinstance(many.packing, BatchLinearPacking) and "not masked" in str(many)
     assert packing_from(spec_of(many.packing)) == many.packing
     assert isinstance(plan(network(28, 7, 3), (1, 28, 28), 2).packing, BatchCNNPacking)
