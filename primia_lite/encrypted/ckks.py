@@ -16,10 +16,11 @@ import tenseal.sealapi as sealapi
 from torch import nn
 
 from primia_lite.config import UserError
+from primia_lite.encrypted.batch import batch_packing, compile_batch
 from primia_lite.encrypted.flooding import Flooding, flooding_std, rounded_gaussian
 from primia_lite.encrypted.kernels import EvaluationKeys, compile_model, packing_for
 from primia_lite.encrypted.keys import SecretKey
-from primia_lite.encrypted.masks import seal_reply
+from primia_lite.encrypted.masks import Blind, seal_reply
 from primia_lite.encrypted.packing import LinearPacking, Packing, packing_from, spec_of
 from primia_lite.encrypted.seal import CiphertextError, Context
 
@@ -63,12 +64,13 @@ class Plan:
         )
 
 
-def plan(model: nn.Module, in_shape: tuple[int, ...]) -> Plan:
-    """The packing for one film at a time.
+def plan(model: nn.Module, in_shape: tuple[int, ...], batch_size: int = 1) -> Plan:
+    """The packing for one film at a time, or for many at once.
 
     Parameters
     ----------
     in_shape : of one film as the model takes it, [D] features or [1, H, W] pixels
+    batch_size : films that come together
 
     Raises
     ------
@@ -76,6 +78,8 @@ def plan(model: nn.Module, in_shape: tuple[int, ...]) -> Plan:
         A network that can't be run under encryption here.
     """
     packing = packing_for(model, in_shape)
+    if batch_size > 1:
+        return Plan(*batch_packing(packing, batch_size))
     reason = {
         "linear": "features of a public network are computed by the hospital, so one product with the head is left, "
         "without rotations or evaluation keys",
@@ -160,7 +164,7 @@ class Client:
             )
 
     def encrypt(self, film: np.ndarray) -> list[bytes]:
-        """One film's features [D] or pixels [H, W], as the model takes them.
+        """One film's features [D] or pixels [H, W], as the model takes them; for a batch [films, D] or [films, H, W].
 
         Raises
         ------
@@ -169,8 +173,11 @@ class Client:
         """
         started = time.perf_counter()
         film = np.asarray(film, dtype=np.float64)
-        if film.shape != self.packing.in_shape:
-            raise UserError(f"this film has shape {film.shape}, the model takes {self.packing.in_shape}: prepare it so")
+        shape = film.shape[1:] if self.packing.in_slots else film.shape
+        if shape != self.packing.in_shape:
+            raise UserError(f"this film has shape {shape}, the model takes {self.packing.in_shape}: prepare it so")
+        if self.packing.in_slots and not 1 <= len(film) <= self.packing.films:
+            raise UserError(f"{len(film)} films, a batch has 1 to {self.packing.films}: split them")
         if not np.isfinite(film).all():
             raise UserError("the film has values that aren't finite: leave it out, or prepare it again")
         out = [self._key.encrypt(plaintext) for plaintext in self.packing.encode(self.context, film)]
@@ -180,7 +187,8 @@ class Client:
         return out
 
     def decrypt(self, replies: list[bytes]) -> np.ndarray:
-        """Logits, float64 [classes], rounded to ``decimals``.
+        """Logits, float64 [classes], rounded to ``decimals``; of a batch [films, classes], as many films as a batch can
+        have: those behind the ones that were sent mean nothing.
 
         Raises
         ------
@@ -193,6 +201,10 @@ class Client:
         if len(replies) != len(self.packing.keep):
             raise CiphertextError(f"{len(replies)} replies came, {len(self.packing.keep)} belong to a film")
         scale, level = self.packing.reply_scale(self.context), self.packing.reply_level
+        if self.packing.in_slots:
+            slots = [self._key.rounded_slots(reply, scale, level, self.decimals) for reply in replies]
+            self._note("decrypt", started, 0, level)
+            return np.stack([self.packing.decode(each) for each in slots], axis=1)
         out = []
         for reply, keep in zip(replies, self.packing.keep, strict=True):
             integers = self.context.integers(reply, scale=scale, level=level)
@@ -225,6 +237,13 @@ class Session:
             raise CiphertextError("Galois keys that this model needs are missing: send Client.public()")
         self.encryptor = sealapi.Encryptor(context.seal, keys[sealapi.PublicKey])
         self.keys = EvaluationKeys(keys.get(sealapi.RelinKeys), galois)
+        self._blinds: list[list[Blind]] = []
+
+    def prepare(self, films: int = 1) -> None:
+        """Make, in idle time, what will hide the replies to so many films; later ones get theirs when they come."""
+        context, packing = self.server.context, self.server.packing
+        for _ in range(films):
+            self._blinds.append([Blind(context, self.encryptor, packing.reply_level, keep) for keep in packing.keep])
 
     def diagnose(self, uploads: list[bytes]) -> list[bytes]:
         """One film's ciphertexts in, masked and re-randomised replies out.
@@ -249,12 +268,20 @@ class Session:
             raise CiphertextError("these keys or ciphertexts cancel to 0: send what Client made") from error
         server._note("compute", started, level=packing.reply_level)
         started = time.perf_counter()
-        out = [
-            seal_reply(server.context, self.encryptor, product, packing.reply_level, keep)
-            for product, keep in zip(products, packing.keep, strict=True)
-        ]
+        out = self._seal(products)
         server._note("mask", started, sum(map(len, out)), packing.reply_level)
         return out
+
+    def _seal(self, products: list[sealapi.Ciphertext]) -> list[bytes]:
+        context, packing = self.server.context, self.server.packing
+        try:
+            blinds = self._blinds.pop()  # in one step, so that no two threads get the same
+        except IndexError:
+            return [
+                seal_reply(context, self.encryptor, product, packing.reply_level, keep)
+                for product, keep in zip(products, packing.keep, strict=True)
+            ]
+        return [blind.seal(product) for blind, product in zip(blinds, products, strict=True)]
 
 
 class Server:
@@ -264,11 +291,19 @@ class Server:
     ----------
     model : the trained part, see :func:`plan`
     in_shape : of one film as it takes it
+    batch_size : films that come together, see :func:`plan`
     flooded : with room for the client's flooding, see :class:`Client`; a linear head only
     """
 
-    def __init__(self, model: nn.Module, in_shape: tuple[int, ...], keep_costs: bool = True, flooded: bool = False):
-        self.packing = plan(model, in_shape).packing
+    def __init__(
+        self,
+        model: nn.Module,
+        in_shape: tuple[int, ...],
+        keep_costs: bool = True,
+        flooded: bool = False,
+        batch_size: int = 1,
+    ):
+        self.packing = plan(model, in_shape, batch_size).packing
         if flooded:
             if not isinstance(self.packing, LinearPacking):
                 raise UserError("flooding takes a linear head: noise after a square has no bound that would be of use")
@@ -276,7 +311,8 @@ class Server:
         self.context = Context(self.packing.parameters)
         self.costs: list[Cost] | None = [] if keep_costs else None
         started = time.perf_counter()
-        self.kernel = compile_model(model, self.packing, self.context)
+        compiler = compile_batch if self.packing.in_slots else compile_model
+        self.kernel = compiler(model, self.packing, self.context)
         self._note("compile", started)
 
     def _note(self, step: str, started: float, size: int = 0, level: int = 0) -> None:

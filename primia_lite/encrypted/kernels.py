@@ -30,6 +30,16 @@ class LinearKernel:
     """
 
     def __init__(self, packing: LinearPacking, weights: np.ndarray, context: Context):
+        self.check_room(packing, weights, context)
+        self.plaintexts = []
+        for start in range(0, packing.features, packing.part):
+            part = weights[:, start : start + packing.part]
+            part = np.pad(part, ((0, 0), (0, packing.part - part.shape[1])))
+            self.plaintexts.append(context.encode_coefficients(part[:, ::-1].ravel(), 2.0**packing.weight_bits))
+        self.context = context
+
+    @staticmethod
+    def check_room(packing, weights: np.ndarray, context: Context) -> None:
         if not weights.any():
             raise UserError("all weights of the head are 0: train it first")
         largest = float(np.linalg.norm(weights, axis=1).max()) * packing.most_norm
@@ -38,12 +48,6 @@ class LinearKernel:
             raise UserError(
                 f"logits may reach {largest:.0f}, the parameters have room for {room:.0f}: scale the head down"
             )
-        self.plaintexts = []
-        for start in range(0, packing.features, packing.part):
-            part = weights[:, start : start + packing.part]
-            part = np.pad(part, ((0, 0), (0, packing.part - part.shape[1])))
-            self.plaintexts.append(context.encode_coefficients(part[:, ::-1].ravel(), 2.0**packing.weight_bits))
-        self.context = context
 
     def __call__(self, inputs: list[sealapi.Ciphertext], keys: EvaluationKeys) -> list[sealapi.Ciphertext]:
         evaluator, total = self.context.evaluator, None

@@ -14,17 +14,20 @@ import os
 
 import numpy as np
 import tenseal.sealapi as sealapi
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 
 from primia_lite.config import UserError
-from primia_lite.encrypted.seal import Context, dump
+from primia_lite.encrypted.seal import Context
 
 
 def uniform(modulus: int, size: int) -> np.ndarray:
-    """Integers uniform in [0, modulus), uint64 [size], from the operating system's generator, by rejection."""
+    """Integers uniform in [0, modulus), uint64 [size], by rejection from a ChaCha20 stream with a key of its own from
+    the operating system (which makes its random bytes the same way, but slower)."""
     bits = modulus.bit_length()
+    stream = Cipher(algorithms.ChaCha20(os.urandom(32), bytes(16)), mode=None).encryptor()
     out = np.empty(0, np.uint64)
     while len(out) < size:
-        draws = np.frombuffer(os.urandom(8 * (size - len(out)) + 64), np.uint64) >> np.uint64(64 - bits)
+        draws = np.frombuffer(stream.update(bytes(8 * (size - len(out)) + 64)), np.uint64) >> np.uint64(64 - bits)
         out = np.concatenate([out, draws[draws < modulus]])
     return out[:size]
 
@@ -54,19 +57,52 @@ class Mask:
         if self._values is None:
             raise UserError("this mask was used: draw a new one for each reply")
         values, self._values = self._values, None
-        total = polynomial + values  # primes have at most 60 bits, so the sum fits
-        return np.where(total >= self._moduli, total - self._moduli, total)
+        values += polynomial  # primes have at most 60 bits, so the sum fits
+        # Below the modulus the difference wraps round to something huge, so the smaller one is the residue.
+        return np.minimum(values, values - self._moduli)
+
+
+class Blind:
+    """All that hides one reply, made before the film comes: an encryption of zero and a mask, as integers; used once.
+
+    Raises
+    ------
+    UserError
+        Used a second time.
+    """
+
+    def __init__(self, context: Context, encryptor: sealapi.Encryptor, level: int, keep: list[int]):
+        zero = sealapi.Ciphertext()
+        encryptor.encrypt_zero(context.level_ids[level], zero)
+        self._context, self._level = context, level
+        self._moduli = np.array(context.moduli_at(level), np.uint64)[:, None]
+        self._values = _masked(context, zero, level, keep)
+
+    def seal(self, product: sealapi.Ciphertext) -> bytes:
+        """As :func:`seal_reply`."""
+        if self._values is None:
+            raise UserError("this mask was used: draw a new one for each reply")
+        values, self._values = self._values, None
+        scale = product.scale
+        self._context.evaluator.transform_from_ntt_inplace(product)
+        values += self._context.own_integers(product, self._level)
+        return self._context.compose(np.minimum(values, values - self._moduli), scale=scale, level=self._level)
 
 
 def seal_reply(
     context: Context, encryptor: sealapi.Encryptor, product: sealapi.Ciphertext, level: int, keep: list[int]
-):
+) -> bytes:
     """A product as the reply that goes out: re-randomised, masked, in coefficient form; bytes."""
     scale, zero = product.scale, sealapi.Ciphertext()
     encryptor.encrypt_zero(context.level_ids[level], zero)
     zero.scale = scale
     context.evaluator.add_inplace(product, zero)
-    context.evaluator.transform_from_ntt_inplace(product)
-    integers = context.integers(dump(product), scale=scale, level=level).copy()
-    integers[0] = Mask(context.moduli_at(level), context.n, keep).hide(integers[0])
-    return context.compose(integers, scale=scale, level=level)
+    return context.compose(_masked(context, product, level, keep), scale=scale, level=level)
+
+
+def _masked(context: Context, ciphertext: sealapi.Ciphertext, level: int, keep: list[int]) -> np.ndarray:
+    """Its integers in coefficient form, uint64 [2, primes, N], with a new mask on the first polynomial."""
+    context.evaluator.transform_from_ntt_inplace(ciphertext)
+    out = context.own_integers(ciphertext, level).copy()
+    out[0] = Mask(context.moduli_at(level), context.n, keep).hide(out[0])
+    return out

@@ -37,6 +37,7 @@ class LinearPacking:
     classes: int
     flooded: bool = False
     kind: ClassVar[str] = "linear"
+    in_slots: ClassVar[bool] = False
     # Features' L2 norm at most; those of a frozen network have 1.005 (primia_lite.models.features).
     most_norm: ClassVar[float] = 1.1
     rotations: ClassVar[tuple[int, ...]] = ()
@@ -101,11 +102,7 @@ class LinearPacking:
         return self.fresh_scale * 2.0**self.weight_bits
 
     def encode(self, context: Context, film: np.ndarray) -> list[sealapi.Plaintext]:
-        if not (norm := float(np.linalg.norm(film))) <= self.most_norm:
-            raise UserError(
-                f"these features have norm {norm:.4g}; above {self.most_norm} logits could wrap round unseen: "
-                "scale them to norm 1, as primia_lite.models.features does"
-            )
+        check_norm(film[None], self.most_norm)
         parts = [film[start : start + self.part] for start in range(0, self.features, self.part)]
         return [context.encode_coefficients(part, self.fresh_scale) for part in parts]
 
@@ -134,6 +131,7 @@ class CNNPacking:
     hidden: int
     classes: int
     kind: ClassVar[str] = "cnn"
+    in_slots: ClassVar[bool] = False
     relinearise: ClassVar[bool] = True
     # More uploads spare the server rotations, and cost the client's line.
     most_uploads: ClassVar[int] = 16
@@ -282,6 +280,15 @@ class CNNPacking:
                     slots[block, : self.positions] = patches[:, tap]
             out.append(context.encode_slots(slots.ravel(), self.fresh_scale))
         return out
+
+
+def check_norm(features: np.ndarray, most: float) -> None:
+    """Refuse features [films, D] of a norm that the head wasn't compiled for."""
+    if not (norm := float(np.linalg.norm(features, axis=1).max())) <= most:
+        raise UserError(
+            f"these features have norm {norm:.4g}; above {most} logits could wrap round unseen: "
+            "scale them to norm 1, as primia_lite.models.features does"
+        )
 
 
 def _doublings(start: int, stop: int) -> list[int]:

@@ -1,0 +1,624 @@
+"""How fast, precise and large encrypted inference is, beside TenSEAL, orion-v2 and CrypTen on the same networks.
+
+One core, the contenders in turns, the same random networks and inputs for all of them, errors against plain float64.
+TenSEAL's own tensors as its tutorials use them (`dot`, `mm`, `conv2d_im2col`, batched tensors); orion-v2 takes and
+gives bytes, so its server time has reading and writing in it (ours: receive + server, and writing is in mask). CrypTen
+is another kind of thing: two servers that don't talk behind the client's back share film and weights and send each
+other messages, here without a network in between; it runs by itself, both parties on the one core.
+
+Times are CPU time of the process, which on a core of one's own is what a clock on the wall shows. Other jobs on the
+machine lengthen it less than they do the wall clock's, but they do (caches, shared cores): read the least, too, and the
+load in the results' origin. CrypTen's is that of one party.
+
+"server" is the product alone, without masks; "mask" is what re-randomising and masking the reply adds. "prepared" is
+with what hides a reply made before the film came. Errors are before the client rounds.
+
+Peers are no dependencies of the package: they are installed the first time, into folders of their own under the cache
+(PRIMIA_LITE_CACHE). One that doesn't install or run is named with its reason.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = os.environ["GOMAXPROCS"] = "1"
+
+import argparse
+import contextlib
+import io
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import tenseal
+import torch
+from torch import nn
+
+from primia_lite import runtime
+from primia_lite.config import UserError, cache_dir
+from primia_lite.encrypted.ckks import Client, Server
+from primia_lite.networks import Square, ckksnet
+
+PEERS = {
+    "orion": ("orion-v2-compiler==2.1.8", "orion-v2-evaluator==2.1.8", "orion-v2-lattigo==6.2.4"),
+    "crypten": ("crypten==0.4.1", "omegaconf==2.3.0", "antlr4-python3-runtime==4.9.3"),
+}
+INSTALL_LIMIT_S = 300
+
+
+# --- networks ---------------------------------------------------------------------------------------------------------
+
+
+def head(features: int) -> nn.Module:
+    torch.manual_seed(features)
+    return nn.Linear(features, 3, bias=False)
+
+
+def network(side: int, kernel: int, stride: int, channels: int, hidden: int, classes: int) -> nn.Module:
+    torch.manual_seed(side + kernel)
+    units = channels * ((side - kernel) // stride + 1) ** 2
+    dense = [nn.Linear(units, hidden), Square(), nn.Linear(hidden, classes)] if hidden else [nn.Linear(units, classes)]
+    return nn.Sequential(nn.Conv2d(1, channels, kernel, stride), Square(), nn.Flatten(), *dense)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A network and who runs it.
+
+    Attributes
+    ----------
+    slow : one run of these in each round, 10 of the others
+    crypten : whether CrypTen runs it, too
+    """
+
+    model: nn.Module
+    shape: tuple[int, ...]
+    contenders: tuple[str, ...]
+    crypten: bool = False
+    slow: tuple[str, ...] = ("tenseal", "tenseal mm", "orion")
+
+    def film(self, number: int) -> np.ndarray:
+        """Features of norm 1, or pixels in [0, 1]."""
+        rng = np.random.default_rng(number)
+        if len(self.shape) == 2:
+            return rng.random(self.shape)
+        values = rng.normal(size=self.shape)
+        return values / np.linalg.norm(values)
+
+    def plain(self, film: np.ndarray) -> np.ndarray:
+        inputs = torch.from_numpy(film)[None] if film.ndim == 1 else torch.from_numpy(film)[None, None]
+        with torch.no_grad():
+            return self.model.double()(inputs).numpy()[0]
+
+
+def rows() -> dict[str, Row]:
+    linear, cnn = ("ours", "ours prepared", "tenseal dot", "orion"), ("ours", "tenseal", "orion")
+    torch.manual_seed(0)
+    return {
+        "linear_1280": Row(head(1280), (1280,), (*linear, "tenseal mm"), crypten=True),
+        "linear_litenet": Row(head(2369), (2369,), linear),
+        "linear_scatternet": Row(head(869), (869,), linear),
+        "tutorial": Row(network(28, 7, 3, 4, 64, 10), (28, 28), cnn, crypten=True),
+        "quadratic": Row(network(64, 8, 8, 4, 0, 3), (64, 64), cnn, crypten=True),
+        # What TenSEAL's im2col makes of these films is larger than a ciphertext.
+        "quadratic_overlapping": Row(network(64, 9, 5, 4, 0, 3), (64, 64), ("ours", "orion")),
+        "ckksnet": Row(ckksnet(3, (1, 64, 64)), (64, 64), ("ours", "orion")),
+    }
+
+
+# --- contenders -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Sample:
+    """One film: ms of each step, logits, bytes to the server and back."""
+
+    ms: dict[str, float]
+    logits: np.ndarray
+    up: int
+    down: int
+
+
+class Clock:
+    """CPU time of this process since the last call, ms: on a core of one's own, the wall clock's."""
+
+    def __init__(self):
+        self.last = time.process_time()
+
+    def __call__(self) -> float:
+        now = time.process_time()
+        passed, self.last = now - self.last, now
+        return 1e3 * passed
+
+
+class Ours:
+    def __init__(self, row: Row, prepared: bool = False, batch_size: int = 1):
+        self.server, self.prepared = Server(row.model, row.shape, batch_size=batch_size), prepared
+        self.client = Client(self.server.packing, decimals=15)
+        public = self.client.public()
+        self.session, self.key_kib = self.server.open(public), len(public) / 1024
+
+    def __call__(self, film: np.ndarray) -> Sample:
+        if self.prepared:
+            self.session.prepare()
+        server, packing = self.server, self.server.packing
+        started, clock = time.perf_counter(), Clock()
+        upload = self.client.encrypt(film)
+        ms = {"encrypt": clock()}
+        inputs = [server.context.receive(data, scale=packing.fresh_scale) for data in upload]
+        ms["receive"] = clock()
+        products = server.kernel(inputs, self.session.keys)
+        ms["server"] = clock()
+        reply = self.session._seal(products)
+        ms["mask"] = clock()
+        logits = self.client.decrypt(reply)
+        ms["decrypt"] = clock()
+        ms |= {"end to end": sum(ms.values()), "end to end, wall": 1e3 * (time.perf_counter() - started)}
+        ms["masked"] = ms["server"] + ms["mask"]
+        return Sample(ms, logits, sum(map(len, upload)), sum(map(len, reply)))
+
+
+def tenseal_context(n: int, bits: list[int], scale_bits: int):
+    context = tenseal.context(tenseal.SCHEME_TYPE.CKKS, n, coeff_mod_bit_sizes=bits, n_threads=1)
+    context.global_scale = 2.0**scale_bits
+    context.generate_galois_keys()
+    return context
+
+
+class TenSEALHead:
+    """Its ``dot`` for each class, or ``mm``."""
+
+    def __init__(self, row: Row, how: str):
+        self.context, self.how = tenseal_context(8192, [40, 30, 40], 30), how
+        weights = row.model.weight.detach().double().numpy()
+        self.columns, self.matrix = weights.tolist(), weights.T.tolist()
+        self.key_kib = len(self.context.serialize(save_secret_key=False)) / 1024
+
+    def __call__(self, film: np.ndarray) -> Sample:
+        values = film.tolist()
+        clock = Clock()
+        vector = tenseal.ckks_vector(self.context, values)
+        ms = {"encrypt": clock()}
+        out = [vector.dot(column) for column in self.columns] if self.how == "dot" else [vector.mm(self.matrix)]
+        ms["server"] = clock()
+        logits = np.concatenate([part.decrypt() for part in out])
+        ms["decrypt"] = clock()
+        return Sample(ms, logits, len(vector.serialize()), sum(len(part.serialize()) for part in out))
+
+
+class TenSEALNetwork:
+    """The pattern of its tutorial 4, with the tutorial's parameters, or two levels fewer where a hidden layer is."""
+
+    def __init__(self, row: Row):
+        conv, *dense = [layer for layer in row.model if hasattr(layer, "weight")]
+        levels = 6 if len(dense) == 2 else 4
+        self.context = tenseal_context(8192, [31, *[26] * levels, 31], 26)
+        self.kernel, self.stride = conv.kernel_size[0], conv.stride[0]
+        self.channels = list(zip(conv.weight[:, 0].tolist(), conv.bias.tolist(), strict=True))
+        self.dense = [(layer.weight.T.tolist(), layer.bias.tolist()) for layer in dense]
+        self.key_kib = len(self.context.serialize(save_secret_key=False)) / 1024
+
+    def __call__(self, film: np.ndarray) -> Sample:
+        values = film.tolist()
+        clock = Clock()
+        vector, windows = tenseal.im2col_encoding(self.context, values, self.kernel, self.kernel, self.stride)
+        ms, up = {"encrypt": clock()}, len(vector.serialize())
+        clock()
+        out = tenseal.CKKSVector.pack_vectors(
+            [vector.conv2d_im2col(kernel, windows) + bias for kernel, bias in self.channels]
+        )
+        for weights, bias in self.dense:
+            out.square_()
+            out = out.mm(weights) + bias
+        ms["server"] = clock()
+        logits = np.array(out.decrypt())
+        ms["decrypt"] = clock()
+        return Sample(ms, logits, up, len(out.serialize()))
+
+
+class Orion:
+    """orion-v2: a compiler in Python, its evaluator on Lattigo."""
+
+    def __init__(self, row: Row):
+        sys.path.append(str(install("orion")))
+        import orion_compiler.nn as on
+        from lattigo import ckks, rlwe
+        from orion_compiler import CKKSParams, Compiler
+        from orion_evaluator import Evaluator, Model
+
+        class Network(on.Module):
+            def __init__(self, layers):
+                super().__init__()
+                self.names = []
+                for number, layer in enumerate(layers):
+                    setattr(self, f"layer{number}", layer)
+                    self.names.append(f"layer{number}")
+
+            def forward(self, x):
+                for name in self.names:
+                    x = getattr(self, name)(x)
+                return x
+
+        def translate(layer):
+            if isinstance(layer, (Square, nn.Flatten)):
+                return on.Quad() if isinstance(layer, Square) else on.Flatten()
+            if isinstance(layer, nn.Conv2d):
+                out = on.Conv2d(1, layer.out_channels, layer.kernel_size[0], stride=layer.stride[0])
+            else:
+                out = on.Linear(layer.in_features, layer.out_features)
+            out.weight.data.copy_(layer.weight.data)
+            out.bias.data.copy_(layer.bias.data if layer.bias is not None else torch.zeros(layer.out_features))
+            return out
+
+        linear = isinstance(row.model, nn.Linear)
+        layers = [nn.Flatten(), row.model] if linear else list(row.model)
+        if linear:
+            prime_bits = {"logn": 12 if row.shape[0] <= 2048 else 13, "logq": [39, 30], "logp": [39]}
+            parameters = CKKSParams(ring_type="standard", log_default_scale=30, **prime_bits)
+        elif len(layers) == 6:
+            parameters = CKKSParams(
+                ring_type="standard", logn=13, logq=[36, *[28] * 5], logp=[36], log_default_scale=28
+            )
+        else:
+            parameters = CKKSParams(
+                ring_type="standard", logn=13, logq=[40, 30, 30, 30], logp=[40], log_default_scale=30
+            )
+        net = Network([translate(layer) for layer in layers]).float().eval()
+        shape = (1, 1, *row.shape) if linear else (1, *row.shape)
+        fitting = torch.utils.data.TensorDataset(
+            torch.stack([torch.from_numpy(row.film(-n - 1 + 1000)).float().reshape(shape) for n in range(16)]),
+            torch.zeros(16),
+        )
+        with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            compiler = Compiler(net, parameters)
+            compiler.fit(torch.utils.data.DataLoader(fitting, batch_size=1))
+            self.model = Model.load(compiler.compile().to_bytes())
+        described, manifest, self.level = self.model.client_params()
+        self.rlwe, inner = rlwe, ckks.Parameters.from_dict(described)
+        generator = rlwe.KeyGenerator(inner)
+        secret = generator.gen_secret_key()
+        galois = [generator.gen_galois_key(secret, element) for element in manifest["galois_elements"]]
+        keys = rlwe.MemEvaluationKeySet(generator.gen_relin_key(secret), galois).marshal_binary()
+        self.evaluator, self.encoder = Evaluator(described, keys), ckks.Encoder(inner)
+        self.encryptor = rlwe.Encryptor(inner, generator.gen_public_key(secret))
+        self.decryptor, self.key_kib = rlwe.Decryptor(inner, secret), len(keys) / 1024
+
+        def value(of):
+            return of() if callable(of) else of
+
+        self.slots, self.scale = value(inner.max_slots), value(inner.default_scale)
+        self.classes = layers[-1].out_features
+
+    def __call__(self, film: np.ndarray) -> Sample:
+        values = np.zeros(self.slots)
+        values[: film.size] = film.ravel()
+        values = values.tolist()
+        clock = Clock()
+        upload = self.encryptor.encrypt_new(self.encoder.encode(values, self.level, self.scale)).marshal_binary()
+        ms = {"encrypt": clock()}
+        [reply] = self.evaluator.forward(self.model, [upload])
+        ms["server"] = clock()
+        plain = self.decryptor.decrypt_new(self.rlwe.Ciphertext.unmarshal_binary(reply))
+        logits = np.array(self.encoder.decode(plain, self.slots))[: self.classes]
+        ms["decrypt"] = clock()
+        return Sample(ms, logits.real, len(upload), len(reply))
+
+
+CONTENDERS = {
+    "ours": Ours,
+    "ours prepared": lambda row: Ours(row, prepared=True),
+    "tenseal": TenSEALNetwork,
+    "tenseal dot": lambda row: TenSEALHead(row, "dot"),
+    "tenseal mm": lambda row: TenSEALHead(row, "mm"),
+    "orion": Orion,
+}
+
+
+# --- peers ------------------------------------------------------------------------------------------------------------
+
+
+def install(peer: str) -> Path:
+    """Folder with a peer and what it needs besides our own packages.
+
+    Raises
+    ------
+    UserError
+        It doesn't install, and why.
+    """
+    wanted = PEERS[peer]
+    folder = cache_dir() / "peers" / wanted[0].replace("==", "-")
+    if folder.is_dir():
+        return folder
+    print(f"installing {', '.join(wanted)} into {folder}", flush=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".partial-"))
+    # Without dependencies: they would bring another torch.
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--target"]
+    try:
+        done = subprocess.run([*pip, str(partial), *wanted], capture_output=True, text=True, timeout=INSTALL_LIMIT_S)
+        if done.returncode:
+            raise UserError(f"doesn't install: {(done.stderr.strip().splitlines() or ['pip said nothing'])[-1]}")
+        partial.rename(folder)
+    except subprocess.TimeoutExpired:
+        raise UserError(f"doesn't install: pip took more than {INSTALL_LIMIT_S} s") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def crypten(row: Row, rounds: int) -> dict:
+    """ms of each run, error, messages and KiB that each party sends."""
+    folder, film = install("crypten"), row.film(0)
+    layers = [row.model] if isinstance(row.model, nn.Linear) else list(row.model)
+    kinds = {nn.Conv2d: "conv", nn.Linear: "linear", Square: "square", nn.Flatten: "flatten"}
+    described = []
+    for layer in layers:
+        weight, bias = (
+            None if getattr(layer, name, None) is None else getattr(layer, name).detach().float().clone()
+            for name in ("weight", "bias")
+        )
+        described.append((kinds[type(layer)], weight, bias, layer.stride[0] if isinstance(layer, nn.Conv2d) else 0))
+    inputs = torch.from_numpy(film).float().reshape(1, *(() if film.ndim == 1 else (1,)), *film.shape)
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place) / "network.pt"
+        torch.save({"layers": described, "film": inputs, "logits": torch.from_numpy(row.plain(film))}, path)
+        script = Path(__file__).with_name("_crypten.py")
+        done = subprocess.run(
+            [sys.executable, str(script), str(folder), str(path), str(rounds)],
+            capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+    if done.returncode:
+        raise UserError(f"doesn't run: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Scores:
+    """Of one contender on one network; a list entry for each run, ``rounds`` says in which round it was."""
+
+    ms: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    errors: list[float] = field(default_factory=list)
+    rounds: list[int] = field(default_factory=list)
+    up_kib: float = 0.0
+    down_kib: float = 0.0
+    key_kib: float = 0.0
+
+    def take(self, sample: Sample, plain: np.ndarray, number: int) -> None:
+        for step, ms in sample.ms.items():
+            self.ms[step].append(ms)
+        self.errors.append(float(np.abs(sample.logits - plain).max()))
+        self.rounds.append(number)
+        self.up_kib, self.down_kib = sample.up / 1024, sample.down / 1024
+
+    def by_round(self, step: str | None = None) -> list[float]:
+        """Median of each round; of the errors without a step."""
+        values = self.errors if step is None else self.ms[step]
+        return [
+            statistics.median(v for v, r in zip(values, self.rounds, strict=True) if r == number)
+            for number in sorted(set(self.rounds))
+        ]
+
+
+def duel(row: Row, rounds: int, reasons: dict[str, str]) -> dict[str, Scores]:
+    players, scores = {}, {}
+    for name in row.contenders:
+        try:
+            players[name] = CONTENDERS[name](row)
+            if name not in row.slow:
+                players[name](row.film(0))  # the first run of anything is slow, by milliseconds
+        except Exception as error:  # a peer may fail in any way, and the others still count
+            if name.startswith("ours"):
+                raise
+            players.pop(name, None)
+            reasons[name] = f"{type(error).__name__}: {error}"[:300]
+            continue
+        scores[name] = Scores(key_kib=players[name].key_kib)
+    for number in range(rounds):
+        for name, player in players.items():
+            for repeat in range(1 if name in row.slow else 10):
+                film = row.film(number * 10 + repeat)
+                scores[name].take(player(film), row.plain(film), number)
+    return scores
+
+
+def batch_duel(features: int, rounds: int) -> dict[str, Scores]:
+    """Full batches of a linear head: 2,048 films of ours, 4,096 of TenSEAL's batched tensor. ms for a film."""
+    row = Row(head(features), (features,), ())
+    ours, scores = Ours(row, batch_size=2048), {"ours": Scores(), "tenseal batched": Scores()}
+    context = tenseal.context(tenseal.SCHEME_TYPE.CKKS, 8192, coeff_mod_bit_sizes=[40, 30, 40], n_threads=1)
+    context.global_scale = 2.0**30
+    weights = row.model.weight.detach().double().numpy().T
+    plain_weights = tenseal.plain_tensor(weights.ravel().tolist(), list(weights.shape))
+    for number in range(rounds):
+        films = np.random.default_rng(number).normal(size=(4096, features)) / np.sqrt(features)
+        plain = films @ weights
+        scores["ours"].take(_per_film(ours(films[:2048]), 2048), plain[:2048], number)
+        values = tenseal.plain_tensor(films.ravel().tolist(), [4096, 1, features])
+        clock = Clock()
+        tensor = tenseal.ckks_tensor(context, values, batch=True)
+        ms = {"encrypt": clock()}
+        out = tensor.mm(plain_weights)
+        ms["server"] = clock()
+        logits = np.array(out.decrypt().raw).reshape(4096, -1)
+        ms["decrypt"] = clock()
+        sample = Sample(ms, logits, len(tensor.serialize()), len(out.serialize()))
+        scores["tenseal batched"].take(_per_film(sample, 4096), plain, number)
+    return scores
+
+
+def batch_network(row: Row) -> dict[str, Scores]:
+    """Once: a batch of the tutorial's network. ms for a film."""
+    ours, scores = Ours(row, batch_size=4096), Scores()
+    films = np.stack([row.film(n) for n in range(4096)])
+    with torch.no_grad():
+        plain = row.model.double()(torch.from_numpy(films)[:, None]).numpy()
+    scores.take(_per_film(ours(films), 4096), plain, 0)
+    return {"ours": scores}
+
+
+def _per_film(sample: Sample, films: int) -> Sample:
+    ms = {step: value / films for step, value in sample.ms.items()}
+    return Sample(ms, sample.logits, sample.up / films, sample.down / films)
+
+
+def service(requests: int) -> dict[str, dict]:
+    """p50 and p99 of the HTTP service, where the package has one: eight clients, a linear head, limits off."""
+    try:
+        from primia_lite.encrypted import service as there
+    except ImportError:
+        return {}
+    with there.start_server(limits=False) as server:
+        found = there.load_test(getattr(server, "url", server), clients=8, requests=requests)
+    found = found if isinstance(found, dict) else vars(found)
+    return {
+        f"service_{name}": {"median": float(found[name]), "n": requests, "unit": "ms, 8 clients, masks included"}
+        for name in ("p50_ms", "p99_ms")
+    }
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
+
+
+def spread(values: list[float], unit: str) -> dict:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values), "unit": unit}
+
+
+def ratios(above: list[float], below: list[float], unit: str) -> dict:
+    return spread([a / b for a, b in zip(above, below, strict=True)], unit)
+
+
+def metrics(found: dict[str, dict[str, Scores]]) -> dict[str, dict]:
+    out = {}
+    linear, quadratic, tutorial = (found.get(name, {}) for name in ("linear_1280", "quadratic", "tutorial"))
+    if linear:
+        ms = linear["ours"].ms
+        out["linear_head_server_ms"] = spread(ms["server"], "ms, product only, 1,280 features")
+        out["linear_head_masked_ms"] = spread(ms["masked"], "ms, product, fresh mask and re-randomisation")
+        out["linear_head_end_to_end_ms"] = spread(ms["end to end"], "ms, encrypt to decrypt in process")
+        out["linear_head_upload_kib"] = spread([linear["ours"].up_kib], "KiB")
+        ready = linear["ours prepared"].ms
+        out["linear_head_masked_prepared_ms"] = spread(ready["masked"], "ms, re-randomisation and mask made before")
+        out["linear_head_end_to_end_prepared_ms"] = spread(ready["end to end"], "ms, the same")
+    if quadratic:
+        out["quadratic_cnn_server_ms"] = spread(quadratic["ours"].ms["server"], "ms, 64 px, kernel 8, stride 8")
+    if "tenseal" in tutorial:
+        theirs, ours = tutorial["tenseal"], tutorial["ours"]
+        unit = "server time, TenSEAL's tutorial / ours, median of each round"
+        out["speedup_tutorial_network"] = ratios(theirs.by_round("server"), ours.by_round("server"), unit)
+        out["speedup_tutorial_network_masked"] = ratios(
+            theirs.by_round("server"), ours.by_round("masked"), f"{unit}, ours with mask"
+        )
+        out["error_ratio_tutorial_network"] = ratios(
+            theirs.by_round(), ours.by_round(), "largest error of a logit, TenSEAL's tutorial / ours, before rounding"
+        )
+    if "batch" in found:
+        theirs, ours = found["batch"]["tenseal batched"], found["batch"]["ours"]
+        out["speedup_batch_per_film"] = ratios(
+            theirs.by_round("server"), ours.by_round("server"), "server time of a film, TenSEAL's batched tensor / ours"
+        )
+    for name, scores in found.items():
+        for contender, s in scores.items():
+            label = f"{name}_{contender.replace(' ', '_')}"
+            each = ", for a film of a full batch" if name.startswith("batch") else ""
+            for step, values in s.ms.items():
+                out[f"{step.replace(',', '').replace(' ', '_')}_{label}_ms"] = spread(
+                    values, f"ms{each}" if "wall" in step else f"ms of CPU time{each}"
+                )
+            out[f"error_{label}"] = spread(s.errors, "largest error of a logit")
+            out[f"upload_{label}_kib"] = spread([s.up_kib], f"KiB{each}")
+            out[f"reply_{label}_kib"] = spread([s.down_kib], f"KiB{each}")
+            if s.key_kib:
+                out[f"keys_{label}_kib"] = spread([s.key_kib], "KiB, once for a session")
+    return out
+
+
+def table(found: dict[str, dict[str, Scores]]) -> str:
+    steps = ("encrypt", "receive", "server", "mask", "decrypt")
+    head = f"{'network':<22}{'who':<17}" + "".join(f"{step:>10}" for step in steps)
+    lines = ["median ms; of a batch: for a film", f"{head}{'error':>10}{'KiB up':>9}{'KiB down':>9}   n"]
+    for name, scores in found.items():
+        for contender, s in scores.items():
+            times = "".join(f"{statistics.median(s.ms[k]):>10.3f}" if k in s.ms else f"{'':>10}" for k in steps)
+            lines.append(
+                f"{name:<22}{contender:<17}{times}{statistics.median(s.errors):>10.1e}{s.up_kib:>9.1f}{s.down_kib:>9.1f}"
+                f"{len(s.errors):>4}"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="primia-lite bench ckks", description=__doc__.splitlines()[0])
+    known = rows()
+    parser.add_argument("--rounds", type=int, default=5, help="of each network (default 5)")
+    parser.add_argument("--rows", nargs="+", choices=[*known, "batch"], default=[*known, "batch"], help="default all")
+    parser.add_argument("--requests", type=int, default=2000, help="to the service, where there is one (default 2000)")
+    parser.add_argument("--quick", action="store_true", help="one round, a small batch, no results file")
+    options = parser.parse_args()
+    if min(options.rounds, options.requests) < 1:
+        parser.error("--rounds and --requests must be at least 1")
+    rounds, reasons, found, core = 1 if options.quick else options.rounds, {}, {}, None
+    cores, load = runtime.cores(), os.getloadavg() if hasattr(os, "getloadavg") else ()
+    service_metrics = service(100 if options.quick else options.requests)  # before, for it takes both cores
+    if hasattr(os, "sched_setaffinity"):
+        core = max(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {core})  # threads and processes that are started from here on stay there, too
+    torch.set_num_threads(1)
+    started = time.perf_counter()
+    for name in options.rows:
+        if name == "batch":
+            found["batch"] = batch_duel(64 if options.quick else 1280, min(rounds, 3))
+            if not options.quick:
+                found["batch_tutorial"] = batch_network(known["tutorial"])
+        else:
+            found[name] = duel(known[name], rounds, reasons_of := {})
+            reasons |= {f"{who}, {name}": why for who, why in reasons_of.items()}
+            if known[name].crypten:
+                try:
+                    there = crypten(known[name], 3 * rounds)
+                    found[name]["crypten"] = Scores(
+                        {"server": there["ms"]}, [there["error"]], [0], there["kib"], there["kib"]
+                    )
+                except (UserError, subprocess.TimeoutExpired, ValueError) as error:
+                    reasons[f"crypten, {name}"] = str(error)[:300]
+        print(f"{name}: done after {time.perf_counter() - started:.0f} s\n{table({name: found[name]})}", flush=True)
+    out = metrics(found) | service_metrics
+    print(f"\n{table(found)}\n")
+    for name in ("speedup_tutorial_network", "error_ratio_tutorial_network", "linear_head_server_ms",
+                 "linear_head_masked_ms", "linear_head_end_to_end_ms", "linear_head_upload_kib",
+                 "quadratic_cnn_server_ms", "speedup_batch_per_film", "service_p50_ms", "service_p99_ms"):  # fmt: skip
+        if name in out:
+            print(f"{name:<30} {out[name]['median']:10.3f}  {out[name]['unit']}")
+    for who, why in reasons.items():
+        print(f"{who}: {why}")
+    if options.quick or set(options.rows) != {*known, "batch"}:
+        print("no results file: a part only")
+        return
+    origin = runtime.origin(
+        data_source="random numbers", data_fingerprint="drawn from the seeds", seeds=list(range(10 * rounds)),
+        command=" ".join(["primia-lite bench ckks", *sys.argv[1:]]), threads=1, core=core, cores_there=cores,
+        load_average_before=list(load), load_average_after=list(os.getloadavg()) if load else [],
+        peers=[f"tenseal=={tenseal.__version__}", *(p for wanted in PEERS.values() for p in wanted)],
+        peers_that_failed=reasons, crypten="two parties on one core, run by itself; KiB that each party sends",
+    )  # fmt: skip
+    path = runtime.write_results("ckks", origin, out)
+    print(f"written to {path.name}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
