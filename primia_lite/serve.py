@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -18,7 +21,7 @@ from primia_lite.config import UserError
 
 def serve(
     models: Sequence[str], *, demo: bool = False, host: str = "127.0.0.1", port: int = 8000,
-    certfile: str | None = None, keyfile: str | None = None, limits: bool = True,
+    certfile: str | None = None, keyfile: str | None = None, limits: bool = True, workers: int = 1,
 ) -> int:  # fmt: skip
     """Offer models until stopped.
 
@@ -26,10 +29,13 @@ def serve(
     ----------
     models : files saved by :meth:`~primia_lite.encrypted.card.ModelCard.save`, with a name before it (``NAME=FILE``)
         or named as its file
+    workers : processes that compute
     """
     from primia_lite.encrypted import service
     from primia_lite.encrypted.card import ModelCard
 
+    if workers < 1:
+        raise UserError(f"--workers is {workers}: at least one process must compute")
     _check_port(host, port)
     cards = {}
     for entry in models:
@@ -39,12 +45,12 @@ def serve(
         cards["demo"] = demo_card()
     if not cards:
         raise UserError("name a model file to offer (notebook 05 saves some), or pass --demo")
-    scheme = "https" if certfile else "http"
+    name, scheme = f"[{host}]" if ":" in host else host, "https" if certfile else "http"
     if scheme == "http" and host not in ("127.0.0.1", "localhost", "::1"):
         print("warning: without TLS anybody on the way can alter requests and use sessions: give --certfile, --keyfile")
-    print(f"offering {', '.join(cards)} at {scheme}://{host}:{port} (Ctrl-C stops); not for clinical use", flush=True)
+    print(f"offering {', '.join(cards)} at {scheme}://{name}:{port} (Ctrl-C stops); not for clinical use", flush=True)
     chosen = None if limits else service.NO_LIMITS
-    service.serve(cards, host, port, limits=chosen, certfile=certfile, keyfile=keyfile)
+    service.serve(cards, host, port, limits=chosen, certfile=certfile, keyfile=keyfile, workers=workers)
     return 0
 
 
@@ -157,3 +163,76 @@ def running(cards: dict, *, limits: bool = True, wait_s: float = 60.0) -> Iterat
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+def load_test(
+    url: str, model: str | None = None, *, clients: int = 8, requests: int = 1000, pid: int | None = None
+) -> dict:
+    """Latencies of a running service without limits, for hospitals that all ask at once.
+
+    Each has keys, a session and a connection of its own, and encrypts one film beforehand, so that encryption isn't
+    timed: the time is from the first byte sent to the last received. Random features or pixels; the last reply of each
+    is decrypted.
+
+    Parameters
+    ----------
+    requests : of all clients together
+    pid : of the service, if it runs here: memory of it and its workers is read in between
+
+    Returns
+    -------
+    dict
+        ``ms``, float64 [requests without an error]; ``errors``, sentences; ``films`` and ``logits`` [clients, ...];
+        ``rss_mib``, after each tenth of the requests, empty without ``pid``
+    """
+    from primia_lite.encrypted.remote import RemoteServer
+    from primia_lite.encrypted.service import join, split
+
+    if (address := urlsplit(url)).scheme != "http":
+        raise UserError(f"{url}: a load test takes a service without TLS, at http://")
+    remotes = [RemoteServer(url, model) for _ in range(clients)]
+    films = np.random.default_rng(0).random((clients, *remotes[0].client.packing.in_shape))
+    films /= np.linalg.norm(films.reshape(clients, -1), axis=1).reshape(-1, *[1] * (films.ndim - 1))
+    ms, errors, replies, rss_mib = [], [], {}, []
+
+    bodies = [join(remote.client.encrypt(film)) for remote, film in zip(remotes, films, strict=True)]
+    paths = [f"/sessions/{remote.open()}/diagnose" for remote in remotes]
+
+    def hospital(number: int) -> None:
+        # Thinner than the client's library, whose own work would be timed.
+        line, path, body = http.client.HTTPConnection(address.netloc), paths[number], bodies[number]
+        for _ in range(requests // clients + (number < requests % clients)):
+            try:
+                started = time.perf_counter()
+                line.request("POST", path, body=body)
+                answer = line.getresponse()
+                content = answer.read()
+                passed = 1e3 * (time.perf_counter() - started)
+            except (OSError, http.client.HTTPException) as error:
+                line.close()
+                errors.append(f"{type(error).__name__}: {error}")
+                continue
+            if answer.status != 200:
+                errors.append(f"{answer.status}: {content[:200]!r}")
+                continue
+            ms.append(passed)
+            replies[number] = content
+            if pid is not None and len(ms) % max(1, requests // 10) == 0:
+                rss_mib.append(_rss_mib(pid))
+
+    threads = [threading.Thread(target=hospital, args=(number,)) for number in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    logits = [remote.client.decrypt(split(replies[k])) for k, remote in enumerate(remotes) if k in replies]
+    for remote in remotes:
+        remote.close()
+    return {"ms": np.array(ms), "errors": errors, "films": films, "logits": np.array(logits), "rss_mib": rss_mib}
+
+
+def _rss_mib(pid: int) -> float:
+    import psutil
+
+    process = psutil.Process(pid)
+    return sum(each.memory_info().rss for each in [process, *process.children(recursive=True)]) / 2**20

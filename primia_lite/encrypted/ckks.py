@@ -239,6 +239,11 @@ class Session:
         self.keys = EvaluationKeys(keys.get(sealapi.RelinKeys), galois)
         self._blinds: list[list[Blind]] = []
 
+    @property
+    def prepared(self) -> int:
+        """Films whose replies' masks are made."""
+        return len(self._blinds)
+
     def prepare(self, films: int = 1) -> None:
         """Make, in idle time, what will hide the replies to so many films; later ones get theirs when they come."""
         context, packing = self.server.context, self.server.packing

@@ -6,6 +6,7 @@ The client's half of a packing encodes, and reads the result; the server's half
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import asdict, dataclass
 from typing import ClassVar
@@ -48,7 +49,7 @@ class LinearPacking:
             raise UserError(f"a head of {self.features} features and {self.classes} classes can't be packed")
         object.__setattr__(self, "flooded", bool(self.flooded))
 
-    @property
+    @functools.cached_property
     def parameters(self) -> Parameters:
         return Parameters(4096, (36, 36, 37), 48, rescaled=False) if self.flooded else Parameters(4096, (54,), 26)
 
@@ -152,7 +153,7 @@ class CNNPacking:
         if self.hidden > self.period:
             raise UserError(f"hidden is {self.hidden}, wider than the convolution's {self.period} outputs: narrow it")
 
-    @property
+    @functools.cached_property
     def parameters(self) -> Parameters:
         # Depth 4 or 2 at 30 bits a level. The first prime has room for logits up to `room`: a logit beyond it would
         # wrap round, and neither party would see it.
@@ -309,7 +310,9 @@ def packing_from(spec: dict) -> Packing:
         Another kind, or numbers that don't make a packing.
     """
     try:
-        numbers = {key: int(value) for key, value in spec.items() if key != "kind"}
+        numbers = {key: value for key, value in spec.items() if key != "kind"}
+        if not all(isinstance(value, int) for value in numbers.values()):
+            raise TypeError("a number of it isn't whole")
         return PACKINGS[spec["kind"]](**numbers)
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise UserError(f"this isn't the description of a packing: {spec!r}") from error

@@ -90,7 +90,7 @@ class RemoteServer:
                 if response.is_success:
                     return response
                 sentence, status = _sentence(response), response.status_code
-                if status not in (429, 502, 503, 504):
+                if status not in (408, 429, 502, 503, 504):
                     raise ServiceError(sentence, status)
                 asked = response.headers.get("Retry-After", "")
                 wait = max(wait, float(asked)) if asked.isdigit() else wait
@@ -124,7 +124,7 @@ class RemoteServer:
         try:
             response = self._ask("POST", f"/sessions/{self.open()}/diagnose", body)
         except ServiceError as error:
-            if error.status != 404:
+            if error.status not in (404, 410):
                 raise
             self._token = None  # it expired, or the service was started anew
             response = self._ask("POST", f"/sessions/{self.open()}/diagnose", body)

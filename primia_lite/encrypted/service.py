@@ -1,17 +1,21 @@
 """Encrypted diagnosis over HTTP: the model owner's service (starlette, uvicorn).
 
 A client asks for a model's description, opens a session with its public keys, and posts a film's ciphertexts; back come
-masked replies. The service keeps public keys and counters, nothing else. TLS protects traffic; without it the film is
+masked replies. The service keeps public keys and counters, nothing else; keys and weights are in worker processes, so
+that this one has time to answer. TLS protects traffic; without it the film is
 still encrypted, but anybody on the way may change bytes, or use a session.
 """
 
 from __future__ import annotations
 
+import asyncio
 import collections
+import contextlib
+import functools
+import math
 import secrets
 import struct
 import time
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 import anyio
@@ -22,9 +26,10 @@ from starlette.routing import Route
 
 from primia_lite.config import UserError
 from primia_lite.encrypted.card import ModelCard
-from primia_lite.encrypted.ckks import Server, Session
-from primia_lite.encrypted.packing import Packing
+from primia_lite.encrypted.ckks import plan
+from primia_lite.encrypted.packing import Packing, spec_of
 from primia_lite.encrypted.seal import CiphertextError
+from primia_lite.encrypted.workers import Here, SessionGone, Worker, WorkerDied
 
 # A film's ciphertexts in one body: their number, then each one's length and bytes.
 _COUNT = struct.Struct("<I")
@@ -43,8 +48,8 @@ class Limits:
         sessions; so this slows extraction down, and does not prevent it
     per_minute : queries of a session in a minute, at most
     opened_per_minute : sessions opened from one address in a minute
-    timeout_s : seconds that a request may take, its upload included
-    waiting : requests that wait for a core; more are sent away
+    timeout_s : seconds that a body may take to come, and again those that a worker may compute before it is replaced
+    waiting : requests that wait for a worker; more are sent away
     """
 
     sessions: int | None = 64
@@ -57,6 +62,9 @@ class Limits:
 
 
 NO_LIMITS = Limits(None, None, None, None, None, 600.0, None)
+
+
+_ENDED = "this session was closed, or has expired: open a new one"
 
 
 class Refused(Exception):
@@ -135,11 +143,31 @@ class _Rate:
         times.append(now)
 
 
+class _CutShort(JSONResponse):
+    """An answer while a body is still on its way. If the connection were closed at once, the system would throw the
+    answer away before a client that still writes has read it; so what comes is dropped for a moment first."""
+
+    moment_s, most_bytes = 1.0, 8 << 20
+
+    async def __call__(self, scope, receive, send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self.body, "more_body": True})
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.moment_s):
+                dropped = 0
+                while dropped < self.most_bytes and (message := await receive()).get("more_body"):
+                    dropped += len(message["body"])
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+@dataclass
 class _Open:
     """An open session."""
 
-    def __init__(self, model: str, session: Session):
-        self.model, self.session, self.used, self.queries = model, session, time.monotonic(), 0
+    model: str
+    worker: Here | Worker
+    used: float
+    queries: int = 0
 
 
 class Service:
@@ -148,17 +176,20 @@ class Service:
     Parameters
     ----------
     cards : models to serve, by the name in the address
-    threads : that compute at a time
+    workers : processes that compute; 0 computes in this one, which a hostile ciphertext that breaks SEAL would end
     """
 
-    def __init__(self, cards: dict[str, ModelCard], limits: Limits | None = None, threads: int = 1):
+    _REMEMBERED = 4096  # tokens of sessions that ended
+
+    def __init__(self, cards: dict[str, ModelCard], limits: Limits | None = None, workers: int = 0):
         self.limits = limits or Limits()
         self.cards = cards
-        self.servers = {
-            name: Server(card.network(), tuple(card.in_shape), keep_costs=False) for name, card in cards.items()
-        }
+        self.packings = {name: plan(card.network(), tuple(card.in_shape)).packing for name, card in cards.items()}
+        self.workers = [Worker(cards) for _ in range(workers)] or [Here(cards)]
+        # By last use; those that ended, so that their clients are told that, and not that they never were.
         self.open: collections.OrderedDict[str, _Open] = collections.OrderedDict()
-        self.queries, self.waiting, self.threads = 0, 0, threads
+        self.ended: collections.OrderedDict[str, None] = collections.OrderedDict()
+        self.queries, self.waiting = 0, 0
         self.started = time.monotonic()
         self._opened, self._asked = _Rate(self.limits.opened_per_minute), _Rate(self.limits.per_minute)
         self._limiter: anyio.CapacityLimiter | None = None
@@ -169,24 +200,29 @@ class Service:
             Route("/sessions/{token}/diagnose", self._guard(self.diagnose), methods=["POST"]),
             Route("/sessions/{token}", self._guard(self.close_session), methods=["DELETE"]),
         ]
-        self.app = Starlette(routes=routes)
+        self.app = Starlette(routes=routes, lifespan=self._lifespan)
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, app):
+        yield
+        for worker in self.workers:
+            worker.stop()
 
     def _guard(self, handler):
         """Errors as a status and a sentence; no traceback leaves, and nothing stops the service."""
 
         async def answer(request: Request) -> Response:
             try:
-                with anyio.fail_after(self.limits.timeout_s):
-                    return await handler(request)
+                return await handler(request)
             except Refused as refused:
                 headers = {} if refused.wait_s is None else {"Retry-After": str(max(1, round(refused.wait_s)))}
-                if refused.status == 413:  # what is still on its way isn't read
-                    headers["Connection"] = "close"
-                return JSONResponse({"error": refused.sentence}, refused.status, headers=headers)
+                if request.method != "POST" or getattr(request.state, "body_is_read", False):
+                    return JSONResponse({"error": refused.sentence}, refused.status, headers=headers)
+                return _CutShort(
+                    {"error": refused.sentence}, refused.status, headers={**headers, "Connection": "close"}
+                )
             except UserError as error:
                 return JSONResponse({"error": str(error)}, 400)
-            except TimeoutError:
-                return JSONResponse({"error": f"this took longer than {self.limits.timeout_s:g} s"}, 503)
             except ClientDisconnect:
                 return Response(status_code=400)
 
@@ -196,41 +232,67 @@ class Service:
         """The request's body, unless it is too large: then refused before it is read."""
         sentence = f"the body is larger than the {most} bytes that this model takes"
         declared = request.headers.get("content-length", "0")
-        if declared.isdigit() and int(declared) > most:
+        if declared.isdigit() and int(declared[:20]) > most:
             raise Refused(413, sentence)
-        parts, size = [], 0
-        stream: AsyncIterator[bytes] = request.stream()
-        async for part in stream:
-            size += len(part)
-            if size > most:
-                raise Refused(413, sentence)
-            parts.append(part)
-        return b"".join(parts)
+        out = bytearray()
+        try:
+            async with asyncio.timeout(self.limits.timeout_s):
+                async for part in request.stream():
+                    if len(out) + len(part) > most:
+                        raise Refused(413, sentence)
+                    out += part
+        except TimeoutError:
+            raise Refused(408, f"the body took longer than {self.limits.timeout_s:g} s: send it again") from None
+        request.state.body_is_read = True
+        return bytes(out)
 
-    async def _compute(self, function, *arguments):
-        """In a thread, so that others are answered meanwhile."""
+    async def _compute(self, worker: Here | Worker, what: str, *arguments):
+        """In a worker, so that others are answered meanwhile."""
         if self.limits.waiting is not None and self.waiting >= self.limits.waiting:
             raise Refused(503, "too many requests are waiting: try again in a moment", 1)
         if self._limiter is None:
-            self._limiter = anyio.CapacityLimiter(self.threads)
+            self._limiter = anyio.CapacityLimiter(len(self.workers))
         self.waiting += 1
         try:
-            return await anyio.to_thread.run_sync(lambda: function(*arguments), limiter=self._limiter)
+            call = functools.partial(worker.call, what, *arguments, timeout_s=self.limits.timeout_s)
+            return await anyio.to_thread.run_sync(call, limiter=self._limiter)
+        except SessionGone as error:
+            raise Refused(410, _ENDED) from error
+        except WorkerDied as error:
+            for token in [token for token, entry in self.open.items() if entry.worker is worker]:
+                await self._end(token)
+            raise Refused(
+                503, f"the computation failed ({error}), and its sessions with it: open another one"
+            ) from error
         finally:
             self.waiting -= 1
 
-    def _session(self, token: str) -> _Open:
-        self._expire()
+    async def _session(self, token: str) -> _Open:
+        await self._expire()
+        if token in self.ended:
+            raise Refused(410, _ENDED)
         if token not in self.open:
-            raise Refused(404, "this session is unknown, was closed or has expired: open a new one")
+            raise Refused(404, "this session is unknown: open a new one")
         self.open.move_to_end(token)
+        self.open[token].used = time.monotonic()
         return self.open[token]
 
-    def _expire(self) -> None:
-        if self.limits.session_s is not None:
-            latest = time.monotonic() - self.limits.session_s
-            for token in [token for token, entry in self.open.items() if entry.used < latest]:
-                del self.open[token]
+    async def _expire(self, room: int = 0) -> None:
+        """End sessions that are too old, and the oldest beyond those allowed, less ``room``."""
+        latest = time.monotonic() - (self.limits.session_s or math.inf)
+        most = math.inf if self.limits.sessions is None else max(0, self.limits.sessions - room)
+        while self.open and (next(iter(self.open.values())).used < latest or len(self.open) > most):
+            await self._end(next(iter(self.open)))
+
+    async def _end(self, token: str) -> None:
+        entry = self.open.pop(token, None)
+        if entry is None:  # somebody else was faster
+            return
+        self.ended[token] = None
+        if len(self.ended) > self._REMEMBERED:
+            self.ended.popitem(last=False)
+        with contextlib.suppress(WorkerDied):
+            await anyio.to_thread.run_sync(entry.worker.call, "close", token)
 
     async def health(self, request: Request) -> Response:
         return JSONResponse(
@@ -245,47 +307,44 @@ class Service:
 
     async def models(self, request: Request) -> Response:
         return JSONResponse(
-            {name: card.describe() | {"packing": self.servers[name].describe()} for name, card in self.cards.items()}
+            {name: card.describe() | {"packing": spec_of(self.packings[name])} for name, card in self.cards.items()}
         )
 
     async def open_session(self, request: Request) -> Response:
         name = request.path_params["model"]
-        if name not in self.servers:
-            raise Refused(404, f"there is no model {name!r}: /models lists {', '.join(self.servers)}")
+        if name not in self.packings:
+            raise Refused(404, f"there is no model {name!r}: /models lists {', '.join(self.packings)}")
         self._opened.check(request.client.host if request.client else "")
-        server = self.servers[name]
-        body = await self._body(request, most_key_bytes(server.packing))
-        session = await self._compute(server.open, body)
-        self._expire()
-        while self.limits.sessions is not None and len(self.open) >= self.limits.sessions:
-            self.open.popitem(last=False)
-        token = secrets.token_urlsafe(32)
-        self.open[token] = _Open(name, session)
+        body = await self._body(request, most_key_bytes(self.packings[name]))
+        token, held = secrets.token_urlsafe(32), collections.Counter(id(entry.worker) for entry in self.open.values())
+        worker = min(self.workers, key=lambda worker: held[id(worker)])
+        await self._compute(worker, "open", name, token, body)
+        await self._expire(room=1)
+        self.open[token] = _Open(name, worker, time.monotonic())
         return JSONResponse({"session": token}, 201)
 
     async def diagnose(self, request: Request) -> Response:
         token = request.path_params["token"]
-        entry = self._session(token)
+        entry = await self._session(token)
         if self.limits.queries is not None and entry.queries >= self.limits.queries:
             raise Refused(429, f"this session had its {self.limits.queries} films: open another one", 60)
         self._asked.check(token)
-        body = await self._body(request, most_upload_bytes(self.servers[entry.model].packing))
-        uploads = split(body)
+        uploads = split(await self._body(request, most_upload_bytes(self.packings[entry.model])))
         entry.queries += 1
-        entry.used = time.monotonic()
-        replies = await self._compute(entry.session.diagnose, uploads)
+        replies = await self._compute(entry.worker, "diagnose", token, uploads)
         self.queries += 1
         return Response(join(replies), media_type="application/octet-stream")
 
     async def close_session(self, request: Request) -> Response:
-        self._session(request.path_params["token"])
-        del self.open[request.path_params["token"]]
+        token = request.path_params["token"]
+        await self._session(token)
+        await self._end(token)
         return Response(status_code=204)
 
 
 def serve(
     cards: dict[str, ModelCard], host: str = "127.0.0.1", port: int = 8000, *, limits: Limits | None = None,
-    certfile: str | None = None, keyfile: str | None = None, threads: int = 1,
+    certfile: str | None = None, keyfile: str | None = None, workers: int = 1,
 ) -> None:  # fmt: skip
     """Run the service until it is stopped.
 
@@ -298,7 +357,7 @@ def serve(
 
     if (certfile is None) != (keyfile is None):
         raise UserError("TLS needs both --certfile and --keyfile")
-    service = Service(cards, limits, threads)
+    service = Service(cards, limits, workers)
     uvicorn.run(
         service.app, host=host, port=port, ssl_certfile=certfile, ssl_keyfile=keyfile, log_level="warning",
         timeout_keep_alive=30, limit_concurrency=256, server_header=False,

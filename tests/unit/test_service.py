@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
+import os
+import signal
 import socket
 import threading
 import time
@@ -24,6 +25,7 @@ from primia_lite.encrypted.packing import CNNPacking, LinearPacking, packing_fro
 from primia_lite.encrypted.remote import RemoteServer, ServiceError
 from primia_lite.encrypted.seal import CiphertextError
 from primia_lite.encrypted.service import NO_LIMITS, Limits, Service, join, most_key_bytes, most_upload_bytes, split
+from primia_lite.encrypted.workers import Keeper, SessionGone, Worker
 
 NAMES = ("normal", "bacterial", "viral")
 FEATURES = 8
@@ -170,8 +172,9 @@ def test_sessions_are_separate_and_end(card):
         assert np.abs(mixed - right).max() > 1
         assert web.delete(f"/sessions/{token}").status_code == 204
         replayed = web.post(f"/sessions/{token}/diagnose", content=body)
-        assert replayed.status_code == 404 and "open a new one" in replayed.json()["error"]
-        assert web.delete(f"/sessions/{token}").status_code == 404
+        assert replayed.status_code == 410 and "open a new one" in replayed.json()["error"]
+        assert web.delete(f"/sessions/{token}").status_code == 410
+        assert web.delete("/sessions/none").status_code == 404
 
 
 def test_limits(card):
@@ -183,12 +186,12 @@ def test_limits(card):
         assert [ask().status_code for _ in range(3)] == [200, 200, 429]
         opened(web)
         opened(web)  # the first is closed for it
-        assert ask().status_code == 404 and web.get("/health").json()["sessions"] == 2
+        assert ask().status_code == 410 and web.get("/health").json()["sessions"] == 2
         _, last = opened(web)
         refused = web.post("/models/head/sessions", content=client.public())
         assert refused.status_code == 429 and int(refused.headers["Retry-After"]) >= 1
         time.sleep(0.5)
-        assert web.delete(f"/sessions/{last}").status_code == 404  # expired
+        assert web.delete(f"/sessions/{last}").status_code == 410  # expired
 
 
 def test_queries_in_a_minute_are_limited(card):
@@ -231,19 +234,121 @@ def test_large_bodies_are_cut_early(card):
             sent += 1 << 20
             yield bytes(1 << 20)
 
-    with serve.running({"head": card}, limits=False) as (url, _), httpx.Client(base_url=url, timeout=20) as web:
+    with serve.running({"head": card}, limits=False) as (url, process), httpx.Client(base_url=url, timeout=20) as web:
+        before = psutil.Process(process.pid).memory_info().rss
         client = Client(packing_from(web.get("/models").json()["head"]["packing"]))
         token = web.post("/models/head/sessions", content=client.public()).json()["session"]
         for path in (f"/sessions/{token}/diagnose", "/models/head/sessions"):
             declared = web.post(path, content=bytes(5 << 20))
             assert declared.status_code == 413 and "larger than" in declared.json()["error"]
             sent = 0
-            with contextlib.suppress(httpx.TransportError):  # the connection is closed while we still write
-                assert web.post(path, content=endless()).status_code == 413
+            assert web.post(path, content=endless()).status_code == 413
             assert sent < 60 << 20
+        assert psutil.Process(process.pid).memory_info().rss - before < 16 << 20
         assert web.get("/health").json()["status"] == "ok"
         good = web.post(f"/sessions/{token}/diagnose", content=join(client.encrypt(film())))
         assert good.status_code == 200
+
+
+def test_slow_and_broken_bodies_cost_nobody_else(card):
+    with serve.running({"head": card}, limits=False) as (url, _):
+        port = int(url.rsplit(":", 1)[1])
+        request = b"POST /models/head/sessions HTTP/1.1\r\nHost: x\r\nContent-Length: 5000\r\n\r\nabc"
+        lines = [socket.create_connection(("127.0.0.1", port)) for _ in range(20)]
+        for line in lines:
+            line.sendall(request)
+        lines.pop().close()  # a client that leaves
+        with socket.create_connection(("127.0.0.1", port)) as line:
+            line.sendall(b"\x00\xff\r\n\r\n")
+            assert b"400" in line.recv(100)
+        with RemoteServer(url, decimals=6) as server:
+            assert np.isfinite(server.diagnose(film())).all()
+        for line in lines:
+            line.close()
+
+
+def test_a_body_has_so_long_to_come(card):
+    import asyncio
+
+    service, sent = Service({"head": card}, Limits(timeout_s=0.2)), []
+
+    async def ask():
+        messages = iter([{"type": "http.request", "body": b"abc", "more_body": True}])
+
+        async def receive():
+            for message in messages:
+                return message
+            await asyncio.sleep(60)
+
+        async def send(message):
+            sent.append(message)
+
+        scope = {"type": "http", "method": "POST", "path": "/models/head/sessions", "headers": [], "query_string": b"",
+                 "root_path": "", "client": ("here", 1), "http_version": "1.1", "scheme": "http"}  # fmt: skip
+        await service.app(scope, receive, send)
+
+    asyncio.run(ask())
+    assert sent[0]["status"] == 408 and b"send it again" in sent[1]["body"]
+
+
+# --- workers ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_or_hangs_costs_its_sessions_only(card):
+    service = Service({"head": card}, Limits(timeout_s=1.0), workers=2)
+    with TestClient(service.app) as web:
+        first, second = (RemoteServer("http://testserver", decimals=6, transport=web._transport) for _ in range(2))
+        right = first.diagnose(film())
+        np.testing.assert_allclose(second.diagnose(film()), right, atol=1e-5)
+        (one, _), kept = service.workers, second._token
+        assert [entry.worker is one for entry in service.open.values()] == [True, False]
+        for harm in (signal.SIGKILL, signal.SIGSTOP):
+            pid = one.pid
+            os.kill(pid, harm)
+            np.testing.assert_allclose(first.diagnose(film()), right, atol=1e-5)  # in a new session
+            assert one.pid != pid
+            np.testing.assert_allclose(second.diagnose(film()), right, atol=1e-5)
+            assert second._token == kept
+    assert not any(worker._process.is_alive() for worker in service.workers)
+
+
+def test_masks_are_made_in_idle_time(card):
+    worker = Worker({"head": card})
+    try:
+        client = Client(LinearPacking(FEATURES, 3), decimals=6)
+        worker.call("open", "head", "token", client.public())
+        plain = card.network()(torch.tensor(film()).float()[None])[0].detach().numpy()
+        for _ in range(5):
+            replies = worker.call("diagnose", "token", client.encrypt(film()))
+            np.testing.assert_allclose(client.decrypt(replies), plain, atol=1e-5)
+        with pytest.raises(CiphertextError, match="0 ciphertexts came"):
+            worker.call("diagnose", "token", [])
+        worker.call("close", "token")
+        with pytest.raises(SessionGone):
+            worker.call("diagnose", "token", client.encrypt(film()))
+    finally:
+        worker.stop()
+    keeper = Keeper({"head": card})
+    for token in "ab":
+        keeper.open("head", token, client.public())
+    while keeper.prepare():
+        pass
+    assert [session.prepared for session in keeper.sessions.values()] == [2, 2]
+
+
+@pytest.mark.slow
+def test_many_hospitals_at_once(card):
+    with serve.running({"head": card}, limits=False) as (url, process):
+        serve.load_test(url, requests=100)  # what memory the first requests take stays taken
+        found = serve.load_test(url, requests=800, pid=process.pid)
+        assert found["errors"] == [] and len(found["ms"]) == 800
+        weights = card.state["weight"].numpy()
+        np.testing.assert_allclose(found["logits"], found["films"] @ weights.T, atol=1e-3)
+        assert found["rss_mib"][-1] - found["rss_mib"][0] < 8
+        assert httpx.get(f"{url}/health").json()["sessions"] == 0
+        with pytest.raises(UserError, match="without TLS"):
+            serve.load_test("https://here")
 
 
 def test_bounds_on_bodies_hold_what_clients_send():

@@ -1,0 +1,153 @@
+"""Where a service computes: a keeper of models and sessions, in this process or in one of its own.
+
+In one of its own it may be killed: SEAL is C++ that gets strangers' bytes, and holds the interpreter's lock. A worker
+that dies or hangs costs its sessions, not the service; and while it waits, it makes masks for the next films.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+import signal
+import threading
+from collections import OrderedDict
+
+from primia_lite.config import UserError
+from primia_lite.encrypted.card import ModelCard
+from primia_lite.encrypted.ckks import Server, Session
+
+# Of each session, made in idle time; for the sessions that were used last.
+_MASKS, _SESSIONS = 2, 16
+_START_S = 120.0
+
+
+class WorkerDied(Exception):
+    """A worker ended, or was stopped because it took too long; its sessions are gone, and another one is there."""
+
+
+class SessionGone(Exception):
+    """Of this token there is no session: it was closed, or its worker died."""
+
+
+class Keeper:
+    """Models and clients' sessions, by token."""
+
+    def __init__(self, cards: dict[str, ModelCard]):
+        self.servers = {
+            name: Server(card.network(), tuple(card.in_shape), keep_costs=False) for name, card in cards.items()
+        }
+        self.sessions: OrderedDict[str, Session] = OrderedDict()
+
+    def open(self, name: str, token: str, public: bytes) -> None:
+        self.sessions[token] = self.servers[name].open(public)
+
+    def diagnose(self, token: str, uploads: list[bytes]) -> list[bytes]:
+        if token not in self.sessions:
+            raise SessionGone(token)
+        self.sessions.move_to_end(token)
+        return self.sessions[token].diagnose(uploads)
+
+    def close(self, token: str) -> None:
+        self.sessions.pop(token, None)
+
+    def prepare(self) -> bool:
+        """Make the masks of one film for a session that was used lately; False if all have theirs."""
+        for session, _ in zip(reversed(self.sessions.values()), range(_SESSIONS), strict=False):
+            if session.prepared < _MASKS:
+                session.prepare()
+                return True
+        return False
+
+
+class Here:
+    """A keeper in this process, behind the interface of :class:`Worker`. One call at a time."""
+
+    def __init__(self, cards: dict[str, ModelCard]):
+        self.keeper, self._lock = Keeper(cards), threading.Lock()
+
+    def call(self, what: str, *arguments, timeout_s: float | None = None):
+        with self._lock:
+            return getattr(self.keeper, what)(*arguments)
+
+    def stop(self) -> None:
+        pass
+
+
+class Worker:
+    """A keeper in a process of its own. One call at a time.
+
+    Raises
+    ------
+    UserError
+        It doesn't start.
+    """
+
+    def __init__(self, cards: dict[str, ModelCard]):
+        self._cards, self._lock = pickle.dumps(cards), threading.Lock()
+        self._start()
+
+    def _start(self) -> None:
+        # A fresh process on every system: a fork would copy this one's threads and locks.
+        context = multiprocessing.get_context("spawn")
+        self._line, theirs = context.Pipe()
+        self._process = context.Process(target=_work, args=(theirs, self._cards), daemon=True)
+        self._process.start()
+        theirs.close()
+        try:
+            ready = self._line.poll(_START_S) and self._line.recv()
+        except EOFError:
+            ready = False
+        if not ready:
+            self.stop()
+            raise UserError("the service's worker process didn't start: see what it printed above")
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def call(self, what: str, *arguments, timeout_s: float | None = None):
+        """A method of :class:`Keeper`, there.
+
+        Raises
+        ------
+        WorkerDied
+            No answer in ``timeout_s`` seconds, or never.
+        """
+        with self._lock:
+            try:
+                self._line.send((what, arguments))
+                if not self._line.poll(timeout_s):
+                    raise TimeoutError(f"{what} took more than {timeout_s:g} s")
+                fine, result = self._line.recv()
+            except (OSError, EOFError) as error:  # TimeoutError is an OSError
+                self.stop()
+                self._start()
+                raise WorkerDied(str(error) or "the worker process ended") from error
+        if fine:
+            return result
+        raise result
+
+    def stop(self) -> None:
+        self._line.close()
+        self._process.kill()
+        self._process.join()
+
+
+def _work(line, cards: bytes) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the service is told, and stops its workers
+    keeper = Keeper(pickle.loads(cards))
+    line.send(True)
+    idle = True
+    while True:
+        while idle and not line.poll():
+            idle = keeper.prepare()
+        try:
+            what, arguments = line.recv()
+        except EOFError:
+            return
+        try:
+            answer = True, getattr(keeper, what)(*arguments)
+        except Exception as error:  # for the one who asked, and nobody else
+            answer = False, error
+        line.send(answer)
+        idle = True
