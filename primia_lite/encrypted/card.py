@@ -27,6 +27,7 @@ class ModelCard:
     in_shape : of one film as the trained part takes it
     state : weights
     trained_on : one line on data, privacy and seed, shown to users
+    flooded : served with room for noise on shared logits, see :mod:`~primia_lite.encrypted.flooding`; a linear head
     """
 
     model: str
@@ -36,8 +37,9 @@ class ModelCard:
     in_shape: tuple[int, ...]
     state: dict = field(repr=False)
     trained_on: str = ""
+    flooded: bool = False
 
-    _PUBLIC = ("model", "class_names", "image_size", "in_shape", "trained_on")
+    _PUBLIC = ("model", "class_names", "image_size", "in_shape", "trained_on", "flooded")
 
     def network(self) -> torch.nn.Module:
         network = models.build(self.model, len(self.class_names), tuple(self.in_shape), **self.options)

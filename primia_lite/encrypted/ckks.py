@@ -6,8 +6,10 @@ curious server that is never told a decryption (Li and Micciancio, EUROCRYPT 202
 
 from __future__ import annotations
 
+import collections
 import json
 import struct
+import threading
 import time
 from dataclasses import dataclass, replace
 
@@ -25,6 +27,7 @@ from primia_lite.encrypted.packing import LinearPacking, Packing, packing_from, 
 from primia_lite.encrypted.seal import CiphertextError, Context
 
 _MAGIC = b"PLCK0001"
+_COSTS = 10_000
 # Of a client's public material; Galois keys of a network with a hidden layer are most of it.
 MAX_PUBLIC_BYTES = 256 << 20
 
@@ -64,20 +67,27 @@ class Plan:
         )
 
 
-def plan(model: nn.Module, in_shape: tuple[int, ...], batch_size: int = 1) -> Plan:
+def plan(model: nn.Module, in_shape: tuple[int, ...], batch_size: int = 1, flooded: bool = False) -> Plan:
     """The packing for one film at a time, or for many at once.
 
     Parameters
     ----------
     in_shape : of one film as the model takes it, [D] features or [1, H, W] pixels
     batch_size : films that come together
+    flooded : with room for the client's flooding, see :class:`Client`; a linear head only, one film at a time
 
     Raises
     ------
     UserError
-        A network that can't be run under encryption here.
+        A network that can't be run under encryption here, or not so.
     """
     packing = packing_for(model, in_shape)
+    if flooded:
+        if batch_size > 1 or not isinstance(packing, LinearPacking):
+            raise UserError(
+                "flooding takes a linear head, one film at a time: noise after a square has no useful bound"
+            )
+        packing = replace(packing, flooded=True)
     if batch_size > 1:
         return Plan(*batch_packing(packing, batch_size))
     reason = {
@@ -101,7 +111,7 @@ class Client:
 
     Attributes
     ----------
-    costs : a list of Cost, a row for each step
+    costs : rows of Cost, one for each of the last 10,000 steps
     flooding_std : of the noise, in logits; 0 without
     queries_left : decryptions that the flooding still covers
 
@@ -112,10 +122,11 @@ class Client:
     """
 
     def __init__(self, packing: Packing, decimals: int = 3, flooding: Flooding | None = None):
-        self.packing, self.decimals, self.costs = packing, decimals, []
+        self.packing, self.decimals = packing, decimals
+        self.costs: collections.deque[Cost] = collections.deque(maxlen=_COSTS)
         started = time.perf_counter()
         self.context = Context(packing.parameters)
-        self.flooding, self.flooding_std, self.queries_left = flooding, 0.0, None
+        self.flooding, self.flooding_std, self.queries_left, self._lock = flooding, 0.0, None, threading.Lock()
         if flooding is not None:
             if not (isinstance(packing, LinearPacking) and packing.flooded):
                 raise UserError(
@@ -210,9 +221,12 @@ class Client:
             integers = self.context.integers(reply, scale=scale, level=level)
             out += self._key.coefficients(integers, keep, level)
         if self.flooding is not None:
-            if not self.queries_left:
-                raise UserError(f"{self.flooding.queries} decryptions are what the flooding covers: make a new Client")
-            self.queries_left -= 1
+            with self._lock:
+                if not self.queries_left:
+                    raise UserError(
+                        f"{self.flooding.queries} decryptions are what the flooding covers: make a new Client"
+                    )
+                self.queries_left -= 1
             out = [a + b for a, b in zip(out, rounded_gaussian(len(out), self._flood), strict=True)]
         self._note("decrypt", started, 0, level)
         return np.round(np.array(out, dtype=np.float64) / scale, self.decimals)
@@ -297,7 +311,7 @@ class Server:
     model : the trained part, see :func:`plan`
     in_shape : of one film as it takes it
     batch_size : films that come together, see :func:`plan`
-    flooded : with room for the client's flooding, see :class:`Client`; a linear head only
+    flooded : with room for the client's flooding, see :class:`Client`
     """
 
     def __init__(
@@ -308,22 +322,17 @@ class Server:
         flooded: bool = False,
         batch_size: int = 1,
     ):
-        self.packing = plan(model, in_shape, batch_size).packing
-        if flooded:
-            if not isinstance(self.packing, LinearPacking):
-                raise UserError("flooding takes a linear head: noise after a square has no bound that would be of use")
-            self.packing = replace(self.packing, flooded=True)
+        self.packing = plan(model, in_shape, batch_size, flooded).packing
         self.context = Context(self.packing.parameters)
-        self.costs: list[Cost] | None = [] if keep_costs else None
+        self.costs: collections.deque[Cost] = collections.deque(maxlen=_COSTS if keep_costs else 0)
         started = time.perf_counter()
         compiler = compile_batch if self.packing.in_slots else compile_model
         self.kernel = compiler(model, self.packing, self.context)
         self._note("compile", started)
 
     def _note(self, step: str, started: float, size: int = 0, level: int = 0) -> None:
-        if self.costs is not None:
-            left = max(0, self.packing.parameters.levels - level)
-            self.costs.append(Cost(step, "server", time.perf_counter() - started, size / 1024, left))
+        left = max(0, self.packing.parameters.levels - level)
+        self.costs.append(Cost(step, "server", time.perf_counter() - started, size / 1024, left))
 
     def describe(self) -> dict:
         """What a client needs to know, for JSON."""

@@ -12,6 +12,7 @@ import numpy as np
 from primia_lite.config import UserError
 from primia_lite.encrypted.card import prepare_film
 from primia_lite.encrypted.ckks import Client
+from primia_lite.encrypted.flooding import Flooding
 from primia_lite.encrypted.packing import packing_from
 from primia_lite.encrypted.service import join, split
 
@@ -35,17 +36,21 @@ class RemoteServer:
     model : its name there; may be left out where there is one
     ca_file : certificate to trust for https; the system's if left out
     timeout_s, retries : of one request; waits grow from 0.2 s, doubling, or are what the service asks for
+    decimals, flooding : see :class:`~primia_lite.encrypted.ckks.Client`
     transport : of httpx, for tests
 
     Raises
     ------
     ServiceError
         Not reachable, or no such model.
+    UserError
+        Flooding for a model that is served without room for it.
     """
 
     def __init__(
         self, url: str, model: str | None = None, *, ca_file: str | None = None, timeout_s: float = 60.0,
-        retries: int = 4, decimals: int = 3, transport: httpx.BaseTransport | None = None,
+        retries: int = 4, decimals: int = 3, flooding: Flooding | None = None,
+        transport: httpx.BaseTransport | None = None,
     ):  # fmt: skip
         import ssl
 
@@ -58,7 +63,7 @@ class RemoteServer:
         if model not in offered:
             raise ServiceError(f"the service has no model {model!r}: choose one of {', '.join(offered)}", 404)
         self.name, self.description = model, offered[model]
-        self.client = Client(packing_from(self.description["packing"]), decimals)
+        self.client = Client(packing_from(self.description["packing"]), decimals, flooding)
         self._token: str | None = None
 
     def __enter__(self) -> RemoteServer:

@@ -184,7 +184,10 @@ class Service:
     def __init__(self, cards: dict[str, ModelCard], limits: Limits | None = None, workers: int = 0):
         self.limits = limits or Limits()
         self.cards = cards
-        self.packings = {name: plan(card.network(), tuple(card.in_shape)).packing for name, card in cards.items()}
+        self.packings = {
+            name: plan(card.network(), tuple(card.in_shape), flooded=card.flooded).packing
+            for name, card in cards.items()
+        }
         self.workers = [Worker(cards) for _ in range(workers)] or [Here(cards)]
         # By last use; those that ended, so that their clients are told that, and not that they never were.
         self.open: collections.OrderedDict[str, _Open] = collections.OrderedDict()

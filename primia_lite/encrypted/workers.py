@@ -34,7 +34,8 @@ class Keeper:
 
     def __init__(self, cards: dict[str, ModelCard]):
         self.servers = {
-            name: Server(card.network(), tuple(card.in_shape), keep_costs=False) for name, card in cards.items()
+            name: Server(card.network(), tuple(card.in_shape), keep_costs=False, flooded=card.flooded)
+            for name, card in cards.items()
         }
         self.sessions: OrderedDict[str, Session] = OrderedDict()
 

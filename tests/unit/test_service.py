@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import socket
@@ -21,6 +22,7 @@ from primia_lite.config import UserError
 from primia_lite.data import load
 from primia_lite.encrypted.card import ModelCard, prepare_film
 from primia_lite.encrypted.ckks import Client
+from primia_lite.encrypted.flooding import Flooding
 from primia_lite.encrypted.packing import CNNPacking, LinearPacking, packing_from
 from primia_lite.encrypted.remote import RemoteServer, ServiceError
 from primia_lite.encrypted.seal import CiphertextError
@@ -146,6 +148,23 @@ def test_a_card_comes_back(deep, tmp_path):
     assert again.describe() == deep.describe() and "state" not in deep.describe()
     x = torch.randn(1, 1, 32, 32)
     torch.testing.assert_close(again.network()(x), deep.network()(x))
+
+
+def test_shared_logits_can_be_flooded_where_the_model_has_room(card, deep):
+    flooded = dataclasses.replace(card, flooded=True)
+    with app({"plain": card, "flooded": flooded}) as web:
+        connect = lambda name: RemoteServer(  # noqa: E731
+            "http://testserver", name, decimals=6, flooding=Flooding(queries=100), transport=web._transport
+        )
+        with pytest.raises(UserError, match="no room for flooding"):
+            connect("plain")
+        server = connect("flooded")
+        plain = card.network()(torch.tensor(film()).float()[None])[0].detach().numpy()
+        logits = np.array([server.diagnose(film()) for _ in range(30)])
+        assert server.client.queries_left == 70
+        assert 0.6 < (logits - plain).std() / server.client.flooding_std < 1.6
+    with pytest.raises(UserError, match="flooding takes a linear head"):
+        Service({"net": dataclasses.replace(deep, flooded=True)})
 
 
 # --- sessions and limits ----------------------------------------------------------------------------------------------
