@@ -444,7 +444,8 @@ def batch_duel(features: int, rounds: int) -> dict[str, Scores]:
     weights = row.model.weight.detach().double().numpy().T
     plain_weights = tenseal.plain_tensor(weights.ravel().tolist(), list(weights.shape))
     for number in range(rounds):
-        films = np.random.default_rng(number).normal(size=(4096, features)) / np.sqrt(features)
+        films = np.random.default_rng(number).normal(size=(4096, features))
+        films /= np.linalg.norm(films, axis=1, keepdims=True)
         plain = films @ weights
         scores["ours"].take(_per_film(ours(films[:2048]), 2048), plain[:2048], number)
         values = tenseal.plain_tensor(films.ravel().tolist(), [4096, 1, features])
