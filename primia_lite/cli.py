@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--port", type=int, default=8000)
     serve.add_argument("--certfile", metavar="PEM", help="TLS certificate")
     serve.add_argument("--keyfile", metavar="PEM", help="TLS key")
-    serve.add_argument("--workers", type=int, default=1, help="processes that compute (default 1)")
+    serve.add_argument("--workers", type=int, help="processes that compute (default: one for each core, at most 4)")
     serve.add_argument("--no-limits", action="store_true", help="no limits on sessions and queries, for benchmarks")
     serve.set_defaults(call=_serve)
 

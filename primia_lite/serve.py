@@ -17,11 +17,12 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from primia_lite.config import UserError
+from primia_lite.runtime import cores
 
 
 def serve(
     models: Sequence[str], *, demo: bool = False, host: str = "127.0.0.1", port: int = 8000,
-    certfile: str | None = None, keyfile: str | None = None, limits: bool = True, workers: int = 1,
+    certfile: str | None = None, keyfile: str | None = None, limits: bool = True, workers: int | None = None,
 ) -> int:  # fmt: skip
     """Offer models until stopped.
 
@@ -29,11 +30,12 @@ def serve(
     ----------
     models : files saved by :meth:`~primia_lite.encrypted.card.ModelCard.save`, with a name before it (``NAME=FILE``)
         or named as its file
-    workers : processes that compute
+    workers : processes that compute; by default one for each core, at most 4
     """
     from primia_lite.encrypted import service
     from primia_lite.encrypted.card import ModelCard
 
+    workers = min(4, cores()) if workers is None else workers
     if workers < 1:
         raise UserError(f"--workers is {workers}: at least one process must compute")
     _check_port(host, port)
