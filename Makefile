@@ -57,7 +57,7 @@ test-notebooks: setup
 	--nbval-lax --nbval-current-env --nbval-cell-timeout 300 -p no:cacheprovider notebooks
 
 test-browser: setup chromium
-	@$(TEST_ENV) $(BIN)/python -m pytest -m browser $(if $(filter tests,$(TESTS)),tests/browser,$(TESTS))
+	@$(TEST_ENV) $(BIN)/python -m pytest -m browser -n 2 $(if $(filter tests,$(TESTS)),tests/browser,$(TESTS))
 
 # Playwright drives the system's browser; it downloads none of its own.
 chromium:
