@@ -32,10 +32,10 @@ class LinearKernel:
     def __init__(self, packing: LinearPacking, weights: np.ndarray, context: Context):
         self.check_room(packing, weights, context)
         self.plaintexts = []
-        for start in range(0, packing.features, packing.part):
-            part = weights[:, start : start + packing.part]
-            part = np.pad(part, ((0, 0), (0, packing.part - part.shape[1])))
-            self.plaintexts.append(context.encode_coefficients(part[:, ::-1].ravel(), 2.0**packing.weight_bits))
+        for part in packing.parts:
+            rows = packing.reversed_rows(weights, part)
+            # SEAL doesn't multiply by 0, and there is nothing to add.
+            self.plaintexts.append(context.encode_coefficients(rows, 2.0**packing.weight_bits) if rows.any() else None)
         self.context = context
 
     @staticmethod
@@ -52,6 +52,8 @@ class LinearKernel:
     def __call__(self, inputs: list[sealapi.Ciphertext], keys: EvaluationKeys) -> list[sealapi.Ciphertext]:
         evaluator, total = self.context.evaluator, None
         for ciphertext, plaintext in zip(inputs, self.plaintexts, strict=True):
+            if plaintext is None:
+                continue
             evaluator.multiply_plain_inplace(ciphertext, plaintext)
             if total is None:
                 total = ciphertext

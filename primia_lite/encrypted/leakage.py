@@ -15,6 +15,7 @@ from primia_lite.encrypted.flooding import flooding_std, rounded_gaussian
 from primia_lite.encrypted.seal import Context, dump
 
 SHARED = ("whole", "logits", "flooded")
+SENT, ATTACKS = ("bare", "re-randomised", "sealed"), ("ratio", "division")
 
 
 def recover_key(weights: np.ndarray, film: np.ndarray, shared: str, statistical_bits: float = 30) -> float:
@@ -28,65 +29,105 @@ def recover_key(weights: np.ndarray, film: np.ndarray, shared: str, statistical_
 
     Parameters
     ----------
-    weights, film : of a linear head [classes, features] in one upload, features [features]
+    weights, film : of a linear head [classes, features]; features [features] of norm 1
     """
     if shared not in SHARED:
         raise UserError(f"shared is {shared!r}: choose one of {', '.join(SHARED)}")
-    client, server, upload = _parties(weights, film)
-    context = server.context
-    received = context.receive(upload, scale=server.packing.fresh_scale)
-    (product,) = server.kernel([received], None)
-    scale, keep = product.scale, server.packing.keep[0]
+    client, server = _parties(weights)
+    context, packing, uploads = server.context, server.packing, client.encrypt(film)
+    (product,) = server.kernel([context.receive(data, scale=packing.fresh_scale) for data in uploads], None)
+    scale = product.scale
     if shared == "logits":
         # The product as the server computes it in the clear, the hospital's rounded logits in their places.
-        rows = np.pad(weights, ((0, 0), (0, server.packing.part - weights.shape[1])))[:, ::-1].ravel()
-        coefficients = context.coefficients_of(
-            context.slots_of(_padded(film, context)) * context.slots_of(_padded(rows, context))
+        slots = sum(
+            context.slots_of(_padded(film[part], context))
+            * context.slots_of(_padded(packing.reversed_rows(weights, part), context))
+            for part in packing.parts
         )
-        reply = server.open(client.public()).diagnose([upload])
-        coefficients[keep] = client.decrypt(reply)
+        coefficients = context.coefficients_of(slots)
+        coefficients[packing.keep[0]] = client.decrypt(server.open(client.public()).diagnose(uploads))
     else:
         plaintext = sealapi.Plaintext()
         sealapi.Decryptor(context.seal, client._key._key).decrypt(product, plaintext)
         coefficients = context.coefficients_of(np.array(context.encoder.decode_complex(plaintext)))
     if shared == "flooded":
         # All coefficients are shared, so the bound is on the norm of the noise of all.
-        size = np.linalg.norm(weights) * 2.0**server.packing.weight_bits
+        size = np.linalg.norm(weights) * 2.0**packing.weight_bits
         std = flooding_std(10 * 3.24 * math.sqrt(context.n) * size, 1, statistical_bits)
         coefficients = coefficients + np.array(rounded_gaussian(context.n, std), float) / scale
     guess = key_from_decryption(context, dump(product), context.slots_of(coefficients), scale)
     return float(np.mean(guess == client._key._ternary))
 
 
-def weights_from_reply(weights: np.ndarray, film: np.ndarray, masked: bool) -> np.ndarray:
-    """A linear head's weights [classes, features] as a hospital reads them out of one reply.
+def weights_from_replies(weights: np.ndarray, films: np.ndarray, sent: str, attack: str) -> np.ndarray:
+    """A linear head's weights [classes, features] as a hospital reads them out of replies.
 
     Parameters
     ----------
-    weights, film : as of :func:`recover_key`
-    masked : the reply as the server sends it, or the bare product
+    weights : of a linear head [classes, features]
+    films : [n, features] of norm 1; at least as many as a film has uploads. Each gives one equation
+    sent : ``bare`` products, ``re-randomised`` ones, or ``sealed`` replies as the server sends them, masked as well
+    attack
+        ``ratio``: the second polynomial of a reply over that of the upload, exact. ``division``: the whole reply is
+        decrypted, and divided by the films' polynomials, up to noise; more films lower it.
+
+    Raises
+    ------
+    UserError
+        Fewer films than uploads, or another word.
     """
-    client, server, upload = _parties(weights, film)
-    context, packing = server.context, server.packing
-    if masked:
-        (reply,) = server.open(client.public()).diagnose([upload])
-        product = context.load(reply, sealapi.Ciphertext)
-        context.evaluator.transform_to_ntt_inplace(product)
+    if sent not in SENT or attack not in ATTACKS:
+        raise UserError(f"choose what is sent from {', '.join(SENT)}, and an attack from {', '.join(ATTACKS)}")
+    client, server = _parties(weights)
+    context, packing, session = server.context, server.packing, server.open(client.public())
+    if len(films) < packing.uploads:
+        raise UserError(f"a film has {packing.uploads} uploads here, so that many films are needed: give more of them")
+    uploads, replies = [], []
+    for film in films:
+        data = client.encrypt(film)
+        # The kernel computes in place, so what was sent is read once more.
+        uploads.append([context.receive(each, scale=packing.fresh_scale) for each in data])
+        (product,) = server.kernel([context.receive(each, scale=packing.fresh_scale) for each in data], None)
+        if sent == "sealed":
+            product = context.load(session.diagnose(data)[0], sealapi.Ciphertext)
+            context.evaluator.transform_to_ntt_inplace(product)
+        elif sent == "re-randomised":
+            zero = sealapi.Ciphertext()
+            session.encryptor.encrypt_zero(context.level_ids[0], zero)
+            zero.scale = product.scale
+            context.evaluator.add_inplace(product, zero)
+        replies.append(product)
+    if attack == "ratio":
+        few = packing.uploads
+        found = [v / 2.0**packing.weight_bits for v in multipliers(context, uploads[:few], replies[:few])]
     else:
-        (product,) = server.kernel([context.receive(upload, scale=packing.fresh_scale)], None)
-    ratio = ratio_of_replies(context, upload, product, packing.fresh_scale)
-    rows = ratio[: packing.classes * packing.part].reshape(packing.classes, packing.part)
-    return rows[:, ::-1] / 2.0**packing.weight_bits
+        found = _quotients(context, packing, client, films, replies)
+    out = np.zeros((packing.classes, packing.features))
+    for part, multiplier in zip(packing.parts, found, strict=True):
+        rows = multiplier[: packing.classes * packing.part].reshape(packing.classes, packing.part)
+        out[:, part] = rows[:, ::-1][:, : part.stop - part.start]
+    return out
 
 
-def _parties(weights: np.ndarray, film: np.ndarray) -> tuple[Client, Server, bytes]:
+def _quotients(context: Context, packing, client: Client, films: np.ndarray, replies: list) -> list[np.ndarray]:
+    """What the films' polynomials were multiplied by, [N] for each upload: least squares at each root of unity."""
+    given = np.array([[context.slots_of(_padded(film[part], context)) for part in packing.parts] for film in films])
+    decryptor, seen = sealapi.Decryptor(context.seal, client._key._key), []
+    for reply in replies:
+        plaintext = sealapi.Plaintext()
+        decryptor.decrypt(reply, plaintext)
+        seen.append(np.array(context.encoder.decode_complex(plaintext)))
+    matrix, right = given.transpose(2, 0, 1), np.array(seen).T[:, :, None]
+    adjoint = matrix.conj().transpose(0, 2, 1)
+    solved = np.linalg.solve(adjoint @ matrix, adjoint @ right)[:, :, 0]
+    return [context.coefficients_of(column) for column in solved.T]
+
+
+def _parties(weights: np.ndarray) -> tuple[Client, Server]:
     model = nn.Linear(weights.shape[1], weights.shape[0], bias=False)
     model.weight.data = torch.from_numpy(np.asarray(weights, np.float64))
     server = Server(model, (weights.shape[1],))
-    if server.packing.uploads != 1:
-        raise UserError("the attacks are shown on a head of one upload: take fewer features or classes")
-    client = Client(server.packing)
-    return client, server, client.encrypt(film)[0]
+    return Client(server.packing), server
 
 
 def _padded(values: np.ndarray, context: Context) -> np.ndarray:
@@ -112,21 +153,32 @@ def key_from_decryption(context: Context, ciphertext: bytes, slots: np.ndarray, 
     return _signed(context.inverse_ntt(np.array(key, np.uint64)), modulus)
 
 
-def ratio_of_replies(context: Context, upload: bytes, reply: sealapi.Ciphertext, scale: float) -> np.ndarray:
-    """What the second polynomial of a reply is, over that of the upload: the plaintext it was multiplied by, int64 [N],
-    if nobody re-randomised it.
+def multipliers(
+    context: Context, uploads: list[list[sealapi.Ciphertext]], replies: list[sealapi.Ciphertext]
+) -> list[np.ndarray]:
+    """The plaintexts that uploads were multiplied by, int64 [N] each, if nobody re-randomised the replies: the second
+    polynomial of a reply is the sum of those of the uploads, each times its plaintext. With as many films as uploads,
+    that is a linear system modulo the prime, one for each point of the number-theoretic transform.
 
     Parameters
     ----------
-    upload, reply : of a single prime, the reply in NTT form
-    scale : of the upload
+    uploads : [films][uploads of a film], as many films as uploads; of a single prime, in NTT form
+    replies : [films], the same
     """
     modulus, level = context.moduli[0], len(context.level_ids) - 1
-    loaded = context.receive(upload, scale=scale, level=level)
-    below = context.integers(dump(loaded), scale=scale, level=level, ntt=True)[1, 0]
-    above = context.integers(dump(reply), scale=reply.scale, level=level, ntt=True)[1, 0]
-    ratio = [int(a) * _inverse(int(b), modulus) % modulus for a, b in zip(above, below, strict=True)]
-    return _signed(context.inverse_ntt(np.array(ratio, np.uint64)), modulus)
+
+    def second(ciphertext: sealapi.Ciphertext) -> np.ndarray:
+        return context.integers(dump(ciphertext), scale=ciphertext.scale, level=level, ntt=True)[1, 0].astype(object)
+
+    rows = [[*map(second, film), second(reply)] for film, reply in zip(uploads, replies, strict=True)]
+    for pivot in range(len(rows)):  # Gauss and Jordan, at all points at once
+        inverse = np.array([_inverse(int(v), modulus) for v in rows[pivot][pivot]], object)
+        rows[pivot] = [v * inverse % modulus for v in rows[pivot]]
+        for other in range(len(rows)):
+            if other != pivot:
+                factor = rows[other][pivot]
+                rows[other] = [(v - factor * w) % modulus for v, w in zip(rows[other], rows[pivot], strict=True)]
+    return [_signed(context.inverse_ntt(row[-1].astype(np.uint64)), modulus) for row in rows]
 
 
 def _inverse(value: int, modulus: int) -> int:

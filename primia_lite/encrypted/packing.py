@@ -26,7 +26,9 @@ class LinearPacking:
 
     Features lie in coefficients 0 to d - 1, class a's weights, reversed, in those from a d on; coefficient
     a d + d - 1 of the product is their inner product. Where classes x features is more than N, features go into
-    several ciphertexts, whose products add up.
+    several ciphertexts, whose products add up. N = 2048 is the smallest with room for a result: what a larger N saves in
+    ciphertexts it loses on the reply, which is sealed whole. Measured with 1,280 features on one core, N = 2048 beside
+    4096: a reply of 32 KiB beside 64, masked in 1.6 ms beside 2.4; encrypting takes 2.3 ms beside 2.0.
 
     Attributes
     ----------
@@ -51,7 +53,7 @@ class LinearPacking:
 
     @functools.cached_property
     def parameters(self) -> Parameters:
-        return Parameters(4096, (36, 36, 37), 48, rescaled=False) if self.flooded else Parameters(4096, (54,), 26)
+        return Parameters(4096, (36, 36, 37), 48, rescaled=False) if self.flooded else Parameters(2048, (54,), 26)
 
     @property
     def weight_bits(self) -> int:
@@ -83,6 +85,11 @@ class LinearPacking:
         return math.ceil(self.features / self.uploads)
 
     @property
+    def parts(self) -> list[slice]:
+        """Features of each ciphertext."""
+        return [slice(a, min(a + self.part, self.features)) for a in range(0, self.features, self.part)]
+
+    @property
     def in_shape(self) -> tuple[int, ...]:
         return (self.features,)
 
@@ -104,8 +111,14 @@ class LinearPacking:
 
     def encode(self, context: Context, film: np.ndarray) -> list[sealapi.Plaintext]:
         check_norm(film[None], self.most_norm)
-        parts = [film[start : start + self.part] for start in range(0, self.features, self.part)]
-        return [context.encode_coefficients(part, self.fresh_scale) for part in parts]
+        return [context.encode_coefficients(film[part], self.fresh_scale) for part in self.parts]
+
+    def reversed_rows(self, weights: np.ndarray, part: slice) -> np.ndarray:
+        """Coefficients that a part's features are multiplied by: one class's weights [classes, features] after the
+        other's, each reversed."""
+        rows = np.zeros((self.classes, self.part))
+        rows[:, : part.stop - part.start] = weights[:, part]
+        return rows[:, ::-1].ravel()
 
 
 @dataclass(frozen=True)

@@ -44,9 +44,9 @@ class Limits:
     ----------
     sessions : kept at a time; opening one more closes the one that wasn't used for longest
     session_s : seconds without a query after which a session is closed
-    queries : films in a session. A linear head of d features is known after d + 1 chosen queries, in whatever
-        sessions; so this slows extraction down, and does not prevent it
-    per_minute : queries of a session in a minute, at most
+    queries : films in a session. A linear head of d features is known after d + 1 chosen queries or fewer, in whatever
+        sessions; so this and ``per_minute`` slow extraction down, and do not prevent it
+    per_minute : films from one address in a minute, over all its sessions. Behind a proxy all clients have one address
     opened_per_minute : sessions opened from one address in a minute
     timeout_s : seconds that a body may take to come, and again those that a worker may compute before it is replaced
     waiting : requests that wait for a worker; more are sent away
@@ -331,7 +331,7 @@ class Service:
         entry = await self._session(token)
         if self.limits.queries is not None and entry.queries >= self.limits.queries:
             raise Refused(429, f"this session had its {self.limits.queries} films: open another one", 60)
-        self._asked.check(token)
+        self._asked.check(request.client.host if request.client else "")
         uploads = split(await self._body(request, most_upload_bytes(self.packings[entry.model])))
         entry.queries += 1
         replies = await self._compute(entry.worker, "diagnose", token, uploads)

@@ -14,7 +14,7 @@ from torch import nn
 from primia_lite.config import UserError
 from primia_lite.encrypted.ckks import Client, Server
 from primia_lite.encrypted.flooding import Flooding, flooding_std, rounded_gaussian
-from primia_lite.encrypted.leakage import recover_key, weights_from_reply
+from primia_lite.encrypted.leakage import SENT, recover_key, weights_from_replies
 from primia_lite.encrypted.packing import CNNPacking, LinearPacking, packing_from, spec_of
 from primia_lite.encrypted.seal import Context, dump
 from primia_lite.networks import ckksnet
@@ -39,19 +39,34 @@ def test_rounded_logits_and_flooding_do_not(shared):
     assert recover_key(WEIGHTS, unit(FEATURES, 0), shared) < 0.01
 
 
-def test_weights_fall_out_of_a_bare_product_only():
-    film = unit(FEATURES, 0)
-    np.testing.assert_allclose(weights_from_reply(WEIGHTS, film, masked=False), WEIGHTS, atol=2.0**-20)
-    noise = weights_from_reply(WEIGHTS, film, masked=True)
-    assert np.median(np.abs(noise)) > 1e6
-    assert abs(np.corrcoef(noise.ravel(), WEIGHTS.ravel())[0, 1]) < 0.5
+@pytest.mark.parametrize("features", [FEATURES, 1000])  # of one upload, and of two
+@pytest.mark.parametrize(("attack", "works_on"), [("ratio", {"bare"}), ("division", {"bare", "re-randomised"})])
+def test_weights_fall_out_of_replies_that_are_not_sealed(features, attack, works_on):
+    """Each of the two defences stops one attack: re-randomising the first, the mask the second."""
+    weights = np.stack([unit(features, seed) for seed in (1, 2, 3)])
+    films = np.stack([unit(features, seed) for seed in range(4, 12)])
+    for sent in SENT:
+        found = weights_from_replies(weights, films, sent, attack)
+        if sent in works_on:
+            np.testing.assert_allclose(found, weights, atol=2.0**-20 if attack == "ratio" else 1e-4)
+        else:
+            assert np.median(np.abs(found)) > 1  # weights are 0.03 to 0.2
+            assert abs(np.corrcoef(found.ravel(), weights.ravel())[0, 1]) < 0.5
+
+
+@pytest.mark.parametrize(("shared", "found"), [("whole", 1.0), ("logits", 0.0)])
+def test_keys_of_heads_with_several_uploads(shared, found):
+    weights = np.stack([unit(1500, seed) for seed in (1, 2, 3)])
+    assert recover_key(weights, unit(1500, 0), shared) == pytest.approx(found, abs=0.01)
 
 
 def test_the_attacks_refuse_what_they_are_not_for():
     with pytest.raises(UserError, match="choose one of whole, logits, flooded"):
         recover_key(WEIGHTS, unit(FEATURES, 0), "everything")
-    with pytest.raises(UserError, match="one upload"):
-        weights_from_reply(np.ones((3, 2000)), np.zeros(2000), masked=False)
+    with pytest.raises(UserError, match="3 uploads here, so that many films"):
+        weights_from_replies(np.ones((3, 2000)) / 50, np.zeros((2, 2000)), "bare", "ratio")
+    with pytest.raises(UserError, match="choose what is sent from bare, re-randomised, sealed"):
+        weights_from_replies(WEIGHTS, unit(FEATURES, 0)[None], "naked", "ratio")
 
 
 # --- flooding ---------------------------------------------------------------------------------------------------------
