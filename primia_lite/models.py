@@ -213,6 +213,8 @@ def _extractor(kind: Callable):
 _EXTRACTOR_VERSION = {"litenet": 2, "scatternet": 2}
 # Of the whitening: enough phantoms for a covariance, its smallest directions raised to a share of the largest.
 _PUBLIC_FILMS, _PUBLIC_SEED, _FLOOR = 600, 7919, 0.003
+# For the constants of norms.
+_NORM_FILMS = 200
 BIAS_INPUT = 0.1
 
 
@@ -338,7 +340,26 @@ def build(name: str, n_classes: int, in_shape: tuple[int, ...], *, seed: int = 0
     check_options(name, options)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return spec(name).build(n_classes, tuple(in_shape), **options)
+        network = spec(name).build(n_classes, tuple(in_shape), **options)
+    if any(isinstance(layer, networks.FixedNorm) for layer in network.modules()):
+        networks.fit_norms(network, _public_pixels(in_shape[-1]))
+    return network
+
+
+@functools.lru_cache(maxsize=4)
+def _public_pixels(side: int) -> torch.Tensor:
+    """Phantom films for norms, each of mean 0 and standard deviation 1: float32 [N, 1, side, side]."""
+    images = torch.from_numpy(phantom.generate(_NORM_FILMS, int(np.clip(side, 28, 256)), _PUBLIC_SEED).images)
+    pixels = images.float()[:, None]
+    if pixels.shape[-1] != side:
+        pixels = F.interpolate(pixels, size=(side, side), mode="bilinear", align_corners=False, antialias=True)
+    return _standardised(pixels)
+
+
+def _standardised(pixels: torch.Tensor) -> torch.Tensor:
+    """Each film [..., H, W] to mean 0 and standard deviation 1; a film of one grey stays at 0."""
+    centred = pixels - pixels.mean((-2, -1), keepdim=True)
+    return centred / centred.std((-2, -1), keepdim=True).clamp(min=1e-3)
 
 
 def prepare(
@@ -347,6 +368,7 @@ def prepare(
     *,
     augmentation: tuple[str, ...] = (),
     normalisation: tuple[float, float] | None = None,
+    standardise: bool = False,
     cache: bool = True,
 ) -> Films:
     """Films in the form that a model takes.
@@ -360,14 +382,31 @@ def prepare(
     normalisation
         Mean and standard deviation of pixels in [0, 1]; the public constants if left out. Frozen networks keep the
         constants that they were trained with.
+    standardise
+        Each film by itself, to mean 0 and standard deviation 1: exposure and contrast go, and nothing of other films
+        comes in. Not for frozen networks.
+
+    Raises
+    ------
+    UserError
+        Normalisation or standardising for a frozen network, or both at once.
     """
     labels = torch.from_numpy(films.labels)
     if spec(name).extract is not None:
         if normalisation is not None:
             raise UserError(f"{name} is frozen: its normalisation belongs to its weights and can't be chosen")
+        if standardise:
+            raise UserError(f"{name} is frozen: its films can't be standardised")
         views = [features(name, films.images, cache=cache)]
         views += [features(name, changed, cache=cache) for changed in _views(films.images, augmentation)]
         return Films(torch.from_numpy(np.stack(views, 1)), labels, films.patient_id, model=name)
+    if standardise:
+        if normalisation is not None:
+            raise UserError(
+                "films that are standardised one by one take no common normalisation: choose one of the two"
+            )
+        pixels = _standardised(torch.from_numpy(np.array(films.images)).float())
+        return Films(pixels[:, None, None], labels, films.patient_id, (0.0, 1.0), model=name)
     mean, std = normalisation or (PIXEL_MEAN, PIXEL_STD)
     pixels = (torch.from_numpy(np.array(films.images)).float() / 255.0 - mean) / std
     return Films(pixels[:, None, None], labels, films.patient_id, (mean, std), model=name)

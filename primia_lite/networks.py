@@ -23,24 +23,75 @@ class Copy(nn.Module):
         return x.clone()
 
 
+class FixedNorm(nn.Module):
+    """(x - mean) / scale by constants, each feature's own: a norm that needs no statistics of private films. Under
+    encryption it is folded into the dense layer behind it.
+
+    Parameters
+    ----------
+    size : features
+    """
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("scale", torch.ones(size))
+
+    def forward(self, x):
+        return (x - self.mean) / self.scale
+
+
+def fit_norms(network: nn.Sequential, inputs: torch.Tensor) -> None:
+    """Set each :class:`FixedNorm` from public inputs [N, ...], so that its outputs there have mean 0 and a squared
+    length of 1 on average: a clipped gradient isn't spent on what all films share."""
+    with torch.no_grad():
+        for layer in network:
+            if isinstance(layer, FixedNorm):
+                layer.mean.copy_(inputs.mean(0))
+                layer.scale.copy_(inputs.std(0).clamp(min=1e-6) * inputs.shape[1] ** 0.5)
+            inputs = layer(inputs)
+
+
+def folded(network: nn.Sequential) -> nn.Sequential:
+    """The same function without :class:`FixedNorm`: each becomes part of the dense layer behind it."""
+    layers, norm = [], None
+    for layer in network:
+        if isinstance(layer, FixedNorm):
+            norm = layer
+        elif norm is not None:
+            dense = nn.Linear(layer.in_features, layer.out_features, dtype=torch.float64)
+            dense.weight.data = layer.weight.detach().double() / norm.scale.double()
+            dense.bias.data = layer.bias.detach().double() - dense.weight @ norm.mean.double()
+            layers.append(dense.to(layer.weight.dtype))
+            norm = None
+        else:
+            layers.append(layer)
+    return nn.Sequential(*layers)
+
+
 def ckksnet(n_classes: int, in_shape: tuple[int, ...], channels: int = 8, hidden: int = 64) -> nn.Module:
-    """Convolution, square, dense, square, dense: multiplicative depth 5, no norms, no pooling; with ``hidden`` 0
-    convolution, square, dense, of depth 3."""
+    """Convolution, square, norm, dense, square, norm, dense: multiplicative depth 5, no pooling; with ``hidden`` 0
+    convolution, square, norm, dense, of depth 3. The norms are constants (:class:`FixedNorm`) and cost no depth."""
     side = in_shape[-1]
     kernel = max(3, round(side / 8) + 1)
     stride = max(2, round(side / 12))
-    positions = ((side - kernel) // stride + 1) ** 2
-    layers = [nn.Conv2d(1, channels, kernel, stride), Square(), nn.Flatten()]
+    units = channels * ((side - kernel) // stride + 1) ** 2
+    convolution = nn.Conv2d(1, channels, kernel, stride)
+    # Squares of squares explode or vanish: outputs of order one keep them in between. Inputs of a norm's kind have
+    # length 1, those of the convolution size 1.
+    nn.init.kaiming_normal_(convolution.weight, nonlinearity="linear")
+    convolution.weight.data.mul_(0.5)
+    nn.init.zeros_(convolution.bias)
+    layers = [convolution, Square(), nn.Flatten(), FixedNorm(units)]
     if hidden:
-        layers += [nn.Linear(channels * positions, hidden), Square()]
-    net = nn.Sequential(*layers, nn.Linear(hidden or channels * positions, n_classes))
-    for layer in net:
-        if hasattr(layer, "weight"):
-            # Squares of squares explode or vanish: halving the gain keeps the outputs of order one.
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")
-            layer.weight.data.mul_(0.5)
-            nn.init.zeros_(layer.bias)
-    return net
+        dense = nn.Linear(units, hidden)
+        nn.init.normal_(dense.weight, std=0.5)
+        nn.init.zeros_(dense.bias)
+        layers += [dense, Square(), FixedNorm(hidden)]
+    last = nn.Linear(hidden or units, n_classes)
+    nn.init.normal_(last.weight, std=0.1)  # every film begins near even odds
+    nn.init.zeros_(last.bias)
+    return nn.Sequential(*layers, last)
 
 
 def resnet18(n_classes: int, in_shape: tuple[int, ...]) -> nn.Module:

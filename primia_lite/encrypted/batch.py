@@ -22,6 +22,7 @@ from primia_lite.encrypted.kernels import EvaluationKeys, LinearKernel
 from primia_lite.encrypted.packing import PACKINGS, CNNPacking, LinearPacking, check_norm
 from primia_lite.encrypted.parameters import Parameters
 from primia_lite.encrypted.seal import Context
+from primia_lite.networks import folded
 
 # Of the ciphertexts of one batch at the server.
 MAX_BATCH_BYTES = 1 << 30
@@ -256,7 +257,8 @@ class BatchCNNKernel:
 def compile_batch(model, packing: BatchLinearPacking | BatchCNNPacking, context: Context):
     if isinstance(packing, BatchLinearPacking):
         return BatchLinearKernel(packing, model.weight.detach().double().numpy(), context)
-    return BatchCNNKernel(packing, [(layer.weight, layer.bias) for layer in model if hasattr(layer, "weight")], context)
+    layers = [(layer.weight, layer.bias) for layer in folded(model) if hasattr(layer, "weight")]
+    return BatchCNNKernel(packing, layers, context)
 
 
 def _scalar(context: Context, value: float, scale: float, level: int) -> sealapi.Plaintext:

@@ -28,6 +28,7 @@ class ModelCard:
     state : weights
     trained_on : one line on data, privacy and seed, shown to users
     flooded : served with room for noise on shared logits, see :mod:`~primia_lite.encrypted.flooding`; a linear head
+    standardise : how films are prepared, see :func:`primia_lite.models.prepare`
     """
 
     model: str
@@ -38,11 +39,15 @@ class ModelCard:
     state: dict = field(repr=False)
     trained_on: str = ""
     flooded: bool = False
+    standardise: bool = False
 
-    _PUBLIC = ("model", "class_names", "image_size", "in_shape", "trained_on", "flooded")
+    _PUBLIC = ("model", "class_names", "image_size", "in_shape", "trained_on", "flooded", "standardise")
 
     def network(self) -> torch.nn.Module:
-        network = models.build(self.model, len(self.class_names), tuple(self.in_shape), **self.options)
+        models.check_options(self.model, self.options)
+        with torch.random.fork_rng(devices=[]):
+            # Not models.build, which fits norms first: they come with the weights.
+            network = models.spec(self.model).build(len(self.class_names), tuple(self.in_shape), **self.options)
         network.load_state_dict(self.state)
         return network.eval()
 
@@ -91,4 +96,5 @@ def prepare_film(description: dict, image: np.ndarray) -> np.ndarray:
         raise UserError(f"this film is {image.dtype} {image.shape}, the model takes uint8 ({size}, {size}): resize it")
     names = tuple(description["class_names"])
     one = ChestXrays(image[None], np.zeros(1, np.int64), names, *(np.array([v]) for v in ("film", "here", "test")))
-    return models.prepare(description["model"], one, cache=False).inputs[0, 0].numpy().squeeze()
+    prepared = models.prepare(description["model"], one, standardise=description["standardise"], cache=False)
+    return prepared.inputs[0, 0].numpy().squeeze()

@@ -9,7 +9,7 @@ from torch import nn
 from primia_lite.config import UserError
 from primia_lite.encrypted.packing import CNNPacking, LinearPacking
 from primia_lite.encrypted.seal import Context
-from primia_lite.networks import Square
+from primia_lite.networks import FixedNorm, Square, folded
 
 
 class EvaluationKeys:
@@ -202,7 +202,8 @@ class CNNKernel:
 
 
 def packing_for(model: nn.Module, in_shape: tuple[int, ...]) -> LinearPacking | CNNPacking:
-    """The packing of a head without bias, or of convolution, square, dense (square, dense).
+    """The packing of a head without bias, or of convolution, square, dense (square, dense), with norms before dense
+    layers or without.
 
     Raises
     ------
@@ -211,7 +212,8 @@ def packing_for(model: nn.Module, in_shape: tuple[int, ...]) -> LinearPacking | 
     """
     if isinstance(model, nn.Linear) and model.bias is None:
         return LinearPacking(model.in_features, model.out_features)
-    layers = [layer for layer in model if not isinstance(layer, nn.Flatten)] if isinstance(model, nn.Sequential) else []
+    layers = list(model) if isinstance(model, nn.Sequential) else []
+    layers = [layer for layer in layers if not isinstance(layer, (nn.Flatten, FixedNorm))]
     kinds = [type(layer) for layer in layers]
     if kinds in ([nn.Conv2d, Square, nn.Linear], [nn.Conv2d, Square, nn.Linear, Square, nn.Linear]):
         convolution, hidden, last = layers[0], layers[2].out_features if len(layers) == 5 else 0, layers[-1]
@@ -231,5 +233,5 @@ def packing_for(model: nn.Module, in_shape: tuple[int, ...]) -> LinearPacking | 
 def compile_model(model: nn.Module, packing: LinearPacking | CNNPacking, context: Context) -> LinearKernel | CNNKernel:
     if isinstance(packing, LinearPacking):
         return LinearKernel(packing, model.weight.detach().double().numpy(), context)
-    layers = [(layer.weight, layer.bias) for layer in model if isinstance(layer, (nn.Conv2d, nn.Linear))]
+    layers = [(layer.weight, layer.bias) for layer in folded(model) if isinstance(layer, (nn.Conv2d, nn.Linear))]
     return CNNKernel(packing, layers, context)

@@ -97,6 +97,16 @@ def test_a_cnn_under_encryption_is_the_cnn(name):
         np.testing.assert_allclose(encrypted(client, session, x), plain, atol=1e-3 * max(1, np.abs(plain).max()))
 
 
+@pytest.mark.parametrize("hidden", [0, 16])
+def test_ckksnets_norms_are_folded_under_encryption(hidden):
+    model = models.build("ckksnet", 3, (1, 28, 28), channels=4, hidden=hidden)
+    client, _, session = pair(model, (1, 28, 28))
+    x = film((1, 28, 28))
+    with torch.no_grad():
+        plain = model.double()(x.double()[None])[0].numpy()
+    np.testing.assert_allclose(encrypted(client, session, x), plain, atol=1e-3 * max(1, np.abs(plain).max()))
+
+
 def test_ckksnet_itself_is_packed():
     for hidden in (0, 64):
         model = ckksnet(3, (1, 64, 64), channels=4, hidden=hidden)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 from itertools import pairwise
 
@@ -81,9 +82,27 @@ def test_ckksnet_has_only_what_ckks_computes():
     model = models.build("ckksnet", 2, (1, 28, 28), channels=4, hidden=16)
     kinds = [type(layer) for layer in model]
     square, flatten = networks.Square, nn.Flatten
-    assert kinds == [nn.Conv2d, square, flatten, nn.Linear, square, nn.Linear]
-    assert model[0].out_channels == 4 and model[3].out_features == 16 and model[5].out_features == 2
+    norm = networks.FixedNorm
+    assert kinds == [nn.Conv2d, square, flatten, norm, nn.Linear, square, norm, nn.Linear]
+    assert model[0].out_channels == 4 and model[4].out_features == 16 and model[7].out_features == 2
     assert torch.equal(networks.Square()(torch.tensor([-3.0, 2.0])), torch.tensor([9.0, 4.0]))
+
+
+@pytest.mark.parametrize("hidden", [0, 16])
+def test_norms_are_constants_of_public_films_and_fold_away(hidden):
+    model = models.build("ckksnet", 3, (1, 28, 28), channels=4, hidden=hidden)
+    public = models._public_pixels(28)
+    state = public
+    for layer in model:
+        state = layer(state).detach()
+        if isinstance(layer, networks.FixedNorm):
+            np.testing.assert_allclose(state.mean(0), 0.0, atol=1e-5)
+            assert state.square().sum(1).mean() == pytest.approx(1.0, abs=0.01)
+            assert not list(layer.parameters())
+    plain = networks.folded(model)
+    assert not any(isinstance(layer, networks.FixedNorm) for layer in plain)
+    np.testing.assert_allclose(plain(public).detach(), model(public).detach(), atol=1e-5)
+    np.testing.assert_array_equal(networks.folded(plain)(public).detach(), plain(public).detach())
 
 
 def test_resnet18_has_no_batchnorm_and_can_be_trained_privately():
@@ -295,6 +314,20 @@ def test_networks_trained_whole_take_normalised_pixels(films, name):
 def test_a_frozen_network_keeps_its_own_normalisation(films, name):
     with pytest.raises(UserError, match=f"{name} is frozen: its normalisation belongs to its weights"):
         models.prepare(name, films, normalisation=(0.4, 0.2))
+
+
+def test_films_are_standardised_one_by_one(films):
+    out = models.prepare("ckksnet", films, standardise=True)
+    np.testing.assert_allclose(out.inputs.mean((-2, -1)), 0.0, atol=1e-5)
+    np.testing.assert_allclose(out.inputs.std((-2, -1)), 1.0, atol=1e-4)
+    brighter = dataclasses.replace(films, images=(films.images // 2 + 60).astype(np.uint8))
+    assert torch.allclose(models.prepare("ckksnet", brighter, standardise=True).inputs, out.inputs, atol=0.05)
+    grey = dataclasses.replace(films, images=np.full_like(films.images, 77))
+    assert not models.prepare("ckksnet", grey, standardise=True).inputs.any()
+    with pytest.raises(UserError, match="litenet is frozen: its films can't be standardised"):
+        models.prepare("litenet", films, standardise=True)
+    with pytest.raises(UserError, match="choose one of the two"):
+        models.prepare("ckksnet", films, standardise=True, normalisation=(0.4, 0.2))
 
 
 def test_subset_by_mask_and_by_index(films):
