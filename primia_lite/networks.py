@@ -89,7 +89,7 @@ def ckksnet(n_classes: int, in_shape: tuple[int, ...], channels: int = 8, hidden
         nn.init.zeros_(dense.bias)
         layers += [dense, Square(), FixedNorm(hidden)]
     last = nn.Linear(hidden or units, n_classes)
-    nn.init.normal_(last.weight, std=0.1)  # every film begins near even odds
+    nn.init.normal_(last.weight, std=0.01)  # every film begins near even odds
     nn.init.zeros_(last.bias)
     return nn.Sequential(*layers, last)
 
