@@ -11,6 +11,7 @@ films fit, and take 1.8 ms each, as one film alone does; of 243 features 16 fit,
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,7 +20,7 @@ import tenseal.sealapi as sealapi
 
 from primia_lite.config import UserError
 from primia_lite.encrypted.kernels import EvaluationKeys, LinearKernel
-from primia_lite.encrypted.packing import PACKINGS, CNNPacking, LinearPacking, check_norm
+from primia_lite.encrypted.packing import PACKINGS, CNNPacking, LinearPacking, check_norm, check_pixels
 from primia_lite.encrypted.parameters import Parameters
 from primia_lite.encrypted.seal import Context
 
@@ -79,8 +80,13 @@ class BatchLinearPacking:
         return self.fresh_scale * 2.0**self.weight_bits
 
     def room(self, context: Context) -> float:
-        """Logits of this absolute value and above wrap round."""
-        return context.moduli[0] / self.reply_scale(context) / 2
+        """Logits of this absolute value and above can wrap round. Two films share a complex slot, whose absolute value,
+        and so a coefficient, is up to sqrt(2) times the larger logit."""
+        return context.moduli[0] / self.reply_scale(context) / 2 / math.sqrt(2)
+
+    def most_logit(self, context: Context) -> float:
+        """As of :class:`LinearPacking`: a client refuses none."""
+        return math.inf
 
     def encode(self, context: Context, films: np.ndarray) -> list[sealapi.Plaintext]:
         """[films, D] to D plaintexts."""
@@ -143,6 +149,7 @@ class BatchCNNPacking(CNNPacking):
 
     def encode(self, context: Context, films: np.ndarray) -> list[sealapi.Plaintext]:
         """[films, H, W] to a plaintext for each pixel, row by row."""
+        check_pixels(films, self.most_pixel)
         columns = films[:, : self.seen, : self.seen].reshape(len(films), -1).T
         return [context.encode_slots(column, self.fresh_scale) for column in columns]
 

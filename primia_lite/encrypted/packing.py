@@ -63,6 +63,11 @@ class LinearPacking:
         """Logits of this absolute value and above wrap round."""
         return math.prod(context.moduli_at(0)) / self.reply_scale(context) / 2
 
+    def most_logit(self, context: Context) -> float:
+        """A client refuses larger logits: none, for the server compiles no head that could pass the room with features
+        of the largest norm, and :meth:`encode` lets no larger ones through."""
+        return math.inf
+
     def noise_bound(self, context: Context) -> float:
         """Noise of a reply's kept coefficients together, L2 norm, in units of the reply's integers.
 
@@ -147,6 +152,9 @@ class CNNPacking:
     kind: ClassVar[str] = "cnn"
     in_slots: ClassVar[bool] = False
     relinearise: ClassVar[bool] = True
+    # Pixels' absolute value at most. Normalised ones reach 2 (primia_lite.models.prepare), and a film's own mean and
+    # standard deviation make about 8 of a bright spot; grey values that nobody normalised are beyond it.
+    most_pixel: ClassVar[float] = 10.0
     # More uploads spare the server rotations, and cost the client's line.
     most_uploads: ClassVar[int] = 16
 
@@ -181,8 +189,14 @@ class CNNPacking:
         return (self.side, self.side)
 
     def room(self, context: Context) -> float:
-        """Logits of this absolute value and above wrap round: about 128, or 256 without a hidden layer."""
+        """Logits of this absolute value and above wrap round: about 128 with a hidden layer and 256 without; in a batch
+        (:class:`~primia_lite.encrypted.batch.BatchCNNPacking`) 256 with one and 128 without."""
         return context.moduli[0] / self.reply_scale(context) / 2
+
+    def most_logit(self, context: Context) -> float:
+        """A client refuses larger logits. Squares make a bound by the weights useless, so no network is refused for them
+        when it is compiled; a logit that wrapped round may lie anywhere, and half of the range is refused here."""
+        return self.room(context) / 2
 
     @property
     def out_side(self) -> int:
@@ -286,6 +300,7 @@ class CNNPacking:
         return upload * (self.blocks // self.copies) + block // self.copies
 
     def encode(self, context: Context, film: np.ndarray) -> list[sealapi.Plaintext]:
+        check_pixels(film, self.most_pixel)
         patches, out = self.patches(film), []
         for upload in range(self.uploads):
             slots = np.zeros((self.blocks, self.block))
@@ -302,6 +317,15 @@ def check_norm(features: np.ndarray, most: float) -> None:
         raise UserError(
             f"these features have norm {norm:.4g}; above {most} logits could wrap round unseen: "
             "scale them to norm 1, as primia_lite.models.features does"
+        )
+
+
+def check_pixels(films: np.ndarray, most: float) -> None:
+    """Refuse pixels that no normalised film has."""
+    if not (largest := float(np.abs(films).max())) <= most:
+        raise UserError(
+            f"these pixels reach {largest:.4g}; above {most:g} logits could wrap round unseen: normalise them as the "
+            "network's training films were, (pixel - mean) / standard deviation, see primia_lite.models.prepare"
         )
 
 
