@@ -26,9 +26,9 @@ class LinearPacking:
 
     Features lie in coefficients 0 to d - 1, class a's weights, reversed, in those from a d on; coefficient
     a d + d - 1 of the product is their inner product. Where classes x features is more than N, features go into
-    several ciphertexts, whose products add up. N = 2048 is the smallest with room for a result: what a larger N saves in
-    ciphertexts it loses on the reply, which is sealed whole. Measured with 1,280 features on one core, N = 2048 beside
-    4096: a reply of 32 KiB beside 64, masked in 1.6 ms beside 2.4; encrypting takes 2.3 ms beside 2.0.
+    several ciphertexts, whose products add up. N = 2048 is the smallest with room for a result: what a larger N saves
+    in ciphertexts it loses on the reply, which is sealed whole. Measured with 1,280 features on one core, N = 2048
+    beside 4096: a reply of 32 KiB beside 64, masked in 1.6 ms beside 2.4; encrypting takes 2.3 ms beside 2.0.
 
     Attributes
     ----------
@@ -194,8 +194,8 @@ class CNNPacking:
         return context.moduli[0] / self.reply_scale(context) / 2
 
     def most_logit(self, context: Context) -> float:
-        """A client refuses larger logits. Squares make a bound by the weights useless, so no network is refused for them
-        when it is compiled; a logit that wrapped round may lie anywhere, and half of the range is refused here."""
+        """A client refuses larger logits. Squares make a bound by the weights useless, so no network is refused for
+        them when it is compiled; a logit that wrapped round may lie anywhere, and half of the range is refused here."""
         return self.room(context) / 2
 
     @property

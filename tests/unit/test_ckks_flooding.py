@@ -101,12 +101,23 @@ def test_the_formula():
             flooding_std(*bad)
 
 
-def test_the_noise_is_gaussian_whole_and_new_each_time():
-    std = 2.0**40
+def largest_std() -> float:
+    """Of what a client accepts, in integers of a reply: of one whole logit."""
+    packing = LinearPacking(FEATURES, 3, flooded=True)
+    return packing.reply_scale(Context(packing.parameters))
+
+
+@pytest.mark.parametrize("std", [10.0, 2.0**40, 1.1 * 2.0**41, 2.0**56, largest_std(), 2.0**100], ids="{:.3g}".format)
+def test_the_noise_is_gaussian_whole_and_new_each_time(std):
+    """Also in its low bits, where a float of that size has none."""
     draws = rounded_gaussian(4000, std)
     assert all(isinstance(value, int) for value in draws)
-    assert kstest(np.array(draws) / std, "norm").pvalue > 1e-5
-    assert chisquare(np.bincount(np.array(draws) & 15, minlength=16)).pvalue > 1e-5
+    smooth = np.random.default_rng(0).uniform(-0.5, 0.5, 4000) if std < 1e6 else 0.0
+    assert kstest((np.array(draws, float) + smooth) / std, "norm").pvalue > 1e-5
+    if std > 1e6:
+        for shift in (0, 4, 20, 28, 32):  # also around where the two parts meet
+            low = np.array([value >> shift & 15 for value in draws])
+            assert chisquare(np.bincount(low, minlength=16)).pvalue > 1e-5
     assert draws != rounded_gaussian(4000, std)
 
 
