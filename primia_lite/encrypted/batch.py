@@ -22,7 +22,7 @@ from primia_lite.config import UserError
 from primia_lite.encrypted.kernels import EvaluationKeys, LinearKernel
 from primia_lite.encrypted.packing import PACKINGS, CNNPacking, LinearPacking, check_norm, check_pixels
 from primia_lite.encrypted.parameters import Parameters
-from primia_lite.encrypted.seal import Context
+from primia_lite.encrypted.seal import Context, refuse_too_large
 
 # Of the ciphertexts of one batch at the server.
 MAX_BATCH_BYTES = 1 << 30
@@ -206,16 +206,34 @@ class BatchLinearKernel:
 
 
 class BatchCNNKernel:
-    """Weights of a ``ckksnet`` for :class:`BatchCNNPacking`."""
+    """Weights of a ``ckksnet`` for :class:`BatchCNNPacking`.
+
+    Raises
+    ------
+    UserError
+        Weights or biases that are too large for the parameters, or not finite.
+    """
 
     def __init__(self, packing: BatchCNNPacking, layers: list, context: Context):
         self.packing, self.context, self.scales = packing, context, packing.scales(context)
         layers = [(w.detach().double().numpy(), b.detach().double().numpy()) for w, b in layers]
         (kernel, self.bias), *self.dense = layers
+        self._check(layers)
         self.taps = [
             [_scalar(context, w, self.scales["convolution"], 0) for w in row]
             for row in kernel.reshape(packing.channels, -1)
         ]
+
+    def _check(self, layers: list[tuple[np.ndarray, np.ndarray]]) -> None:
+        """Numbers are encoded when they are needed; whether the largest of each layer can be is seen here."""
+        p, scales = self.packing, self.scales
+        places = [(scales["convolution"], 0, p.fresh_scale, 1)]
+        if p.hidden:
+            places.append((scales["dense"], 2, p.fresh_scale, 3))
+        places.append((2.0**p.last_weight_bits, p.reply_level, scales["reply"], p.reply_level))
+        for (weight, bias), (weight_scale, weight_level, bias_scale, bias_level) in zip(layers, places, strict=True):
+            _scalar(self.context, np.abs(weight).max(), weight_scale, weight_level)
+            _scalar(self.context, np.abs(bias).max(), bias_scale, bias_level)
 
     def __call__(self, inputs: list[sealapi.Ciphertext], keys: EvaluationKeys) -> list[sealapi.Ciphertext]:
         p = self.packing
@@ -269,7 +287,8 @@ def compile_batch(model, packing: BatchLinearPacking | BatchCNNPacking, context:
 def _scalar(context: Context, value: float, scale: float, level: int) -> sealapi.Plaintext:
     """The same number in every slot."""
     out = sealapi.Plaintext()
-    context.encoder.encode(float(value), context.level_ids[level], scale, out)
+    with refuse_too_large():
+        context.encoder.encode(float(value), context.level_ids[level], scale, out)
     return out
 
 

@@ -233,6 +233,30 @@ def test_networks_without_a_packing_are_refused():
         Server(big, (40,))
 
 
+def without_bias(model: nn.Sequential, layer: int) -> nn.Sequential:
+    model[layer].bias = None
+    return model
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+@pytest.mark.parametrize(
+    ("model", "in_shape", "message"),
+    [
+        (without_bias(cnn(12, 5, 3, 2, 0, 3), 0), (1, 12, 12), "has no bias: give it one"),
+        (without_bias(cnn(12, 5, 3, 2, 0, 3), -1), (1, 12, 12), "has no bias: give it one"),
+        (cnn(12, 5, 3, 2, 0, 3), (40,), "takes square films"),
+        (cnn(12, 5, 3, 2, 0, 3), (), "takes square films"),
+        (cnn(12, 5, 3, 2, 0, 3), (3, 12, 12), "takes square films"),
+        (cnn(12, 5, 3, 2, 0, 3), (1, 12, 16), "takes square films"),
+        (cnn(12, 5, 3, 2, 0, 3), (1, 16, 16), "16 px gives 32 numbers, the next layer takes 18: give the in_shape"),
+        (head(40), (41,), "takes .40,. features"),
+    ],
+)
+def test_networks_that_do_not_fit_the_film_are_refused(model, in_shape, message, batch_size):
+    with pytest.raises(UserError, match=message):
+        Server(model, in_shape, batch_size=batch_size)
+
+
 # --- the layer below --------------------------------------------------------------------------------------------------
 
 

@@ -80,6 +80,20 @@ def test_units_without_weights_are_refused():
         diagnosed(model, np.zeros((4, 6, 6)))
 
 
+@pytest.mark.parametrize(
+    ("layer", "name", "value"),
+    [
+        (0, "weight", np.inf), (0, "bias", np.nan), (3, "weight", np.nan), (3, "bias", 1e30),
+        (-1, "weight", 1e30), (-1, "bias", 1e6), (-1, "bias", np.nan),
+    ],
+)  # fmt: skip
+def test_numbers_that_can_not_be_encoded_are_refused_when_the_network_is_compiled(layer, name, value):
+    model = network(6, 3, 3, 4)
+    getattr(model[layer], name).data.view(-1)[1] = value
+    with pytest.raises(UserError, match="numbers are too large for these parameters"):
+        Server(model, (1, 6, 6), batch_size=8)
+
+
 def test_pixels_that_were_not_normalised_are_refused():
     films = np.zeros((3, 6, 6))
     films[1, 2, 2] = -11
