@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import collections
+import functools
 import json
 import struct
+import types
 
 import numpy as np
 import pytest
@@ -315,31 +318,68 @@ def test_integers_and_compose_undo_each_other(ring):
 # --- what each party holds --------------------------------------------------------------------------------------------
 
 
-def reachable(thing, seen=None):
-    """Everything that attributes, containers and closures lead to."""
-    seen = {} if seen is None else seen
-    if id(thing) in seen or isinstance(thing, (type, str, bytes, int, float, type(None))):
-        return seen
-    seen[id(thing)] = thing
-    if isinstance(thing, dict):
-        children = [*thing.values()]
-    elif isinstance(thing, (list, tuple, set)):
-        children = [*thing]
-    else:
-        children = [*getattr(thing, "__dict__", {}).values()]
-    for child in children:
-        reachable(child, seen)
-    return seen
+def reachable(thing) -> list:
+    """Everything that attributes, containers, arrays, functions and closures lead to."""
+    seen, waiting = {}, [thing]
+    while waiting:
+        thing = waiting.pop()
+        if id(thing) in seen or isinstance(thing, (type, types.ModuleType, str, int, float, type(None))):
+            continue
+        seen[id(thing)] = thing
+        waiting += getattr(thing, "__dict__", {}).values()
+        if isinstance(thing, dict):
+            waiting += [*thing, *thing.values()]
+        elif isinstance(thing, (list, tuple, set, frozenset, collections.deque)):
+            waiting += thing
+        elif isinstance(thing, np.ndarray) and thing.dtype == object:
+            waiting += thing.ravel().tolist()
+        elif isinstance(thing, functools.partial):
+            waiting += [thing.func, thing.args, thing.keywords]
+        elif isinstance(thing, types.MethodType):
+            waiting += [thing.__self__, thing.__func__]
+        elif isinstance(thing, types.FunctionType):
+            waiting += [*(thing.__defaults__ or ()), thing.__kwdefaults__]
+            waiting += [cell.cell_contents for cell in thing.__closure__ or ()]
+        elif isinstance(thing, types.GeneratorType):
+            waiting.append(thing.gi_frame.f_locals if thing.gi_frame else {})
+    return [*seen.values()]
 
 
-def holds_key(thing) -> bool:
-    return any(isinstance(x, (sealapi.SecretKey, sealapi.KeyGenerator, SecretKey)) for x in reachable(thing).values())
+def holds_key(thing, key: SecretKey) -> bool:
+    """As an object, or as bytes or numbers."""
+    for each in reachable(thing):
+        if isinstance(each, (sealapi.SecretKey, sealapi.KeyGenerator, SecretKey)):
+            return True
+        if isinstance(each, np.ndarray) and each.dtype != object:
+            each = each.tobytes()
+        if isinstance(each, (bytes, bytearray, memoryview)) and key.is_inside(bytes(each)):
+            return True
+    return False
 
 
 def test_the_server_holds_no_secret_key(small):
     client, server, session = small
-    assert not holds_key(server) and not holds_key(session)
-    assert holds_key(client)  # the walk finds one where there is one
+    session.prepare()
+    encrypted(client, session, film((40,)))
+    session.prepare()
+    assert not holds_key(server, client._key) and not holds_key(session, client._key)
+    assert holds_key(client, client._key)
+
+
+@pytest.mark.parametrize(
+    "hide",
+    [
+        lambda key: [{"deep": (key,)}], lambda key: lambda: key, lambda key: collections.deque([key]),
+        lambda key: np.array([None, key], object), lambda key: functools.partial(print, key),
+        lambda key: key.is_inside, lambda key: (lambda found=key: found), lambda key: {key: 1},
+        lambda key: b"before" + dump(key._key) + b"after", lambda key: bytearray(payload(dump(key._key))),
+        lambda key: key._ternary, lambda key: [key._ternary.astype(np.int64)],
+    ],
+)  # fmt: skip
+def test_the_walk_finds_a_key_wherever_it_is(small, hide):
+    client, server, _ = small
+    holder = types.SimpleNamespace(server=server, hidden=hide(client._key))
+    assert holds_key(holder, client._key)
 
 
 def test_what_is_sent_holds_neither_key_nor_film(small):
