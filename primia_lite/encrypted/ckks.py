@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import json
+import math
 import struct
 import threading
 import time
@@ -45,6 +46,10 @@ class Cost:
     seconds : wall clock
     kib : bytes that go out of it, over 1,024
     levels_left : rescalings that remain
+    error
+        Standard deviation of a logit where the step is ``compute`` or ``decrypt``: at the server with its weights; at
+        the client, which doesn't know them, at most, with flooding and rounding. None of a CNN, where nobody knows it
+        beforehand.
     """
 
     step: str
@@ -52,6 +57,7 @@ class Cost:
     seconds: float
     kib: float = 0.0
     levels_left: int = 0
+    error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -152,9 +158,16 @@ class Client:
         self._key = SecretKey(self.context)
         self._note("make keys", started, 0)
 
-    def _note(self, step: str, started: float, size: int, level: int = 0) -> None:
+    def _note(self, step: str, started: float, size: int, level: int = 0, error: float | None = None) -> None:
         left = max(0, self.packing.parameters.levels - level)
-        self.costs.append(Cost(step, "client", time.perf_counter() - started, size / 1024, left))
+        self.costs.append(Cost(step, "client", time.perf_counter() - started, size / 1024, left, error))
+
+    @property
+    def _error(self) -> float | None:
+        """Of a logit that was decrypted, see :class:`Cost`."""
+        if (error := self.packing.error(self.context)) is None:
+            return None
+        return math.hypot(error, self.flooding_std, 10.0**-self.decimals / math.sqrt(12))
 
     def public(self) -> bytes:
         """What the server needs: the packing, the public key, and the evaluation keys that the packing asks for."""
@@ -224,7 +237,7 @@ class Client:
                 f"logits reach {largest:.1f}, beyond {most:.1f} they may have wrapped round: normalise the film as the "
                 "network's training films were; if it is, the network's last layer must be scaled down"
             )
-        self._note("decrypt", started, 0, self.packing.reply_level)
+        self._note("decrypt", started, 0, self.packing.reply_level, self._error)
         return np.round(logits, self.decimals)
 
     def _decrypt_exact(self, replies: list[bytes]) -> np.ndarray:
@@ -303,7 +316,7 @@ class Session:
             if "transparent" not in str(error):
                 raise
             raise CiphertextError("these keys or ciphertexts cancel to 0: send what Client made") from error
-        server._note("compute", started, level=packing.reply_level)
+        server._note("compute", started, level=packing.reply_level, error=server.kernel.error)
         started = time.perf_counter()
         out = self._seal(products)
         server._note("mask", started, sum(map(len, out)), packing.reply_level)
@@ -348,9 +361,9 @@ class Server:
         self.kernel = compiler(model, self.packing, self.context)
         self._note("compile", started)
 
-    def _note(self, step: str, started: float, size: int = 0, level: int = 0) -> None:
+    def _note(self, step: str, started: float, size: int = 0, level: int = 0, error: float | None = None) -> None:
         left = max(0, self.packing.parameters.levels - level)
-        self.costs.append(Cost(step, "server", time.perf_counter() - started, size / 1024, left))
+        self.costs.append(Cost(step, "server", time.perf_counter() - started, size / 1024, left, error))
 
     def describe(self) -> dict:
         """What a client needs to know, for JSON."""

@@ -22,6 +22,10 @@ class EvaluationKeys:
 class LinearKernel:
     """Weights of a linear head, [classes, features], for :class:`LinearPacking`.
 
+    Attributes
+    ----------
+    error : standard deviation of a logit, from these weights
+
     Raises
     ------
     UserError
@@ -36,7 +40,7 @@ class LinearKernel:
             rows = packing.reversed_rows(weights, part)
             # SEAL doesn't multiply by 0, and there is nothing to add.
             self.plaintexts.append(context.encode_coefficients(rows, 2.0**packing.weight_bits) if rows.any() else None)
-        self.context = context
+        self.context, self.error = context, packing.error(context, float(np.linalg.norm(weights)))
 
     @staticmethod
     def check_room(packing, weights: np.ndarray, context: Context) -> None:
@@ -66,7 +70,7 @@ class CNNKernel:
     """Weights of a ``ckksnet`` for :class:`CNNPacking`."""
 
     def __init__(self, packing: CNNPacking, layers: list, context: Context):
-        self.packing, self.context = packing, context
+        self.packing, self.context, self.error = packing, context, packing.error(context)
         self.scales = packing.scales(context)
         convolution, *dense = [(w.detach().double().numpy(), b.detach().double().numpy()) for w, b in layers]
         self._convolution(*convolution)

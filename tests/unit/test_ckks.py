@@ -429,6 +429,40 @@ def test_costs_are_noted(small):
     assert all(cost.seconds >= 0 for cost in client.costs + server.costs)
 
 
+def costs_of(party, step: str) -> list:
+    return [cost for cost in party.costs if cost.step == step]
+
+
+@pytest.mark.parametrize("norm", [0.1, 1.0, 50.0])
+@pytest.mark.parametrize(("features", "flooded", "batch_size"), [(40, False, 1), (1280, False, 1), (40, True, 1),
+                                                                 (5, False, 2048)])  # fmt: skip
+def test_the_error_that_is_noted_is_that_of_the_logits(features, flooded, batch_size, norm):
+    """The server's, with its weights, closely; the client's, for any weights and after rounding, from above."""
+    model = head(features)
+    with torch.no_grad():
+        model.weight *= norm / model.weight.norm(dim=1).max()
+    server = Server(model, (features,), flooded=flooded, batch_size=batch_size)
+    client = Client(server.packing)
+    session, weights, exact, rounded = server.open(client.public()), model.weight.detach().double().numpy(), [], []
+    for seed in range(1 if batch_size > 1 else 20):
+        x = torch.randn(batch_size, features, generator=torch.Generator().manual_seed(seed)).double().numpy()
+        x /= np.linalg.norm(x, axis=1, keepdims=True)
+        replies = session.diagnose(client.encrypt(x if batch_size > 1 else x[0]))
+        exact.append(client._decrypt_exact(replies) - x @ weights.T)
+        rounded.append(client.decrypt(replies) - x @ weights.T)
+    known, most = costs_of(server, "compute")[-1].error, costs_of(client, "decrypt")[-1].error
+    assert 1 / 3 < np.std(exact) / known < 1.5
+    assert 1 / 30 < np.std(rounded) / most < 1.5
+
+
+def test_the_error_of_a_client_counts_rounding_and_flooding():
+    packing = LinearPacking(40, 3, flooded=True)
+    assert Client(packing)._error == pytest.approx(1e-3 / np.sqrt(12), rel=1e-3)
+    flooded = Client(packing, 6, Flooding(1000, 30))
+    assert flooded._error == pytest.approx(flooded.flooding_std, rel=1e-3)
+    assert Client(CNNPacking(12, 5, 3, 2, 0, 3))._error is None
+
+
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
