@@ -53,9 +53,19 @@ def fit_norms(network: nn.Sequential, inputs: torch.Tensor) -> None:
 
 
 def folded(network: nn.Sequential) -> nn.Sequential:
-    """The same function without :class:`FixedNorm`: each becomes part of the dense layer behind it."""
+    """The same function without :class:`FixedNorm`: each becomes part of the dense layer behind it.
+
+    Raises
+    ------
+    UserError
+        A norm with no dense layer right behind it.
+    """
     layers, norm = [], None
-    for layer in network:
+    for layer in [*network, None]:
+        if norm is not None and not isinstance(layer, nn.Linear):
+            raise UserError("a norm without a dense layer right behind it can't be folded: put one there")
+        if layer is None:
+            break
         if isinstance(layer, FixedNorm):
             norm = layer
         elif norm is not None:

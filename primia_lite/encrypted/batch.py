@@ -11,6 +11,8 @@ films fit, and take 1.8 ms each, as one film alone does; of 243 features 16 fit,
 
 from __future__ import annotations
 
+import functools
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,9 +21,9 @@ import tenseal.sealapi as sealapi
 
 from primia_lite.config import UserError
 from primia_lite.encrypted.kernels import EvaluationKeys, LinearKernel
-from primia_lite.encrypted.packing import PACKINGS, CNNPacking, LinearPacking, check_norm
-from primia_lite.encrypted.parameters import Parameters
-from primia_lite.encrypted.seal import Context
+from primia_lite.encrypted.packing import NOISE_STD, PACKINGS, CNNPacking, LinearPacking, check_norm, check_pixels
+from primia_lite.encrypted.parameters import Parameters, choose, choose_single_product
+from primia_lite.encrypted.seal import Context, refuse_too_large
 from primia_lite.networks import folded
 
 # Of the ciphertexts of one batch at the server.
@@ -43,8 +45,8 @@ class BatchLinearPacking:
     classes: int
     kind: ClassVar[str] = "linear batch"
     in_slots: ClassVar[bool] = True
-    parameters: ClassVar[Parameters] = Parameters(2048, (54,), 26)
     weight_bits: ClassVar[int] = 20
+    parameters: ClassVar[Parameters] = choose_single_product(weight_bits)
     most_norm: ClassVar[float] = LinearPacking.most_norm
     rotations: ClassVar[tuple[int, ...]] = ()
     relinearise: ClassVar[bool] = False
@@ -80,8 +82,22 @@ class BatchLinearPacking:
         return self.fresh_scale * 2.0**self.weight_bits
 
     def room(self, context: Context) -> float:
-        """Logits of this absolute value and above wrap round."""
-        return context.moduli[0] / self.reply_scale(context) / 2
+        """Logits of this absolute value and above can wrap round. Two films share a complex slot, whose absolute value,
+        and so a coefficient, is up to sqrt(2) times the larger logit."""
+        return context.moduli[0] / self.reply_scale(context) / 2 / math.sqrt(2)
+
+    def most_logit(self, context: Context) -> float:
+        """As of :class:`LinearPacking`: a client refuses none."""
+        return math.inf
+
+    def error(self, context: Context, norm: float | None = None) -> float:
+        """As of :class:`LinearPacking`; ``norm`` is of one class's weights. All coefficients' noise meets in a slot."""
+        norm = self.room(context) / self.most_norm if norm is None else norm
+        noise = math.hypot(norm * 2.0**self.weight_bits, math.sqrt(4 / 3 * context.n + 1)) * NOISE_STD
+        encoding = norm * 2.0**self.weight_bits / math.sqrt(12)
+        weights = self.most_norm * self.fresh_scale / math.sqrt(12)
+        slots = math.sqrt(context.n / 2)
+        return math.hypot(slots * noise, slots * encoding, weights) / self.reply_scale(context)
 
     def encode(self, context: Context, films: np.ndarray) -> list[sealapi.Plaintext]:
         """[films, D] to D plaintexts."""
@@ -118,12 +134,16 @@ class BatchCNNPacking(CNNPacking):
                 "allowed: a ciphertext for each pixel; send films one at a time, or smaller ones"
             )
 
-    @property
+    @functools.cached_property
     def parameters(self) -> Parameters:
-        # Weights of the last layer are single numbers here, and rounding them shows: they get more bits.
-        if self.hidden:
-            return Parameters(8192, (54, 27, 27, 27, 27, 54), 27)
-        return Parameters(8192, (56, 30, 30, 56), 30)
+        # Weights of the last layer are single numbers here, and rounding them shows: they get more bits. With a hidden
+        # layer those are taken from the scale, which four levels share.
+        return choose(
+            self.reply_level,
+            precision_bits=16 if self.hidden else 19,
+            integer_bits=9 if self.hidden else 8,
+            weight_bits=self.last_weight_bits,
+        )
 
     @property
     def films(self) -> int:
@@ -144,6 +164,7 @@ class BatchCNNPacking(CNNPacking):
 
     def encode(self, context: Context, films: np.ndarray) -> list[sealapi.Plaintext]:
         """[films, H, W] to a plaintext for each pixel, row by row."""
+        check_pixels(films, self.most_pixel)
         columns = films[:, : self.seen, : self.seen].reshape(len(films), -1).T
         return [context.encode_slots(column, self.fresh_scale) for column in columns]
 
@@ -192,7 +213,7 @@ class BatchLinearKernel:
 
     def __init__(self, packing: BatchLinearPacking, weights: np.ndarray, context: Context):
         LinearKernel.check_room(packing, weights, context)
-        self.context = context
+        self.context, self.error = context, packing.error(context, float(np.linalg.norm(weights, axis=1).max()))
         self.scalars = [[_scalar(context, w, 2.0**packing.weight_bits, 0) for w in row] for row in weights]
 
     def __call__(self, inputs: list[sealapi.Ciphertext], keys: EvaluationKeys) -> list[sealapi.Ciphertext]:
@@ -200,16 +221,35 @@ class BatchLinearKernel:
 
 
 class BatchCNNKernel:
-    """Weights of a ``ckksnet`` for :class:`BatchCNNPacking`."""
+    """Weights of a ``ckksnet`` for :class:`BatchCNNPacking`.
+
+    Raises
+    ------
+    UserError
+        Weights or biases that are too large for the parameters, or not finite.
+    """
 
     def __init__(self, packing: BatchCNNPacking, layers: list, context: Context):
         self.packing, self.context, self.scales = packing, context, packing.scales(context)
+        self.error = packing.error(context)
         layers = [(w.detach().double().numpy(), b.detach().double().numpy()) for w, b in layers]
         (kernel, self.bias), *self.dense = layers
+        self._check(layers)
         self.taps = [
             [_scalar(context, w, self.scales["convolution"], 0) for w in row]
             for row in kernel.reshape(packing.channels, -1)
         ]
+
+    def _check(self, layers: list[tuple[np.ndarray, np.ndarray]]) -> None:
+        """Numbers are encoded when they are needed; whether the largest of each layer can be is seen here."""
+        p, scales = self.packing, self.scales
+        places = [(scales["convolution"], 0, p.fresh_scale, 1)]
+        if p.hidden:
+            places.append((scales["dense"], 2, p.fresh_scale, 3))
+        places.append((2.0**p.last_weight_bits, p.reply_level, scales["reply"], p.reply_level))
+        for (weight, bias), (weight_scale, weight_level, bias_scale, bias_level) in zip(layers, places, strict=True):
+            _scalar(self.context, np.abs(weight).max(), weight_scale, weight_level)
+            _scalar(self.context, np.abs(bias).max(), bias_scale, bias_level)
 
     def __call__(self, inputs: list[sealapi.Ciphertext], keys: EvaluationKeys) -> list[sealapi.Ciphertext]:
         p = self.packing
@@ -264,7 +304,8 @@ def compile_batch(model, packing: BatchLinearPacking | BatchCNNPacking, context:
 def _scalar(context: Context, value: float, scale: float, level: int) -> sealapi.Plaintext:
     """The same number in every slot."""
     out = sealapi.Plaintext()
-    context.encoder.encode(float(value), context.level_ids[level], scale, out)
+    with refuse_too_large():
+        context.encoder.encode(float(value), context.level_ids[level], scale, out)
     return out
 
 

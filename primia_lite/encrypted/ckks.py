@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import json
+import math
 import struct
 import threading
 import time
@@ -30,6 +31,9 @@ _MAGIC = b"PLCK0001"
 _COSTS = 10_000
 # Of a client's public material; Galois keys of a network with a hidden layer are most of it.
 MAX_PUBLIC_BYTES = 256 << 20
+# With more, a batch's slots are the whole plaintext, and give the key away. Rounding to 6 decimals leaves every
+# coefficient of it unknown by a standard deviation of 2^17 or more; a fresh ciphertext's noise has 3.
+MAX_DECIMALS = 6
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,10 @@ class Cost:
     seconds : wall clock
     kib : bytes that go out of it, over 1,024
     levels_left : rescalings that remain
+    error
+        Standard deviation of a logit where the step is ``compute`` or ``decrypt``: at the server with its weights; at
+        the client, which doesn't know them, at most, with flooding and rounding. None of a CNN, where nobody knows it
+        beforehand.
     """
 
     step: str
@@ -49,6 +57,7 @@ class Cost:
     seconds: float
     kib: float = 0.0
     levels_left: int = 0
+    error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -105,7 +114,8 @@ class Client:
     ----------
     packing : from the server (:func:`~primia_lite.encrypted.packing.packing_from`), or of a plan
     decimals
-        Logits are rounded to so many. What isn't shown can't help an attacker; but this is a heuristic, not a proof.
+        Logits are rounded to so many, 6 at most. What isn't shown can't help an attacker; but this is a heuristic, not
+        a proof.
     flooding : noise before the rounding, for logits that are shared; a proof, see
         :mod:`~primia_lite.encrypted.flooding` for what it assumes
 
@@ -118,10 +128,14 @@ class Client:
     Raises
     ------
     UserError
-        Flooding for a packing without room for it.
+        Flooding for a packing without room for it, or decimals beyond 0 to 6.
     """
 
     def __init__(self, packing: Packing, decimals: int = 3, flooding: Flooding | None = None):
+        if decimals not in range(MAX_DECIMALS + 1):
+            raise UserError(
+                f"decimals is {decimals}: take 0 to {MAX_DECIMALS}; with more, logits of a batch give the key away"
+            )
         self.packing, self.decimals = packing, decimals
         self.costs: collections.deque[Cost] = collections.deque(maxlen=_COSTS)
         started = time.perf_counter()
@@ -144,9 +158,16 @@ class Client:
         self._key = SecretKey(self.context)
         self._note("make keys", started, 0)
 
-    def _note(self, step: str, started: float, size: int, level: int = 0) -> None:
+    def _note(self, step: str, started: float, size: int, level: int = 0, error: float | None = None) -> None:
         left = max(0, self.packing.parameters.levels - level)
-        self.costs.append(Cost(step, "client", time.perf_counter() - started, size / 1024, left))
+        self.costs.append(Cost(step, "client", time.perf_counter() - started, size / 1024, left, error))
+
+    @property
+    def _error(self) -> float | None:
+        """Of a logit that was decrypted, see :class:`Cost`."""
+        if (error := self.packing.error(self.context)) is None:
+            return None
+        return math.hypot(error, self.flooding_std, 10.0**-self.decimals / math.sqrt(12))
 
     def public(self) -> bytes:
         """What the server needs: the packing, the public key, and the evaluation keys that the packing asks for."""
@@ -180,7 +201,7 @@ class Client:
         Raises
         ------
         UserError
-            Another shape, or numbers that aren't finite.
+            Another shape, numbers that aren't finite, or larger ones than the parameters have room for.
         """
         started = time.perf_counter()
         film = np.asarray(film, dtype=np.float64)
@@ -206,15 +227,26 @@ class Client:
         CiphertextError
             A reply that isn't one of this packing.
         UserError
-            More decryptions than the flooding covers.
+            More decryptions than the flooding covers, or logits of a CNN so large that they may have wrapped round.
         """
         started = time.perf_counter()
+        logits = self._decrypt_exact(replies)
+        largest, most = float(np.abs(logits).max()), self.packing.most_logit(self.context)
+        if largest > most:
+            raise UserError(
+                f"logits reach {largest:.1f}, beyond {most:.1f} they may have wrapped round: normalise the film as the "
+                "network's training films were; if it is, the network's last layer must be scaled down"
+            )
+        self._note("decrypt", started, 0, self.packing.reply_level, self._error)
+        return np.round(logits, self.decimals)
+
+    def _decrypt_exact(self, replies: list[bytes]) -> np.ndarray:
+        """Before rounding, with the flooding: for tests and measurements. Shown to others it gives the key away."""
         if len(replies) != len(self.packing.keep):
             raise CiphertextError(f"{len(replies)} replies came, {len(self.packing.keep)} belong to a film")
         scale, level = self.packing.reply_scale(self.context), self.packing.reply_level
         if self.packing.in_slots:
-            slots = [self._key.rounded_slots(reply, scale, level, self.decimals) for reply in replies]
-            self._note("decrypt", started, 0, level)
+            slots = [self._key.slots(reply, scale, level) for reply in replies]
             return np.stack([self.packing.decode(each) for each in slots], axis=1)
         out = []
         for reply, keep in zip(replies, self.packing.keep, strict=True):
@@ -228,8 +260,7 @@ class Client:
                     )
                 self.queries_left -= 1
             out = [a + b for a, b in zip(out, rounded_gaussian(len(out), self._flood), strict=True)]
-        self._note("decrypt", started, 0, level)
-        return np.round(np.array(out, dtype=np.float64) / scale, self.decimals)
+        return np.array(out, dtype=np.float64) / scale
 
 
 class Session:
@@ -285,7 +316,7 @@ class Session:
             if "transparent" not in str(error):
                 raise
             raise CiphertextError("these keys or ciphertexts cancel to 0: send what Client made") from error
-        server._note("compute", started, level=packing.reply_level)
+        server._note("compute", started, level=packing.reply_level, error=server.kernel.error)
         started = time.perf_counter()
         out = self._seal(products)
         server._note("mask", started, sum(map(len, out)), packing.reply_level)
@@ -330,9 +361,9 @@ class Server:
         self.kernel = compiler(model, self.packing, self.context)
         self._note("compile", started)
 
-    def _note(self, step: str, started: float, size: int = 0, level: int = 0) -> None:
+    def _note(self, step: str, started: float, size: int = 0, level: int = 0, error: float | None = None) -> None:
         left = max(0, self.packing.parameters.levels - level)
-        self.costs.append(Cost(step, "server", time.perf_counter() - started, size / 1024, left))
+        self.costs.append(Cost(step, "server", time.perf_counter() - started, size / 1024, left, error))
 
     def describe(self) -> dict:
         """What a client needs to know, for JSON."""

@@ -57,9 +57,23 @@ class Flooding:
         return math.log2(flooding_std(1.0, self.queries, self.statistical_bits))
 
 
+_FINE_STD, _STEP_BITS = 2.0**40, 30
+
+
 def rounded_gaussian(size: int, std: float) -> list[int]:
     """Whole numbers: normal samples from the operating system's generator, rounded.
 
-    An integer plus this is a function of the integer plus a Gaussian, so rounding gives nothing away.
+    An integer plus such a number is a function of the integer plus a Gaussian, so rounding gives nothing away. Up to a
+    standard deviation of 2^41 this is one float, rounded. Floats have 53 bits: the low ones of a much wider sample
+    would be empty, and the integer would show in them. So a wider one is the sum of a fine sample of 2^40 and a coarse
+    one in steps of 2^30, drawn in the same way. Both are 1,024 steps wide and more, so by Poisson's summation formula
+    the sum is distributed as a Gaussian of ``std`` plus a uniform number one step wide, rounded, to within
+    e^(-2 pi^2 1024^2), and so is again a (randomised) function of the integer plus the Gaussian. Samples are floats,
+    which stand for real numbers here.
     """
-    return [round(float(z)) for z in np.rint(SecureGenerator().normal(size) * std)]
+    fine = std if std <= 2 * _FINE_STD else _FINE_STD
+    out = [int(z) for z in np.rint(SecureGenerator().normal(size) * fine)]
+    if std > fine:
+        coarse = rounded_gaussian(size, std * math.sqrt(1 - (fine / std) ** 2) / 2**_STEP_BITS)
+        out = [a + (b << _STEP_BITS) for a, b in zip(out, coarse, strict=True)]
+    return out

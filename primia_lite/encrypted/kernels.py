@@ -22,6 +22,10 @@ class EvaluationKeys:
 class LinearKernel:
     """Weights of a linear head, [classes, features], for :class:`LinearPacking`.
 
+    Attributes
+    ----------
+    error : standard deviation of a logit, from these weights
+
     Raises
     ------
     UserError
@@ -36,7 +40,7 @@ class LinearKernel:
             rows = packing.reversed_rows(weights, part)
             # SEAL doesn't multiply by 0, and there is nothing to add.
             self.plaintexts.append(context.encode_coefficients(rows, 2.0**packing.weight_bits) if rows.any() else None)
-        self.context = context
+        self.context, self.error = context, packing.error(context, float(np.linalg.norm(weights)))
 
     @staticmethod
     def check_room(packing, weights: np.ndarray, context: Context) -> None:
@@ -66,7 +70,7 @@ class CNNKernel:
     """Weights of a ``ckksnet`` for :class:`CNNPacking`."""
 
     def __init__(self, packing: CNNPacking, layers: list, context: Context):
-        self.packing, self.context = packing, context
+        self.packing, self.context, self.error = packing, context, packing.error(context)
         self.scales = packing.scales(context)
         convolution, *dense = [(w.detach().double().numpy(), b.detach().double().numpy()) for w, b in layers]
         self._convolution(*convolution)
@@ -211,23 +215,43 @@ def packing_for(model: nn.Module, in_shape: tuple[int, ...]) -> LinearPacking | 
         A network that none of the packings is for.
     """
     if isinstance(model, nn.Linear) and model.bias is None:
+        if tuple(in_shape) != (model.in_features,):
+            raise UserError(f"this head takes ({model.in_features},) features, in_shape is {in_shape}: give that one")
         return LinearPacking(model.in_features, model.out_features)
     layers = list(model) if isinstance(model, nn.Sequential) else []
     layers = [layer for layer in layers if not isinstance(layer, (nn.Flatten, FixedNorm))]
     kinds = [type(layer) for layer in layers]
     if kinds in ([nn.Conv2d, Square, nn.Linear], [nn.Conv2d, Square, nn.Linear, Square, nn.Linear]):
-        convolution, hidden, last = layers[0], layers[2].out_features if len(layers) == 5 else 0, layers[-1]
+        convolution, *dense = layers[::2]
         plain = (convolution.padding, convolution.dilation, convolution.groups) == ((0, 0), (1, 1), 1)
         square = len({*convolution.kernel_size, 0}) == 2 and len({*convolution.stride, 0}) == 2
-        if convolution.in_channels == 1 and plain and square and in_shape[-1] == in_shape[-2]:
-            return CNNPacking(
-                in_shape[-1], convolution.kernel_size[0], convolution.stride[0], convolution.out_channels, hidden,
-                last.out_features,
-            )  # fmt: skip
+        if convolution.in_channels == 1 and plain and square:
+            return _cnn_packing(convolution, dense, tuple(in_shape))
     raise UserError(
         "no packing for this network: under CKKS run a linear head without bias (litenet, scatternet) or convolution, "
         "square, dense, with or without another square and dense layer (ckksnet)"
     )
+
+
+def _cnn_packing(convolution: nn.Conv2d, dense: list[nn.Linear], in_shape: tuple[int, ...]) -> CNNPacking:
+    side = in_shape[-1] if in_shape else 0
+    if in_shape not in ((side, side), (1, side, side)):
+        raise UserError(f"in_shape is {in_shape}: this network takes square films, (1, H, H)")
+    if any(layer.bias is None for layer in (convolution, *dense)):
+        raise UserError("a layer of this network has no bias: give it one, of zeros where it has none")
+    hidden = dense[0].out_features if len(dense) == 2 else 0
+    packing = CNNPacking(
+        side, convolution.kernel_size[0], convolution.stride[0], convolution.out_channels, hidden,
+        dense[-1].out_features,
+    )  # fmt: skip
+    if (units := packing.channels * packing.positions) != dense[0].in_features:
+        raise UserError(
+            f"the convolution of films of {side} px gives {units} numbers, the next layer takes "
+            f"{dense[0].in_features}: give the in_shape that the network was trained for"
+        )
+    if hidden and dense[1].in_features != hidden:
+        raise UserError(f"the last layer takes {dense[1].in_features} numbers, the one before gives {hidden}")
+    return packing
 
 
 def compile_model(model: nn.Module, packing: LinearPacking | CNNPacking, context: Context) -> LinearKernel | CNNKernel:

@@ -12,8 +12,9 @@ class SecretKey:
     """A ternary CKKS key of a hospital: encrypts, and reads single coefficients of a reply.
 
     Decrypting a whole plaintext at full precision, and showing it, gives the key away (Li and Micciancio, EUROCRYPT
-    2021), so there is no way here to get one: :meth:`coefficients` computes the few that are asked for, and
-    :meth:`rounded_slots` rounds.
+    2021). :meth:`coefficients` computes only the few that are asked for. :meth:`slots` is a whole one, as every slot of
+    a batch is a result: what it returns must be rounded before anyone else sees it, as
+    :meth:`~primia_lite.encrypted.ckks.Client.decrypt` does.
     """
 
     def __init__(self, context: Context):
@@ -77,15 +78,15 @@ class SecretKey:
             residues.append(row)
         return [_chinese(column, moduli) for column in zip(*residues, strict=True)]
 
-    def rounded_slots(self, data: bytes, scale: float, level: int, decimals: int) -> np.ndarray:
-        """All slots of a batch's reply, complex [N / 2], rounded before anyone sees them."""
+    def slots(self, data: bytes, scale: float, level: int) -> np.ndarray:
+        """All slots of a batch's reply, complex [N / 2], in full precision: for the key's owner only."""
         context = self.context
         integers = context.integers(data, scale=scale, level=level)
         ciphertext = context.load(context.compose(integers, scale=scale, level=level), sealapi.Ciphertext)
         context.evaluator.transform_to_ntt_inplace(ciphertext)
         plaintext = sealapi.Plaintext()
         sealapi.Decryptor(context.seal, self._key).decrypt(ciphertext, plaintext)
-        return np.round(np.array(context.encoder.decode_complex(plaintext)), decimals)
+        return np.array(context.encoder.decode_complex(plaintext))
 
 
 def generator_public(generator: sealapi.KeyGenerator) -> sealapi.PublicKey:

@@ -5,7 +5,8 @@ the second polynomial of a product, over that of the upload, *is* the weights. S
 encryption of zero under the client's public key, and all coefficients but the kept ones are masked.
 
 What this doesn't do: re-randomisation holds for keys that were made honestly; the noise in the kept coefficients isn't
-hidden; so no circuit privacy is claimed. A linear head can be read off by as many queries as it has weights.
+hidden; so no circuit privacy is claimed. A linear head can be read off by at most as many queries as it has features; a
+client that writes its own ciphertexts needs fewer, for it can put several weights into one logit.
 """
 
 from __future__ import annotations

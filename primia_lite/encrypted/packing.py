@@ -15,8 +15,11 @@ import numpy as np
 import tenseal.sealapi as sealapi
 
 from primia_lite.config import UserError
-from primia_lite.encrypted.parameters import Parameters
+from primia_lite.encrypted.parameters import Parameters, choose, choose_single_product
 from primia_lite.encrypted.seal import Context
+
+# Standard deviation of a fresh ciphertext's noise in SEAL: 21 coin flips less 21 others.
+NOISE_STD = 3.24
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,8 @@ class LinearPacking:
 
     @functools.cached_property
     def parameters(self) -> Parameters:
-        return Parameters(4096, (36, 36, 37), 48, rescaled=False) if self.flooded else Parameters(2048, (54,), 26)
+        # Flooding takes 22 bits by default, which one prime of N = 2048 doesn't have.
+        return choose_single_product(self.weight_bits, primes=2 if self.flooded else 1)
 
     @property
     def weight_bits(self) -> int:
@@ -63,17 +67,40 @@ class LinearPacking:
         """Logits of this absolute value and above wrap round."""
         return math.prod(context.moduli_at(0)) / self.reply_scale(context) / 2
 
+    def most_logit(self, context: Context) -> float:
+        """A client refuses larger logits: none, for the server compiles no head that could pass the room with features
+        of the largest norm, and :meth:`encode` lets no larger ones through."""
+        return math.inf
+
     def noise_bound(self, context: Context) -> float:
         """Noise of a reply's kept coefficients together, L2 norm, in units of the reply's integers.
 
-        An upload's noise, of standard deviation 3.24 in SEAL, lies in all coefficients and so meets all classes'
+        An upload's noise, of standard deviation NOISE_STD, lies in all coefficients and so meets all classes'
         weights, each class's of the largest norm that the server compiles; re-randomising adds that of an encryption of
         zero, which meets a ternary key and a ternary draw. All are sums of coin flips, so ten standard deviations are
         passed less than once in 2^70.
         """
-        weights = math.sqrt(self.classes) * self.room(context) / self.most_norm * 2.0**self.weight_bits
-        zero = math.sqrt(4 / 3 * context.n + 1)
-        return 10 * 3.24 * math.hypot(weights, zero) * math.sqrt(self.classes)
+        return 10 * self._noise(context, self._largest_norm(context)) * math.sqrt(self.classes)
+
+    def _largest_norm(self, context: Context) -> float:
+        """Of all classes' weights together, of the largest head that the server compiles."""
+        return math.sqrt(self.classes) * self.room(context) / self.most_norm
+
+    def _noise(self, context: Context, norm: float) -> float:
+        """Standard deviation of one kept coefficient's noise, in units of the reply's integers."""
+        return NOISE_STD * math.hypot(norm * 2.0**self.weight_bits, math.sqrt(4 / 3 * context.n + 1))
+
+    def error(self, context: Context, norm: float | None = None) -> float:
+        """Standard deviation of a logit before the client rounds it: noise, and what encoding features and weights as
+        integers rounds away.
+
+        Parameters
+        ----------
+        norm : of all classes' weights together; if left out, the largest that the server compiles
+        """
+        norm = self._largest_norm(context) if norm is None else norm
+        rounding = math.hypot(norm * 2.0**self.weight_bits, self.most_norm * self.fresh_scale) / math.sqrt(12)
+        return math.hypot(self._noise(context, norm), rounding) / self.reply_scale(context)
 
     @property
     def uploads(self) -> int:
@@ -147,6 +174,9 @@ class CNNPacking:
     kind: ClassVar[str] = "cnn"
     in_slots: ClassVar[bool] = False
     relinearise: ClassVar[bool] = True
+    # Pixels' absolute value at most. Normalised ones reach 2 (primia_lite.models.prepare), and a film's own mean and
+    # standard deviation make about 8 of a bright spot; grey values that nobody normalised are beyond it.
+    most_pixel: ClassVar[float] = 10.0
     # More uploads spare the server rotations, and cost the client's line.
     most_uploads: ClassVar[int] = 16
 
@@ -168,9 +198,11 @@ class CNNPacking:
 
     @functools.cached_property
     def parameters(self) -> Parameters:
-        # Depth 4 or 2 at 30 bits a level. The first prime has room for logits up to `room`: a logit beyond it would
-        # wrap round, and neither party would see it.
-        return Parameters(8192, (49, 30, 30, 30, 30, 49) if self.hidden else (52, 30, 30, 52), 30)
+        # 19 bits above a rescaling's error are a scale of 30 at N = 8192. With a hidden layer all 218 bits of that N
+        # are used; without one there is room for another bit of the logits, see `room`.
+        return choose(
+            self.reply_level, precision_bits=19, integer_bits=8 if self.hidden else 9, weight_bits=self.last_weight_bits
+        )
 
     @property
     def last_weight_bits(self) -> int:
@@ -181,8 +213,18 @@ class CNNPacking:
         return (self.side, self.side)
 
     def room(self, context: Context) -> float:
-        """Logits of this absolute value and above wrap round: about 128, or 256 without a hidden layer."""
+        """Logits of this absolute value and above wrap round: about 128 with a hidden layer and 256 without; in a batch
+        (:class:`~primia_lite.encrypted.batch.BatchCNNPacking`) 256 with one and 128 without."""
         return context.moduli[0] / self.reply_scale(context) / 2
+
+    def most_logit(self, context: Context) -> float:
+        """A client refuses larger logits. Squares make a bound by the weights useless, so no network is refused for
+        them when it is compiled; a logit that wrapped round may lie anywhere, and half of the range is refused here."""
+        return self.room(context) / 2
+
+    def error(self, context: Context) -> None:
+        """Not known beforehand: noise of each layer is squared by the next, with the film and the weights."""
+        return None
 
     @property
     def out_side(self) -> int:
@@ -286,6 +328,7 @@ class CNNPacking:
         return upload * (self.blocks // self.copies) + block // self.copies
 
     def encode(self, context: Context, film: np.ndarray) -> list[sealapi.Plaintext]:
+        check_pixels(film, self.most_pixel)
         patches, out = self.patches(film), []
         for upload in range(self.uploads):
             slots = np.zeros((self.blocks, self.block))
@@ -302,6 +345,15 @@ def check_norm(features: np.ndarray, most: float) -> None:
         raise UserError(
             f"these features have norm {norm:.4g}; above {most} logits could wrap round unseen: "
             "scale them to norm 1, as primia_lite.models.features does"
+        )
+
+
+def check_pixels(films: np.ndarray, most: float) -> None:
+    """Refuse pixels that no normalised film has."""
+    if not (largest := float(np.abs(films).max())) <= most:
+        raise UserError(
+            f"these pixels reach {largest:.4g}; above {most:g} logits could wrap round unseen: normalise them as the "
+            "network's training films were, (pixel - mean) / standard deviation, see primia_lite.models.prepare"
         )
 
 

@@ -90,11 +90,13 @@ def rescaling_error_bits(poly_modulus_degree: int) -> float:
     return 0.5 * math.log2(n * (1 + 2 * n / 3) / 24)
 
 
-def choose(depth: int, *, precision_bits: int = 18, integer_bits: int = 8, slots: int = 1) -> Parameters:
+def choose(
+    depth: int, *, precision_bits: int = 18, integer_bits: int = 8, slots: int = 1, weight_bits: int = 0
+) -> Parameters:
     """The smallest parameters for a circuit in slots.
 
     The scale is ``precision_bits`` above the error of a rescaling (:func:`rescaling_error_bits`); each level has a
-    prime of that size; first prime and special prime have ``integer_bits`` more, for results up to
+    prime of that size; first prime and special prime have ``integer_bits`` and ``weight_bits`` more, for results up to
     2^(integer_bits - 1). The smallest N that allows for those bits at 128-bit security, and for the slots, is taken.
 
     Parameters
@@ -103,21 +105,54 @@ def choose(depth: int, *, precision_bits: int = 18, integer_bits: int = 8, slots
     precision_bits : log2 of 1 / the standard deviation of one rescaling's error
     integer_bits : room for the result's integer part and sign
     slots : numbers in one ciphertext
+    weight_bits : log2 of the scale of a last product's weights, which isn't rescaled
 
     Raises
     ------
     UserError
         No N allows for it.
     """
-    if depth < 0 or precision_bits < 1 or integer_bits < 1 or slots < 1:
+    if min(depth, weight_bits) < 0 or min(precision_bits, integer_bits, slots) < 1:
         raise UserError("depth must be at least 0; precision_bits, integer_bits and slots at least 1")
     for n in MAX_BITS_128:
         scale = math.ceil(precision_bits + rescaling_error_bits(n))
-        edge = scale + integer_bits
+        edge = scale + integer_bits + weight_bits
         bits = (edge, *[scale] * depth, edge)
         if 2 * slots <= n and sum(bits) <= MAX_BITS_128[n] and scale >= _LEAST_BITS and edge <= _MOST_BITS:
             return Parameters(n, bits, scale)
     raise UserError(
         f"no CKKS parameters have depth {depth}, {precision_bits} bits of precision and {slots} slots at 128-bit "
         "security: take a shallower network, less precision, or fewer slots"
+    )
+
+
+def choose_single_product(weight_bits: int, *, integer_bits: int = 8, primes: int = 1) -> Parameters:
+    """The smallest parameters for one product with plain weights, which isn't rescaled.
+
+    All bits that N allows at 128-bit security are used, for one prime, or for so many equal ones and the special prime
+    that SEAL asks for beside them. What weights and the result's integer part leave of the modulus is the scale of what
+    is encrypted. The smallest N where that has at least 20 bits is taken.
+
+    Parameters
+    ----------
+    weight_bits : log2 of the weights' scale
+    integer_bits : room for the result's integer part and sign
+    primes : that are one modulus together
+
+    Raises
+    ------
+    UserError
+        No N allows for it.
+    """
+    if weight_bits < 0 or min(integer_bits, primes) < 1:
+        raise UserError("weight_bits must be at least 0; integer_bits and primes at least 1")
+    for n, most in MAX_BITS_128.items():
+        each = min(most // (primes + (primes > 1)), _MOST_BITS)
+        scale = primes * each - integer_bits - weight_bits
+        if each >= _LEAST_BITS and scale >= _LEAST_BITS:
+            special = (min(most - primes * each, _MOST_BITS),) if primes > 1 else ()
+            return Parameters(n, (each,) * primes + special, scale, rescaled=False)
+    raise UserError(
+        f"no CKKS parameters have room for weights of {weight_bits} bits and results of {integer_bits} in {primes} "
+        "prime(s) at 128-bit security: take more primes, or fewer bits"
     )

@@ -79,12 +79,8 @@ class Context:
             Too large for the modulus at this level.
         """
         out = sealapi.Plaintext()
-        try:
+        with refuse_too_large():
             self.encoder.encode(np.asarray(values).tolist(), self.level_ids[level], scale, out)
-        except ValueError as error:
-            raise UserError(
-                f"numbers are too large for these parameters ({error}): scale film or weights down"
-            ) from error
         return out
 
     def encode_coefficients(self, values: np.ndarray, scale: float, level: int = 0) -> sealapi.Plaintext:
@@ -229,6 +225,15 @@ class Context:
             raise CiphertextError("this ciphertext was made with other parameters, or is at another level")
         if (form, polynomials, found) != (ntt, 2, scale):
             raise CiphertextError("this ciphertext's form, size or scale isn't that of the plan: encrypt by the plan")
+
+
+@contextlib.contextmanager
+def refuse_too_large() -> Iterator[None]:
+    """SEAL's complaint about numbers that it can't encode, as ours."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"numbers are too large for these parameters ({error}): scale film or weights down") from error
 
 
 def _keys_fit(body: bytes, rows: int, most: int, digits: int, sizes: set[int]) -> bool:

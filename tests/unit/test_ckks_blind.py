@@ -51,11 +51,11 @@ def test_two_replies_to_one_upload_share_nothing(parties):
         ).astype(object)
         for _ in range(2)
     )
-    modulus = server.context.moduli[0]
+    modulus, n = server.context.moduli[0], server.context.n
     difference = (first - second) % modulus
     for polynomial in difference:
-        # 4,096 uniform numbers: each quarter of the range has 1,024, give or take 28.
+        # Of n uniform numbers each quarter of the range has n / 4, and n / 2 are odd: within six standard deviations.
         quarters = np.bincount((4 * polynomial[0] // modulus).astype(int), minlength=4)
-        assert np.abs(quarters - 1024).max() < 170
+        assert np.abs(quarters - n / 4).max() < 6 * np.sqrt(n * 3 / 16)
         odd = (polynomial[0] % 2).astype(int).sum()
-        assert abs(odd - 2048) < 200
+        assert abs(odd - n / 2) < 6 * np.sqrt(n / 4)

@@ -79,10 +79,10 @@ def server():
 
 
 def logits(server, client, films: int) -> tuple[np.ndarray, np.ndarray]:
-    """Decrypted, plain; each [films, classes]."""
+    """Decrypted but not rounded, plain; each [films, classes]."""
     session = server.open(client.public())
     inputs = [unit(FEATURES, seed) for seed in range(films)]
-    read = [client.decrypt(session.diagnose(client.encrypt(x))) for x in inputs]
+    read = [client._decrypt_exact(session.diagnose(client.encrypt(x))) for x in inputs]
     return np.array(read), np.array(inputs) @ server_weights(server).T
 
 
@@ -101,22 +101,33 @@ def test_the_formula():
             flooding_std(*bad)
 
 
-def test_the_noise_is_gaussian_whole_and_new_each_time():
-    std = 2.0**40
+def largest_std() -> float:
+    """Of what a client accepts, in integers of a reply: of one whole logit."""
+    packing = LinearPacking(FEATURES, 3, flooded=True)
+    return packing.reply_scale(Context(packing.parameters))
+
+
+@pytest.mark.parametrize("std", [10.0, 2.0**40, 1.1 * 2.0**41, 2.0**56, largest_std(), 2.0**100], ids="{:.3g}".format)
+def test_the_noise_is_gaussian_whole_and_new_each_time(std):
+    """Also in its low bits, where a float of that size has none."""
     draws = rounded_gaussian(4000, std)
     assert all(isinstance(value, int) for value in draws)
-    assert kstest(np.array(draws) / std, "norm").pvalue > 1e-5
-    assert chisquare(np.bincount(np.array(draws) & 15, minlength=16)).pvalue > 1e-5
+    smooth = np.random.default_rng(0).uniform(-0.5, 0.5, 4000) if std < 1e6 else 0.0
+    assert kstest((np.array(draws, float) + smooth) / std, "norm").pvalue > 1e-5
+    if std > 1e6:
+        for shift in (0, 4, 20, 28, 32):  # also around where the two parts meet
+            low = np.array([value >> shift & 15 for value in draws])
+            assert chisquare(np.bincount(low, minlength=16)).pvalue > 1e-5
     assert draws != rounded_gaussian(4000, std)
 
 
 def test_flooded_logits_have_the_noise_that_was_promised(server):
-    client = Client(server.packing, 12, Flooding(1000, 30))
+    client = Client(server.packing, flooding=Flooding(1000, 30))
     read, plain = logits(server, client, 40)
     assert client.flooding_std == pytest.approx(1.44e-4, rel=0.01)
     assert 0.75 < np.std(read - plain) / client.flooding_std < 1.3
     assert client.queries_left == 960
-    exact, _ = logits(server, Client(server.packing, 12), 3)
+    exact, _ = logits(server, Client(server.packing), 3)
     np.testing.assert_allclose(exact, plain[:3], atol=1e-5)
 
 

@@ -67,7 +67,9 @@ def head():
 def wide():
     """Two ciphertexts a film."""
     torch.manual_seed(0)
-    return Parties(nn.Linear(1400, 3, bias=False), (1400,))
+    parties = Parties(nn.Linear(1300, 3, bias=False), (1300,))
+    assert parties.server.packing.uploads == 2
+    return parties
 
 
 @pytest.fixture(scope="module")

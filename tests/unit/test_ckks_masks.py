@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import pytest
 import torch
-from scipy.stats import chisquare
+from scipy.stats import binomtest, chisquare
 from torch import nn
 
 from primia_lite.config import UserError
 from primia_lite.encrypted.ckks import Client, Server
 from primia_lite.encrypted.masks import Mask, uniform
 from primia_lite.encrypted.parameters import Parameters
-from primia_lite.encrypted.seal import Context
+from primia_lite.encrypted.seal import Context, dump
 
 KEEP = [7, 100, 4095]
 
@@ -32,27 +30,32 @@ def values(context, draws=8) -> np.ndarray:
     )
 
 
+def centred(draws: np.ndarray, modulus: int) -> np.ndarray:
+    """Residues as int64 in (-q/2, q/2]."""
+    draws = draws.ravel().astype(np.int64)
+    return np.where(draws > modulus // 2, draws - modulus, draws)
+
+
 def uniformity(draws: np.ndarray, modulus: int) -> dict[str, float]:
-    """p-values: parity, the lowest byte, and 64 equal parts of [0, modulus)."""
-    draws = draws.ravel().astype(np.uint64)
-    parts = (draws.astype(object) * 64 // modulus).astype(int)
+    """p-values: parity and lowest byte of the centred numbers; of the range [0, modulus) 64 equal parts, and how many
+    lie in the 2e-4 of it where centred numbers are largest."""
+    parts = (draws.ravel().astype(object) * 64 // modulus).astype(int)
+    signed = centred(draws, modulus)
+    edge = int((np.abs(signed) > (0.5 - 1e-4) * modulus).sum())
     return {
-        "parity": chisquare(np.bincount((draws & np.uint64(1)).astype(int), minlength=2)).pvalue,
-        "low": chisquare(np.bincount((draws & np.uint64(255)).astype(int), minlength=256)).pvalue,
+        "parity": chisquare(np.bincount(signed & 1, minlength=2)).pvalue,
+        "low": chisquare(np.bincount(signed & 255, minlength=256)).pvalue,
         "range": chisquare(np.bincount(parts, minlength=64)).pvalue,
+        "edge": binomtest(edge, signed.size, 2e-4).pvalue,
     }
 
 
-def float_mask(context, keep, scale) -> np.ndarray:
-    """The control: a mask drawn by floats, doubled to reach over the modulus. Each of its three faults must show."""
+def float_mask(context) -> np.ndarray:
+    """The control, uint64 [N]: floats over not quite half of the modulus, and then doubled."""
     modulus = context.moduli[0]
-    draws = np.frombuffer(os.urandom(8 * context.n), np.uint64).astype(np.float64) / 2**64 - 0.5
-    draws = draws * modulus * 0.4999
-    draws[keep] = 0
-    doubled = 2 * np.round(draws).astype(object)
-    return np.array([int(v) % (2 * modulus) % modulus if v >= 0 else int(v) + modulus for v in doubled], object).astype(
-        np.uint64
-    )
+    half = np.rint((np.random.default_rng().random(context.n) - 0.5) * (0.4999 * modulus)).astype(np.int64)
+    half[KEEP] = 0
+    return (2 * half % modulus).astype(np.uint64)
 
 
 def test_masks_are_uniform_modulo_each_prime(context):
@@ -64,15 +67,53 @@ def test_masks_are_uniform_modulo_each_prime(context):
             assert p > 1e-5, (name, p)
 
 
-def test_the_control_fails_the_same_test():
-    context = Context(Parameters(4096, (54,), 24))
-    drawn = np.stack([float_mask(context, KEEP, 2.0**44) for _ in range(8)])
-    others = np.setdiff1d(np.arange(context.n), KEEP)
-    drawn = drawn[:, others]
-    # Positive ones are even; and 54 bits of a float leave the lowest bits empty.
-    positive = drawn[drawn < context.moduli[0] // 2]
-    assert uniformity(positive, context.moduli[0])["parity"] < 1e-9
-    assert uniformity(drawn, context.moduli[0])["low"] < 1e-9
+@pytest.fixture(scope="module")
+def wide():
+    """One prime of 54 bits: wider than a float."""
+    return Context(Parameters(4096, (54,), 24))
+
+
+@pytest.mark.parametrize(("kind", "passes"), [("mask", True), ("control", False)])
+@pytest.mark.parametrize("look", ["parity", "low", "edge"])
+def test_parity_low_bits_and_range_tell_a_mask_from_the_control(wide, look, kind, passes):
+    """The control's centred numbers are even, empty in the bits that a float has none for, and never near q/2."""
+    modulus, others = wide.moduli[0], np.setdiff1d(np.arange(wide.n), KEEP)
+    draws = values(wide, 50)[:, 0] if kind == "mask" else np.stack([float_mask(wide) for _ in range(50)])
+    p = uniformity(draws[:, others], modulus)[look]
+    assert p > 1e-5 if passes else p < 1e-9
+
+
+def test_parity_shows_products_through_the_control(wide):
+    """What a product's low bit is, a reply tells; through a mask it doesn't."""
+    modulus, others = wide.moduli[0], np.setdiff1d(np.arange(wide.n), KEEP)
+    product = uniform(1 << 40, wide.n)
+    for reply, least, most in (
+        ((float_mask(wide) + product) % np.uint64(modulus), 0.99, 1.0),
+        (Mask([modulus], wide.n, KEEP).hide(product[None])[0], 0.4, 0.6),
+    ):
+        same = (centred(reply, modulus)[others] & 1) == (product[others] & np.uint64(1)).astype(int)
+        assert least <= same.mean() <= most
+
+
+def test_reuse_shows_products_through_the_control(wide):
+    """The difference of two replies: that of the products if they have one mask, which a Mask refuses."""
+    modulus, others = wide.moduli[0], np.setdiff1d(np.arange(wide.n), KEEP)
+    products = [uniform(1 << 40, wide.n) for _ in range(2)]
+    true = (products[0].astype(np.int64) - products[1].astype(np.int64))[others]
+
+    def difference(replies) -> np.ndarray:
+        return ((replies[0].astype(np.int64) - replies[1].astype(np.int64)) % modulus)[others]
+
+    control = float_mask(wide)
+    shown = difference([(control + product) % np.uint64(modulus) for product in products])
+    np.testing.assert_array_equal(centred(shown, modulus), true)
+    mask = Mask([modulus], wide.n, KEEP)
+    replies = [mask.hide(products[0][None])[0]]
+    with pytest.raises(UserError, match="draw a new one for each reply"):
+        mask.hide(products[1][None])
+    replies.append(Mask([modulus], wide.n, KEEP).hide(products[1][None])[0])
+    for name, p in uniformity(difference(replies), modulus).items():
+        assert p > 1e-5, (name, p)
 
 
 def test_primes_are_masked_independently(context):
@@ -105,7 +146,7 @@ def test_a_mask_is_used_once(context):
         mask.hide(zeros)
 
 
-# --- replies ----------------------------------------------------------------------------------------------------------
+# --- uploads and replies ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +160,44 @@ def parties():
 
 def parts(server, data, *, ntt, scale) -> np.ndarray:
     return server.context.integers(data, scale=scale, level=0, ntt=ntt)
+
+
+def uploaded(client, server, film, *, ntt=True) -> np.ndarray:
+    """Integers of an upload, uint64 [2, N]."""
+    scale = server.packing.fresh_scale
+    (data,) = client.encrypt(film)
+    ciphertext = server.context.receive(data, scale=scale)
+    if not ntt:
+        server.context.evaluator.transform_from_ntt_inplace(ciphertext)
+    return parts(server, dump(ciphertext), ntt=ntt, scale=scale)[:, 0]
+
+
+def test_two_encryptions_of_a_film_differ_everywhere(parties):
+    _, client, server, _ = parties
+    first, second = (uploaded(client, server, np.ones(40) / 40) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert (a == b).mean() < 1e-3
+
+
+@pytest.mark.parametrize("ntt", [True, False])
+def test_uploads_are_uniform(parties, ntt):
+    _, client, server, _ = parties
+    drawn = np.stack([uploaded(client, server, np.ones(40) / 40, ntt=ntt) for _ in range(16)])
+    for polynomial in (0, 1):
+        for name, p in uniformity(drawn[:, polynomial], server.context.moduli[0]).items():
+            assert p > 1e-5, (polynomial, name, p)
+
+
+def test_an_upload_is_noise_under_another_key(parties):
+    _, client, server, _ = parties
+    modulus, film = server.context.moduli[0], np.linspace(-0.2, 0.2, 40)
+    integers = [uploaded(client, server, film, ntt=False)[:, None] for _ in range(3)]
+    own = np.array(client._key.coefficients(integers[0], range(40), 0), float) / server.packing.fresh_scale
+    np.testing.assert_allclose(own, film, atol=1e-6)
+    other, places = Client(server.packing)._key, range(0, server.context.n, 3)
+    read = [v % modulus for each in integers for v in other.coefficients(each, places, 0)]
+    for name, p in uniformity(np.array(read, np.uint64), modulus).items():
+        assert p > 1e-5, (name, p)
 
 
 def test_replies_to_one_upload_differ_everywhere_and_say_the_same(parties):

@@ -8,8 +8,16 @@ import tenseal
 import tenseal.sealapi as sealapi
 
 from primia_lite.config import UserError
+from primia_lite.encrypted.batch import BatchCNNPacking, BatchLinearPacking
 from primia_lite.encrypted.keys import SecretKey
-from primia_lite.encrypted.parameters import MAX_BITS_128, Parameters, choose, rescaling_error_bits
+from primia_lite.encrypted.packing import CNNPacking, LinearPacking
+from primia_lite.encrypted.parameters import (
+    MAX_BITS_128,
+    Parameters,
+    choose,
+    choose_single_product,
+    rescaling_error_bits,
+)
 from primia_lite.encrypted.seal import Context
 
 
@@ -79,3 +87,36 @@ def test_choose_takes_the_smallest_ring_and_says_when_there_is_none():
         choose(60)
     with pytest.raises(UserError, match="at least 1"):
         choose(1, slots=0)
+
+
+@pytest.mark.parametrize(
+    ("packing", "n", "bits", "scale"),
+    [
+        (LinearPacking(1280, 3), 2048, (54,), 26),
+        (LinearPacking(1280, 3, flooded=True), 4096, (36, 36, 37), 48),
+        (CNNPacking(28, 7, 3, 4, 64, 10), 8192, (49, 30, 30, 30, 30, 49), 30),
+        (CNNPacking(28, 7, 3, 4, 0, 3), 8192, (52, 30, 30, 52), 30),
+        (BatchLinearPacking(1280, 3), 2048, (54,), 26),
+        (BatchCNNPacking(28, 7, 3, 4, 64, 10), 8192, (54, 27, 27, 27, 27, 54), 27),
+        (BatchCNNPacking(28, 7, 3, 4, 0, 3), 8192, (56, 30, 30, 56), 30),
+    ],
+)
+def test_packings_have_the_sets_that_follow_from_depth_and_precision(packing, n, bits, scale):
+    """By choose() and choose_single_product(); the room that was asked for is there."""
+    found = packing.parameters
+    assert (found.poly_modulus_degree, found.coeff_mod_bit_sizes, found.scale_bits) == (n, bits, scale)
+    assert found.levels == packing.reply_level
+    assert packing.room(Context(found)) > 85
+
+
+def test_a_single_product_takes_all_bits_of_the_smallest_ring():
+    for weight_bits, primes in ((0, 1), (20, 1), (40, 2), (60, 3)):
+        found = choose_single_product(weight_bits, integer_bits=8, primes=primes)
+        modulus = sum(found.coeff_mod_bit_sizes[:primes])
+        assert found.scale_bits == modulus - 8 - weight_bits >= 20
+        smaller = [n for n in MAX_BITS_128 if n < found.poly_modulus_degree]
+        assert all(MAX_BITS_128[n] * primes / (primes + (primes > 1)) < 28 + weight_bits for n in smaller)
+    with pytest.raises(UserError, match="take more primes, or fewer bits"):
+        choose_single_product(40)
+    with pytest.raises(UserError, match="at least 1"):
+        choose_single_product(20, primes=0)

@@ -103,6 +103,8 @@ def test_norms_are_constants_of_public_films_and_fold_away(hidden):
     assert not any(isinstance(layer, networks.FixedNorm) for layer in plain)
     np.testing.assert_allclose(plain(public).detach(), model(public).detach(), atol=1e-5)
     np.testing.assert_array_equal(networks.folded(plain)(public).detach(), plain(public).detach())
+    with pytest.raises(UserError, match="a norm without a dense layer right behind it"):
+        networks.folded(model[:4])
 
 
 def test_resnet18_has_no_batchnorm_and_can_be_trained_privately():
