@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import signal
 import socket
+import struct
 import threading
 import time
 
@@ -25,7 +27,7 @@ from primia_lite.encrypted.ckks import Client
 from primia_lite.encrypted.flooding import Flooding
 from primia_lite.encrypted.packing import CNNPacking, LinearPacking, packing_from
 from primia_lite.encrypted.remote import RemoteServer, ServiceError
-from primia_lite.encrypted.seal import CiphertextError
+from primia_lite.encrypted.seal import CiphertextError, _wrap, payload
 from primia_lite.encrypted.service import NO_LIMITS, Limits, Service, join, most_key_bytes, most_upload_bytes, split
 from primia_lite.encrypted.workers import Keeper, SessionGone, Worker
 
@@ -244,6 +246,50 @@ def test_bad_bodies_get_a_sentence_and_the_service_goes_on(card, deep):
         assert web.get("/models/head/sessions").status_code == 405
         assert web.get("/none").status_code == 404
         assert web.post(f"/sessions/{token}/diagnose", content=join([good])).status_code == 200
+
+
+def key_parts(public: bytes) -> tuple[dict, list[bytes]]:
+    """Public material's head, and its keys."""
+    (size,) = struct.unpack_from("<I", public, 8)
+    head, keys, place = json.loads(public[12 : 12 + size]), [], 12 + size
+    for length in head["bytes"]:
+        keys.append(public[place : place + length])
+        place += length
+    return head, keys
+
+
+def public_of(head: dict, keys: list[bytes]) -> bytes:
+    """:func:`key_parts` undone."""
+    head = json.dumps(head | {"bytes": [len(key) for key in keys]}).encode()
+    return b"".join([b"PLCK0001", struct.pack("<I", len(head)), head, *keys])
+
+
+def test_keys_with_empty_tables_are_refused(deep):
+    with app({"net": deep}) as web:
+        client = Client(packing_from(web.get("/models").json()["net"]["packing"]))
+        head, (public, relin, galois) = key_parts(client.public())
+        assert web.post("/models/net/sessions", content=public_of(head, [public, relin, galois])).status_code == 201
+        empty = [_wrap(payload(relin)[:32] + struct.pack(f"<{len(table)}Q", *table)) for table in ((0,), (1, 0))]
+        # A key for one turn more or less than the model's.
+        steps = list(client.packing.rotations)
+        others = [client._key.galois_keys(chosen) for chosen in (steps[1:], [*steps, 3])]
+        for keys in [[public, each, galois] for each in empty] + [[public, relin, each] for each in others]:
+            answer = web.post("/models/net/sessions", content=public_of(head, keys))
+            assert answer.status_code == 400 and "send Client.public()" in answer.json()["error"]
+
+
+@pytest.mark.parametrize("error", [ValueError, RuntimeError])
+def test_what_seal_cannot_compute_is_the_client_s_fault(card, monkeypatch, error):
+    service = Service({"head": card}, NO_LIMITS)
+    with TestClient(service.app) as web:
+        client, token = opened(web)
+
+        def fails(*_):
+            raise error("not enough keys")
+
+        monkeypatch.setattr(service.workers[0].keeper.servers["head"], "kernel", fails)
+        answer = web.post(f"/sessions/{token}/diagnose", content=join(client.encrypt(film())))
+        assert answer.status_code == 400 and "not enough keys" in answer.json()["error"]
 
 
 def test_large_bodies_are_cut_early(card):
