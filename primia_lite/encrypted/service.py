@@ -44,12 +44,13 @@ class Limits:
     ----------
     sessions : kept at a time; opening one more closes the one that wasn't used for longest
     session_s : seconds without a query after which a session is closed
-    queries : films in a session. A linear head of d features is known after d + 1 chosen queries or fewer, in whatever
-        sessions; so this and ``per_minute`` slow extraction down, and do not prevent it
+    queries : films asked for in a session. A linear head of d features is known after d + 1 chosen queries or fewer, in
+        whatever sessions; so this and ``per_minute`` slow extraction down, and do not prevent it
     per_minute : films from one address in a minute, over all its sessions. Behind a proxy all clients have one address
     opened_per_minute : sessions opened from one address in a minute
-    timeout_s : seconds that a body may take to come, and again those that a worker may compute before it is replaced
-    waiting : requests that wait for a worker; more are sent away
+    timeout_s : seconds that a body may take to come, again those that a request may wait for a worker, and again those
+        that one may compute before it is replaced
+    waiting : requests that one worker has or that wait for it; more are sent away
     """
 
     sessions: int | None = 64
@@ -189,13 +190,15 @@ class Service:
             for name, card in cards.items()
         }
         self.workers = [Worker(cards) for _ in range(workers)] or [Here(cards)]
+        # A lane for each, so that one that hangs keeps nobody from another.
+        self._lanes = {worker: asyncio.Lock() for worker in self.workers}
+        self._waiting, self._closing = collections.Counter(), set()
         # By last use; those that ended, so that their clients are told that, and not that they never were.
         self.open: collections.OrderedDict[str, _Open] = collections.OrderedDict()
         self.ended: collections.OrderedDict[str, None] = collections.OrderedDict()
-        self.queries, self.waiting = 0, 0
+        self.queries = 0
         self.started = time.monotonic()
         self._opened, self._asked = _Rate(self.limits.opened_per_minute), _Rate(self.limits.per_minute)
-        self._limiter: anyio.CapacityLimiter | None = None
         routes = [
             Route("/health", self._guard(self.health)),
             Route("/models", self._guard(self.models)),
@@ -249,29 +252,38 @@ class Service:
         request.state.body_is_read = True
         return bytes(out)
 
-    async def _compute(self, worker: Here | Worker, what: str, *arguments):
-        """In a worker, so that others are answered meanwhile."""
-        if self.limits.waiting is not None and self.waiting >= self.limits.waiting:
-            raise Refused(503, "too many requests are waiting: try again in a moment", 1)
-        if self._limiter is None:
-            self._limiter = anyio.CapacityLimiter(len(self.workers))
-        self.waiting += 1
+    async def _call(self, worker: Here | Worker, what: str, *arguments, wait_s: float | None = None):
+        """In a worker, when those before it are done."""
+        async with asyncio.timeout(wait_s):
+            await self._lanes[worker].acquire()
         try:
             call = functools.partial(worker.call, what, *arguments, timeout_s=self.limits.timeout_s)
-            return await anyio.to_thread.run_sync(call, limiter=self._limiter)
-        except SessionGone as error:
-            raise Refused(410, _ENDED) from error
-        except WorkerDied as error:
+            return await anyio.to_thread.run_sync(call)
+        except WorkerDied:
             for token in [token for token, entry in self.open.items() if entry.worker is worker]:
-                await self._end(token)
+                self._forget(token)
+            raise
+        finally:
+            self._lanes[worker].release()
+
+    async def _compute(self, worker: Here | Worker, what: str, *arguments):
+        """In a worker, unless too many wait for it."""
+        if self.limits.waiting is not None and self._waiting[worker] >= self.limits.waiting:
+            raise Refused(503, "too many requests are waiting: try again in a moment", 1)
+        self._waiting[worker] += 1
+        try:
+            return await self._call(worker, what, *arguments, wait_s=self.limits.timeout_s)
+        except TimeoutError:
+            raise Refused(503, "those before this request took too long: try again in a moment", 1) from None
+        except WorkerDied as error:
             raise Refused(
                 503, f"the computation failed ({error}), and its sessions with it: open another one"
             ) from error
         finally:
-            self.waiting -= 1
+            self._waiting[worker] -= 1
 
-    async def _session(self, token: str) -> _Open:
-        await self._expire()
+    def _session(self, token: str) -> _Open:
+        self._expire()
         if token in self.ended:
             raise Refused(410, _ENDED)
         if token not in self.open:
@@ -280,22 +292,34 @@ class Service:
         self.open[token].used = time.monotonic()
         return self.open[token]
 
-    async def _expire(self, room: int = 0) -> None:
+    def _expire(self, room: int = 0) -> None:
         """End sessions that are too old, and the oldest beyond those allowed, less ``room``."""
         latest = time.monotonic() - (self.limits.session_s or math.inf)
         most = math.inf if self.limits.sessions is None else max(0, self.limits.sessions - room)
         while self.open and (next(iter(self.open.values())).used < latest or len(self.open) > most):
-            await self._end(next(iter(self.open)))
+            self._end(next(iter(self.open)))
 
-    async def _end(self, token: str) -> None:
+    def _forget(self, token: str) -> _Open | None:
+        """Strike a session off, where its worker has it no more."""
         entry = self.open.pop(token, None)
-        if entry is None:  # somebody else was faster
+        if entry is not None:
+            self.ended[token] = None
+            if len(self.ended) > self._REMEMBERED:
+                self.ended.popitem(last=False)
+        return entry
+
+    def _end(self, token: str) -> None:
+        """End a session. Its worker is told when it is free; nobody waits for that."""
+        if (entry := self._forget(token)) is None:  # somebody else was faster
             return
-        self.ended[token] = None
-        if len(self.ended) > self._REMEMBERED:
-            self.ended.popitem(last=False)
-        with contextlib.suppress(WorkerDied):
-            await anyio.to_thread.run_sync(entry.worker.call, "close", token)
+
+        async def close():
+            with contextlib.suppress(WorkerDied):
+                await self._call(entry.worker, "close", token)
+
+        task = asyncio.create_task(close())
+        self._closing.add(task)  # the loop itself holds tasks weakly
+        task.add_done_callback(self._closing.discard)
 
     async def health(self, request: Request) -> Response:
         return JSONResponse(
@@ -304,7 +328,7 @@ class Service:
                 "uptime_s": round(time.monotonic() - self.started, 1),
                 "sessions": len(self.open),
                 "queries": self.queries,
-                "waiting": self.waiting,
+                "waiting": self._waiting.total(),
             }
         )
 
@@ -322,26 +346,32 @@ class Service:
         token, held = secrets.token_urlsafe(32), collections.Counter(id(entry.worker) for entry in self.open.values())
         worker = min(self.workers, key=lambda worker: held[id(worker)])
         await self._compute(worker, "open", name, token, body)
-        await self._expire(room=1)
+        self._expire(room=1)
         self.open[token] = _Open(name, worker, time.monotonic())
         return JSONResponse({"session": token}, 201)
 
     async def diagnose(self, request: Request) -> Response:
         token = request.path_params["token"]
-        entry = await self._session(token)
+        entry = self._session(token)
         if self.limits.queries is not None and entry.queries >= self.limits.queries:
             raise Refused(429, f"this session had its {self.limits.queries} films: open another one", 60)
         self._asked.check(request.client.host if request.client else "")
+        entry.queries += 1  # before the body comes, or many slow ones would pass together
         uploads = split(await self._body(request, most_upload_bytes(self.packings[entry.model])))
-        entry.queries += 1
-        replies = await self._compute(entry.worker, "diagnose", token, uploads)
+        if token not in self.open:  # it ended meanwhile
+            raise Refused(410, _ENDED)
+        try:
+            replies = await self._compute(entry.worker, "diagnose", token, uploads)
+        except SessionGone as error:
+            self._forget(token)
+            raise Refused(410, _ENDED) from error
         self.queries += 1
         return Response(join(replies), media_type="application/octet-stream")
 
     async def close_session(self, request: Request) -> Response:
         token = request.path_params["token"]
-        await self._session(token)
-        await self._end(token)
+        self._session(token)
+        self._end(token)
         return Response(status_code=204)
 
 

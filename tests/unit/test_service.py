@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import os
@@ -10,6 +11,7 @@ import socket
 import struct
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import numpy as np
@@ -334,28 +336,55 @@ def test_slow_and_broken_bodies_cost_nobody_else(card):
             line.close()
 
 
+async def post(service: Service, path: str, receive) -> tuple[int, bytes]:
+    """Status and start of the answer, to a body that comes as ``receive`` says."""
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": path, "headers": [], "query_string": b"",
+             "root_path": "", "client": ("here", 1), "http_version": "1.1", "scheme": "http"}  # fmt: skip
+    await service.app(scope, receive, send)
+    return sent[0]["status"], sent[1]["body"]
+
+
 def test_a_body_has_so_long_to_come(card):
-    import asyncio
+    messages = iter([{"type": "http.request", "body": b"abc", "more_body": True}])
 
-    service, sent = Service({"head": card}, Limits(timeout_s=0.2)), []
+    async def receive():
+        for message in messages:
+            return message
+        await asyncio.sleep(60)
 
-    async def ask():
-        messages = iter([{"type": "http.request", "body": b"abc", "more_body": True}])
+    status, sentence = asyncio.run(
+        post(Service({"head": card}, Limits(timeout_s=0.2)), "/models/head/sessions", receive)
+    )
+    assert status == 408 and b"send it again" in sentence
 
-        async def receive():
-            for message in messages:
-                return message
-            await asyncio.sleep(60)
 
-        async def send(message):
-            sent.append(message)
+def test_slow_bodies_together_do_not_pass_the_limit_of_queries(card):
+    service = Service({"head": card}, Limits(queries=2))
+    client = Client(service.packings["head"])
+    body = join(client.encrypt(film()))
 
-        scope = {"type": "http", "method": "POST", "path": "/models/head/sessions", "headers": [], "query_string": b"",
-                 "root_path": "", "client": ("here", 1), "http_version": "1.1", "scheme": "http"}  # fmt: skip
-        await service.app(scope, receive, send)
+    async def ask_together():
+        async def keys():
+            return {"type": "http.request", "body": client.public(), "more_body": False}
 
-    asyncio.run(ask())
-    assert sent[0]["status"] == 408 and b"send it again" in sent[1]["body"]
+        assert (await post(service, "/models/head/sessions", keys))[0] == 201
+        (token,), all_are_in = service.open, asyncio.Event()
+
+        async def late():
+            await all_are_in.wait()
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        asked = [asyncio.create_task(post(service, f"/sessions/{token}/diagnose", late)) for _ in range(5)]
+        await asyncio.sleep(0.05)
+        all_are_in.set()
+        return [status for status, _ in await asyncio.gather(*asked)]
+
+    assert sorted(asyncio.run(ask_together())) == [200, 200, 429, 429, 429]
 
 
 # --- workers ----------------------------------------------------------------------------------------------------------
@@ -378,6 +407,62 @@ def test_a_worker_that_dies_or_hangs_costs_its_sessions_only(card):
             np.testing.assert_allclose(second.diagnose(film()), right, atol=1e-5)
             assert second._token == kept
     assert not any(worker._process.is_alive() for worker in service.workers)
+
+
+@pytest.mark.slow
+def test_a_hung_worker_keeps_nobody_from_another(card, deep):
+    service = Service({"head": card, "net": deep}, Limits(timeout_s=2.0), workers=2)
+    with TestClient(service.app) as web, ThreadPoolExecutor() as pool:
+        clients, tokens = zip(*[opened(web, name) for name in ("net", "head", "net", "head")], strict=True)
+        hung, healthy = service.workers
+        assert [entry.worker for entry in service.open.values()] == [hung, healthy] * 2
+        large, small = join(clients[0].encrypt(np.full((32, 32), 0.1))), join(clients[1].encrypt(film()))
+        assert len(large) > 250_000  # more than a pipe holds
+        ask = lambda token, body: web.post(f"/sessions/{token}/diagnose", content=body)  # noqa: E731
+        assert ask(tokens[0], large).status_code == ask(tokens[1], small).status_code == 200
+        pid = hung.pid
+        os.kill(pid, signal.SIGSTOP)
+        started = time.monotonic()
+        waiting = [pool.submit(ask, tokens[0], large) for _ in range(2)]
+        assert web.delete(f"/sessions/{tokens[2]}").status_code == 204
+        for token in (tokens[1], tokens[3]):
+            assert ask(token, small).status_code == 200
+        assert time.monotonic() - started < 1.5
+        first, second = (future.result(60) for future in waiting)
+        assert {first.status_code, second.status_code} <= {503, 410}
+        assert "took more than 2 s" in first.text + second.text
+        assert hung.pid != pid and list(service.open) == [tokens[1], tokens[3]]
+
+
+@pytest.mark.slow
+def test_a_worker_that_cannot_be_replaced_is_tried_again_later(card, monkeypatch):
+    service = Service({"head": card}, Limits(timeout_s=5.0), workers=1)
+    with TestClient(service.app) as web:
+        client, token = opened(web)
+        (worker,) = service.workers
+
+        def fails(self):
+            raise UserError("no memory")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Worker, "_start", fails)
+            os.kill(worker.pid, signal.SIGKILL)
+            answer = web.post(f"/sessions/{token}/diagnose", content=join(client.encrypt(film())))
+            assert answer.status_code == 503 and "the worker process ended" in answer.json()["error"]
+            assert not service.open
+            assert web.post("/models/head/sessions", content=client.public()).status_code == 503
+        assert web.post("/models/head/sessions", content=client.public()).status_code == 503  # and it starts
+        assert web.post("/models/head/sessions", content=client.public()).status_code == 201
+
+
+def test_a_session_that_its_worker_lost_ends(card):
+    service = Service({"head": card}, NO_LIMITS)
+    with TestClient(service.app) as web:
+        client, token = opened(web)
+        service.workers[0].keeper.sessions.clear()
+        for _ in range(2):
+            answer = web.post(f"/sessions/{token}/diagnose", content=join(client.encrypt(film())))
+            assert answer.status_code == 410 and not service.open
 
 
 def test_masks_are_made_in_idle_time(card):
