@@ -14,9 +14,11 @@ import contextlib
 import functools
 import math
 import secrets
+import ssl
 import struct
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import anyio
 from starlette.applications import Starlette
@@ -30,6 +32,9 @@ from primia_lite.encrypted.ckks import plan
 from primia_lite.encrypted.packing import Packing, spec_of
 from primia_lite.encrypted.seal import CiphertextError
 from primia_lite.encrypted.workers import Here, SessionGone, Worker, WorkerDied
+
+if TYPE_CHECKING:
+    import uvicorn
 
 # A film's ciphertexts in one body: their number, then each one's length and bytes.
 _COUNT = struct.Struct("<I")
@@ -51,6 +56,7 @@ class Limits:
     timeout_s : seconds that a body may take to come, again those that a request may wait for a worker, and again those
         that one may compute before it is replaced
     waiting : requests that one worker has or that wait for it; more are sent away
+    head_s : seconds after which a connection is closed that hasn't brought a request's whole head
     """
 
     sessions: int | None = 64
@@ -60,6 +66,7 @@ class Limits:
     opened_per_minute: int | None = 12
     timeout_s: float = 60.0
     waiting: int | None = 64
+    head_s: float = 10.0
 
 
 NO_LIMITS = Limits(None, None, None, None, None, 600.0, None)
@@ -375,23 +382,43 @@ class Service:
         return Response(status_code=204)
 
 
-def serve(
+def server(
     cards: dict[str, ModelCard], host: str = "127.0.0.1", port: int = 8000, *, limits: Limits | None = None,
     certfile: str | None = None, keyfile: str | None = None, workers: int = 1,
-) -> None:  # fmt: skip
-    """Run the service until it is stopped.
+) -> uvicorn.Server:  # fmt: skip
+    """The service at an address; ``run()`` serves until it is stopped.
+
+    Against very many connections, or a client that never reads its answers, put a reverse proxy before it.
 
     Raises
     ------
     UserError
-        One of certificate and key without the other.
+        One of certificate and key without the other, or a pair that can't be read or doesn't fit.
     """
     import uvicorn
 
+    from primia_lite.encrypted.protocol import Prompt
+
     if (certfile is None) != (keyfile is None):
         raise UserError("TLS needs both --certfile and --keyfile")
+    if certfile is not None:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certfile, keyfile)
+        except OSError as error:  # SSLError is one
+            raise UserError(
+                f"TLS can't use {certfile} with {keyfile} ({error}): give a certificate and its own key, as PEM files"
+            ) from error
     service = Service(cards, limits, workers)
-    uvicorn.run(
+    # Whoever connects is the client: a header that says otherwise would pass the limits by address.
+    config = uvicorn.Config(
         service.app, host=host, port=port, ssl_certfile=certfile, ssl_keyfile=keyfile, log_level="warning",
+        http=functools.partial(Prompt, head_s=service.limits.head_s), ws="none", proxy_headers=False,
         timeout_keep_alive=30, limit_concurrency=256, server_header=False,
     )  # fmt: skip
+    return uvicorn.Server(config)
+
+
+def serve(*arguments, **options) -> None:
+    """Run :func:`server` until it is stopped, by Ctrl-C for instance."""
+    with contextlib.suppress(KeyboardInterrupt):
+        server(*arguments, **options).run()

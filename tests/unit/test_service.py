@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
+import datetime
+import ipaddress
 import json
 import os
 import signal
@@ -18,16 +21,20 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from starlette.testclient import TestClient
 from torch import nn
 
 from primia_lite import serve
 from primia_lite.config import UserError
 from primia_lite.data import load
+from primia_lite.encrypted import service
 from primia_lite.encrypted.card import ModelCard, prepare_film
 from primia_lite.encrypted.ckks import Client
 from primia_lite.encrypted.flooding import Flooding
-from primia_lite.encrypted.packing import CNNPacking, LinearPacking, packing_from
+from primia_lite.encrypted.packing import CNNPacking, LinearPacking, packing_from, spec_of
 from primia_lite.encrypted.remote import RemoteServer, ServiceError
 from primia_lite.encrypted.seal import CiphertextError, _wrap, payload
 from primia_lite.encrypted.service import NO_LIMITS, Limits, Service, join, most_key_bytes, most_upload_bytes, split
@@ -97,6 +104,22 @@ class Recorder:
             self.heard += data
             other.sendall(data)
         other.close()
+
+
+@contextlib.contextmanager
+def listening(cards, limits=NO_LIMITS, **options):
+    """The service behind a real socket, in a thread of this process: its port."""
+    with socket.create_server(("127.0.0.1", 0)) as line:
+        server = service.server(cards, limits=limits, workers=0, **options)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [line]})
+        thread.start()
+        try:
+            while not server.started and thread.is_alive():
+                time.sleep(0.01)
+            yield line.getsockname()[1]
+        finally:
+            server.should_exit = True
+            thread.join()
 
 
 @pytest.mark.slow
@@ -228,6 +251,65 @@ def test_queries_in_a_minute_are_limited(card):
         assert "in a minute" in answers[2].json()["error"] and 50 < int(answers[2].headers["Retry-After"]) <= 60
 
 
+def test_another_address_in_a_header_buys_nothing(card):
+    with listening({"head": card}, Limits(opened_per_minute=2)) as port, httpx.Client() as web:
+        statuses = [
+            web.post(f"http://127.0.0.1:{port}/models/head/sessions", headers={"X-Forwarded-For": f"10.0.0.{k}"})
+            for k in range(3)
+        ]
+        assert [answer.status_code for answer in statuses] == [400, 400, 429]
+
+
+# --- TLS --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tls(tmp_path_factory) -> dict[str, str]:
+    """A self-signed certificate for this machine, its key, and the key of another."""
+    folder = tmp_path_factory.mktemp("tls")
+    keys = {name: ec.generate_private_key(ec.SECP256R1()) for name in ("key", "other")}
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    now = datetime.datetime.now(datetime.UTC)
+    builder = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(keys["key"].public_key())
+    builder = builder.serial_number(x509.random_serial_number())
+    builder = builder.not_valid_before(now - datetime.timedelta(hours=1)).not_valid_after(now + datetime.timedelta(1))
+    names = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    certificate = builder.add_extension(names, False).sign(keys["key"], hashes.SHA256())
+    (folder / "certificate").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    for which, key in keys.items():
+        (folder / which).write_bytes(
+            key.private_bytes(
+                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+            )
+        )
+    return {path.name: str(path) for path in folder.iterdir()}
+
+
+def test_tls_carries_a_diagnosis_to_those_who_trust_the_certificate(card, tls):
+    with listening({"head": card}, certfile=tls["certificate"], keyfile=tls["key"]) as port:
+        url = f"https://127.0.0.1:{port}"
+        with RemoteServer(url, ca_file=tls["certificate"], decimals=6) as server:
+            plain = card.network()(torch.tensor(film()).float()[None])[0].detach().numpy()
+            np.testing.assert_allclose(server.diagnose(film()), plain, atol=1e-5)
+        with pytest.raises(ServiceError, match="certificate verify failed"):
+            RemoteServer(url, retries=0)
+        with pytest.raises(ServiceError, match="no service answers"):
+            RemoteServer(url.replace("https", "http"), retries=0)
+
+
+def test_bad_certificates_get_a_sentence(card, tls, tmp_path, capsys):
+    from primia_lite.cli import main
+
+    (tmp_path / "text").write_text("x")
+    model = str(card.save(tmp_path / "good.pt"))
+    for certificate, key in (("/nope", "/nope"), (tls["certificate"], "/nope"), (tls["certificate"], tls["other"])):
+        assert main(["serve", model, "--certfile", certificate, "--keyfile", key]) == 2
+        assert "give a certificate and its own key" in capsys.readouterr().err
+    for ca_file in ("/nope", str(tmp_path / "text")):
+        with pytest.raises(UserError, match="give a PEM file"):
+            RemoteServer("https://127.0.0.1:9", ca_file=ca_file)
+
+
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
@@ -347,6 +429,28 @@ async def post(service: Service, path: str, receive) -> tuple[int, bytes]:
              "root_path": "", "client": ("here", 1), "http_version": "1.1", "scheme": "http"}  # fmt: skip
     await service.app(scope, receive, send)
     return sent[0]["status"], sent[1]["body"]
+
+
+def test_silent_connections_make_room_for_others(card):
+    with listening({"head": card}, dataclasses.replace(NO_LIMITS, head_s=1.0)) as port, contextlib.ExitStack() as stack:
+        url = f"http://127.0.0.1:{port}/health"
+        kept = stack.enter_context(httpx.Client())
+        assert kept.get(url).status_code == 200
+        lines = [stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(300)]
+        slow = lines[-1]
+        slow.sendall(b"GET /health HTTP/1.1\r\n")
+        time.sleep(0.5)
+        assert httpx.get(url).status_code == 503
+        for _ in range(20):  # a byte now and then buys no time
+            with contextlib.suppress(OSError):
+                slow.sendall(b"x")
+            time.sleep(0.1)
+        assert httpx.get(url).status_code == 200
+        assert kept.get(url).status_code == 200  # between two requests there is more time
+        for line in lines:
+            line.settimeout(1)
+            with contextlib.suppress(ConnectionResetError):
+                assert line.recv(1) == b""
 
 
 def test_a_body_has_so_long_to_come(card):
@@ -543,8 +647,23 @@ def test_the_client_tries_again_and_opens_sessions_anew(card, monkeypatch):
         failures += [503] * 9
         with pytest.raises(ServiceError, match="later"):
             server.diagnose(film())
+    for url in ("http://127.0.0.1:x", "http://a\tb"):
+        with pytest.raises(UserError, match="isn't an address"):
+            RemoteServer(url)
     with pytest.raises(ServiceError, match="no service answers at .*primia-lite serve"):
         RemoteServer("http://127.0.0.1:9", retries=1)
+
+
+def test_another_service_is_told_from_ours(card):
+    described = {"packing": spec_of(LinearPacking(FEATURES, 3)), "model": "litenet", "class_names": NAMES}
+    for answer in (b"<html>", b"[]", b"{}", b'{"head": 1}', json.dumps({"head": described}).encode()):
+        transport = httpx.MockTransport(lambda request, answer=answer: httpx.Response(200, content=answer))
+        with pytest.raises(ServiceError, match="isn't this service"):
+            RemoteServer("http://here", transport=transport)
+    answers = {"/models": {"head": described | {"image_size": 32}}}
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, json=answers.get(request.url.path, {})))
+    with pytest.raises(ServiceError, match="isn't this service"):
+        RemoteServer("http://here", transport=transport).open()
 
 
 def test_split_undoes_join():
