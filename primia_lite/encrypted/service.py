@@ -57,6 +57,8 @@ class Limits:
         that one may compute before it is replaced
     waiting : requests that one worker has or that wait for it; more are sent away
     head_s : seconds after which a connection is closed that hasn't brought a request's whole head
+    key_bytes : of the public keys of all sessions; beyond it those are closed that weren't used for longest
+    body_bytes : of the bodies of all requests that are under way; what comes beyond it is sent away
     """
 
     sessions: int | None = 64
@@ -67,9 +69,11 @@ class Limits:
     timeout_s: float = 60.0
     waiting: int | None = 64
     head_s: float = 10.0
+    key_bytes: int | None = 1 << 30
+    body_bytes: int | None = 1 << 29
 
 
-NO_LIMITS = Limits(None, None, None, None, None, 600.0, None)
+NO_LIMITS = Limits(None, None, None, None, None, 600.0, None, key_bytes=None, body_bytes=None)
 
 
 _ENDED = "this session was closed, or has expired: open a new one"
@@ -196,6 +200,7 @@ class Service:
             name: plan(card.network(), tuple(card.in_shape), flooded=card.flooded).packing
             for name, card in cards.items()
         }
+        self._key_bytes = {name: most_key_bytes(packing) for name, packing in self.packings.items()}
         self.workers = [Worker(cards) for _ in range(workers)] or [Here(cards)]
         # A lane for each, so that one that hangs keeps nobody from another.
         self._lanes = {worker: asyncio.Lock() for worker in self.workers}
@@ -203,7 +208,7 @@ class Service:
         # By last use; those that ended, so that their clients are told that, and not that they never were.
         self.open: collections.OrderedDict[str, _Open] = collections.OrderedDict()
         self.ended: collections.OrderedDict[str, None] = collections.OrderedDict()
-        self.queries = 0
+        self.queries, self.body_bytes = 0, 0
         self.started = time.monotonic()
         self._opened, self._asked = _Rate(self.limits.opened_per_minute), _Rate(self.limits.per_minute)
         routes = [
@@ -238,6 +243,8 @@ class Service:
                 return JSONResponse({"error": str(error)}, 400)
             except ClientDisconnect:
                 return Response(status_code=400)
+            finally:
+                self.body_bytes -= getattr(request.state, "body_bytes", 0)
 
         return answer
 
@@ -247,13 +254,17 @@ class Service:
         declared = request.headers.get("content-length", "0")
         if declared.isdigit() and int(declared[:20]) > most:
             raise Refused(413, sentence)
-        out = bytearray()
+        out, request.state.body_bytes = bytearray(), 0
         try:
             async with asyncio.timeout(self.limits.timeout_s):
                 async for part in request.stream():
                     if len(out) + len(part) > most:
                         raise Refused(413, sentence)
+                    if self.limits.body_bytes is not None and self.body_bytes + len(part) > self.limits.body_bytes:
+                        raise Refused(503, "too many large requests come at once: try again in a moment", 1)
                     out += part
+                    self.body_bytes += len(part)
+                    request.state.body_bytes += len(part)
         except TimeoutError:
             raise Refused(408, f"the body took longer than {self.limits.timeout_s:g} s: send it again") from None
         request.state.body_is_read = True
@@ -299,12 +310,17 @@ class Service:
         self.open[token].used = time.monotonic()
         return self.open[token]
 
-    def _expire(self, room: int = 0) -> None:
-        """End sessions that are too old, and the oldest beyond those allowed, less ``room``."""
-        latest = time.monotonic() - (self.limits.session_s or math.inf)
-        most = math.inf if self.limits.sessions is None else max(0, self.limits.sessions - room)
-        while self.open and (next(iter(self.open.values())).used < latest or len(self.open) > most):
-            self._end(next(iter(self.open)))
+    def _expire(self) -> None:
+        """End sessions that are too old, and the longest unused beyond those allowed; not the last that there is."""
+        limits, latest = self.limits, time.monotonic() - (self.limits.session_s or math.inf)
+        most, most_bytes = (math.inf if each is None else each for each in (limits.sessions, limits.key_bytes))
+        held = sum(self._key_bytes[entry.model] for entry in self.open.values())
+        for token, entry in list(self.open.items()):
+            many = len(self.open) > 1 and (len(self.open) > most or held > most_bytes)
+            if entry.used >= latest and not many:
+                break
+            held -= self._key_bytes[entry.model]
+            self._end(token)
 
     def _forget(self, token: str) -> _Open | None:
         """Strike a session off, where its worker has it no more."""
@@ -349,12 +365,12 @@ class Service:
         if name not in self.packings:
             raise Refused(404, f"there is no model {name!r}: /models lists {', '.join(self.packings)}")
         self._opened.check(request.client.host if request.client else "")
-        body = await self._body(request, most_key_bytes(self.packings[name]))
+        body = await self._body(request, self._key_bytes[name])
         token, held = secrets.token_urlsafe(32), collections.Counter(id(entry.worker) for entry in self.open.values())
         worker = min(self.workers, key=lambda worker: held[id(worker)])
         await self._compute(worker, "open", name, token, body)
-        self._expire(room=1)
         self.open[token] = _Open(name, worker, time.monotonic())
+        self._expire()
         return JSONResponse({"session": token}, 201)
 
     async def diagnose(self, request: Request) -> Response:
