@@ -301,7 +301,7 @@ class Session:
         Raises
         ------
         CiphertextError
-            Ciphertexts that aren't of this packing; checked before any work.
+            Ciphertexts that aren't of this packing, checked before any work; or that SEAL can't compute with.
         """
         server, packing = self.server, self.server.packing
         started = time.perf_counter()
@@ -312,10 +312,10 @@ class Session:
         started = time.perf_counter()
         try:
             products = server.kernel(inputs, self.keys)
-        except RuntimeError as error:
-            if "transparent" not in str(error):
-                raise
-            raise CiphertextError("these keys or ciphertexts cancel to 0: send what Client made") from error
+        except (RuntimeError, ValueError) as error:  # SEAL's; the weights were tried when they were compiled
+            if "transparent" in str(error):
+                raise CiphertextError("these keys or ciphertexts cancel to 0: send what Client made") from error
+            raise CiphertextError(f"SEAL can't compute with these keys and ciphertexts: {error}") from error
         server._note("compute", started, level=packing.reply_level, error=server.kernel.error)
         started = time.perf_counter()
         out = self._seal(products)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import ssl
 import time
 
 import httpx
@@ -15,6 +16,9 @@ from primia_lite.encrypted.ckks import Client
 from primia_lite.encrypted.flooding import Flooding
 from primia_lite.encrypted.packing import packing_from
 from primia_lite.encrypted.service import join, split
+
+# What a model's description must hold.
+_TOLD = {"packing", "model", "class_names", "image_size"}
 
 
 class ServiceError(UserError):
@@ -42,9 +46,10 @@ class RemoteServer:
     Raises
     ------
     ServiceError
-        Not reachable, or no such model.
+        Not reachable, another service, or no such model.
     UserError
-        Flooding for a model that is served without room for it.
+        A certificate to trust that can't be read, an address that is none, or flooding for a model that is served
+        without room for it.
     """
 
     def __init__(
@@ -52,17 +57,25 @@ class RemoteServer:
         retries: int = 4, decimals: int = 3, flooding: Flooding | None = None,
         transport: httpx.BaseTransport | None = None,
     ):  # fmt: skip
-        import ssl
-
-        verify = ssl.create_default_context(cafile=ca_file) if ca_file else True
-        self._http = httpx.Client(base_url=url, timeout=timeout_s, verify=verify, transport=transport)
+        try:
+            verify = ssl.create_default_context(cafile=ca_file) if ca_file else True
+        except OSError as error:  # SSLError is one
+            raise UserError(
+                f"the certificate {ca_file} can't be read ({error}): give a PEM file with the one to trust"
+            ) from error
+        try:
+            self._http = httpx.Client(base_url=url, timeout=timeout_s, verify=verify, transport=transport)
+        except httpx.InvalidURL as error:
+            raise UserError(f"{url!r} isn't an address ({error}): give one such as http://127.0.0.1:8000") from error
         self.retries = retries
-        offered = self._ask("GET", "/models").json()
+        offered = self._answer("GET", "/models")
         if model is None and len(offered) == 1:
             (model,) = offered
         if model not in offered:
             raise ServiceError(f"the service has no model {model!r}: choose one of {', '.join(offered)}", 404)
         self.name, self.description = model, offered[model]
+        if not isinstance(self.description, dict) or not self.description.keys() >= _TOLD:
+            raise ServiceError(self._another)
         self.client = Client(packing_from(self.description["packing"]), decimals, flooding)
         self._token: str | None = None
 
@@ -105,10 +118,27 @@ class RemoteServer:
                 time.sleep(wait)
         raise ServiceError(sentence, status)
 
+    @property
+    def _another(self) -> str:
+        return f"what answers at {self._http.base_url} isn't this service: check the address"
+
+    def _answer(self, method: str, path: str, content: bytes | None = None) -> dict:
+        """The service's JSON."""
+        try:
+            answer = self._ask(method, path, content).json()
+        except ValueError as error:
+            raise ServiceError(self._another) from error
+        if not isinstance(answer, dict) or not answer:
+            raise ServiceError(self._another)
+        return answer
+
     def open(self) -> str:
         """Open a session, unless one is open."""
         if self._token is None:
-            self._token = self._ask("POST", f"/models/{self.name}/sessions", self.client.public()).json()["session"]
+            answer = self._answer("POST", f"/models/{self.name}/sessions", self.client.public())
+            if not isinstance(token := answer.get("session"), str):
+                raise ServiceError(self._another)
+            self._token = token
         return self._token
 
     def diagnose(self, film: np.ndarray) -> np.ndarray:

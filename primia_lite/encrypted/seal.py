@@ -137,7 +137,7 @@ class Context:
         return out
 
     def receive_keys(self, data: bytes, kind: type, elements: int = 0):
-        """A stranger's public key, relinearisation keys, or Galois keys for at most so many elements.
+        """A stranger's public key, relinearisation keys, or Galois keys for just so many elements.
 
         SEAL trusts the numbers of keys that such bytes tell, so they are counted here first.
 
@@ -152,10 +152,10 @@ class Context:
             body = _unwrap(data, each)
             fits = len(body) == each
         else:
-            rows, most = (1, 1) if kind is sealapi.RelinKeys else (self.n, elements)
+            rows, full = (1, 1) if kind is sealapi.RelinKeys else (self.n, elements)
             digits = len(self.moduli) - 1
-            body = _unwrap(data, 40 + 8 * rows + most * digits * (_HEADER.size + each))
-            fits = _keys_fit(body, rows, most, digits, {_HEADER.size + each, _HEADER.size + seeded})
+            body = _unwrap(data, 40 + 8 * rows + full * digits * (_HEADER.size + each))
+            fits = _keys_fit(body, rows, full, digits, {_HEADER.size + each, _HEADER.size + seeded})
         if not fits:
             raise CiphertextError("these keys were cut, altered, or made with other parameters: send Client.public()")
         try:
@@ -236,18 +236,18 @@ def refuse_too_large() -> Iterator[None]:
         raise UserError(f"numbers are too large for these parameters ({error}): scale film or weights down") from error
 
 
-def _keys_fit(body: bytes, rows: int, most: int, digits: int, sizes: set[int]) -> bool:
-    """Whether this is a table of at most ``rows`` rows, ``most`` of them with ``digits`` keys of one of these sizes,
-    the others empty."""
+def _keys_fit(body: bytes, rows: int, full: int, digits: int, sizes: set[int]) -> bool:
+    """Whether this is a table of at most ``rows`` rows, just ``full`` of them with ``digits`` keys of one of these
+    sizes, the others empty: SEAL reads emptier tables, too, and fails when it needs a key."""
     try:
         (found,) = struct.unpack_from("<Q", body, 32)
-        place, full = 40, 0
+        place, seen = 40, 0
         if found > rows:
             return False
         for _ in range(found):
             (keys,) = struct.unpack_from("<Q", body, place)
-            place, full = place + 8, full + bool(keys)
-            if keys not in (0, digits) or full > most:
+            place, seen = place + 8, seen + bool(keys)
+            if keys not in (0, digits) or seen > full:
                 return False
             for _ in range(keys):
                 size = _HEADER.unpack_from(body, place)[-1]
@@ -256,7 +256,7 @@ def _keys_fit(body: bytes, rows: int, most: int, digits: int, sizes: set[int]) -
                 place += size
     except struct.error:
         return False
-    return place == len(body)
+    return seen == full and place == len(body)
 
 
 def dump(thing) -> bytes:

@@ -14,9 +14,11 @@ import contextlib
 import functools
 import math
 import secrets
+import ssl
 import struct
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import anyio
 from starlette.applications import Starlette
@@ -31,6 +33,9 @@ from primia_lite.encrypted.packing import Packing, spec_of
 from primia_lite.encrypted.seal import CiphertextError
 from primia_lite.encrypted.workers import Here, SessionGone, Worker, WorkerDied
 
+if TYPE_CHECKING:
+    import uvicorn
+
 # A film's ciphertexts in one body: their number, then each one's length and bytes.
 _COUNT = struct.Struct("<I")
 _MOST_PARTS = 1 << 14
@@ -44,12 +49,16 @@ class Limits:
     ----------
     sessions : kept at a time; opening one more closes the one that wasn't used for longest
     session_s : seconds without a query after which a session is closed
-    queries : films in a session. A linear head of d features is known after d + 1 chosen queries or fewer, in whatever
-        sessions; so this and ``per_minute`` slow extraction down, and do not prevent it
+    queries : films asked for in a session. A linear head of d features is known after d + 1 chosen queries or fewer, in
+        whatever sessions; so this and ``per_minute`` slow extraction down, and do not prevent it
     per_minute : films from one address in a minute, over all its sessions. Behind a proxy all clients have one address
     opened_per_minute : sessions opened from one address in a minute
-    timeout_s : seconds that a body may take to come, and again those that a worker may compute before it is replaced
-    waiting : requests that wait for a worker; more are sent away
+    timeout_s : seconds that a body may take to come, again those that a request may wait for a worker, and again those
+        that one may compute before it is replaced
+    waiting : requests that one worker has or that wait for it; more are sent away
+    head_s : seconds after which a connection is closed that hasn't brought a request's whole head
+    key_bytes : of the public keys of all sessions; beyond it those are closed that weren't used for longest
+    body_bytes : of the bodies of all requests that are under way; what comes beyond it is sent away
     """
 
     sessions: int | None = 64
@@ -59,9 +68,12 @@ class Limits:
     opened_per_minute: int | None = 12
     timeout_s: float = 60.0
     waiting: int | None = 64
+    head_s: float = 10.0
+    key_bytes: int | None = 1 << 30
+    body_bytes: int | None = 1 << 29
 
 
-NO_LIMITS = Limits(None, None, None, None, None, 600.0, None)
+NO_LIMITS = Limits(None, None, None, None, None, 600.0, None, key_bytes=None, body_bytes=None)
 
 
 _ENDED = "this session was closed, or has expired: open a new one"
@@ -188,14 +200,17 @@ class Service:
             name: plan(card.network(), tuple(card.in_shape), flooded=card.flooded).packing
             for name, card in cards.items()
         }
+        self._key_bytes = {name: most_key_bytes(packing) for name, packing in self.packings.items()}
         self.workers = [Worker(cards) for _ in range(workers)] or [Here(cards)]
+        # A lane for each, so that one that hangs keeps nobody from another.
+        self._lanes = {worker: asyncio.Lock() for worker in self.workers}
+        self._waiting, self._closing = collections.Counter(), set()
         # By last use; those that ended, so that their clients are told that, and not that they never were.
         self.open: collections.OrderedDict[str, _Open] = collections.OrderedDict()
         self.ended: collections.OrderedDict[str, None] = collections.OrderedDict()
-        self.queries, self.waiting = 0, 0
+        self.queries, self.body_bytes = 0, 0
         self.started = time.monotonic()
         self._opened, self._asked = _Rate(self.limits.opened_per_minute), _Rate(self.limits.per_minute)
-        self._limiter: anyio.CapacityLimiter | None = None
         routes = [
             Route("/health", self._guard(self.health)),
             Route("/models", self._guard(self.models)),
@@ -228,6 +243,8 @@ class Service:
                 return JSONResponse({"error": str(error)}, 400)
             except ClientDisconnect:
                 return Response(status_code=400)
+            finally:
+                self.body_bytes -= getattr(request.state, "body_bytes", 0)
 
         return answer
 
@@ -237,41 +254,54 @@ class Service:
         declared = request.headers.get("content-length", "0")
         if declared.isdigit() and int(declared[:20]) > most:
             raise Refused(413, sentence)
-        out = bytearray()
+        out, request.state.body_bytes = bytearray(), 0
         try:
             async with asyncio.timeout(self.limits.timeout_s):
                 async for part in request.stream():
                     if len(out) + len(part) > most:
                         raise Refused(413, sentence)
+                    if self.limits.body_bytes is not None and self.body_bytes + len(part) > self.limits.body_bytes:
+                        raise Refused(503, "too many large requests come at once: try again in a moment", 1)
                     out += part
+                    self.body_bytes += len(part)
+                    request.state.body_bytes += len(part)
         except TimeoutError:
             raise Refused(408, f"the body took longer than {self.limits.timeout_s:g} s: send it again") from None
         request.state.body_is_read = True
         return bytes(out)
 
-    async def _compute(self, worker: Here | Worker, what: str, *arguments):
-        """In a worker, so that others are answered meanwhile."""
-        if self.limits.waiting is not None and self.waiting >= self.limits.waiting:
-            raise Refused(503, "too many requests are waiting: try again in a moment", 1)
-        if self._limiter is None:
-            self._limiter = anyio.CapacityLimiter(len(self.workers))
-        self.waiting += 1
+    async def _call(self, worker: Here | Worker, what: str, *arguments, wait_s: float | None = None):
+        """In a worker, when those before it are done."""
+        async with asyncio.timeout(wait_s):
+            await self._lanes[worker].acquire()
         try:
             call = functools.partial(worker.call, what, *arguments, timeout_s=self.limits.timeout_s)
-            return await anyio.to_thread.run_sync(call, limiter=self._limiter)
-        except SessionGone as error:
-            raise Refused(410, _ENDED) from error
-        except WorkerDied as error:
+            return await anyio.to_thread.run_sync(call)
+        except WorkerDied:
             for token in [token for token, entry in self.open.items() if entry.worker is worker]:
-                await self._end(token)
+                self._forget(token)
+            raise
+        finally:
+            self._lanes[worker].release()
+
+    async def _compute(self, worker: Here | Worker, what: str, *arguments):
+        """In a worker, unless too many wait for it."""
+        if self.limits.waiting is not None and self._waiting[worker] >= self.limits.waiting:
+            raise Refused(503, "too many requests are waiting: try again in a moment", 1)
+        self._waiting[worker] += 1
+        try:
+            return await self._call(worker, what, *arguments, wait_s=self.limits.timeout_s)
+        except TimeoutError:
+            raise Refused(503, "those before this request took too long: try again in a moment", 1) from None
+        except WorkerDied as error:
             raise Refused(
                 503, f"the computation failed ({error}), and its sessions with it: open another one"
             ) from error
         finally:
-            self.waiting -= 1
+            self._waiting[worker] -= 1
 
-    async def _session(self, token: str) -> _Open:
-        await self._expire()
+    def _session(self, token: str) -> _Open:
+        self._expire()
         if token in self.ended:
             raise Refused(410, _ENDED)
         if token not in self.open:
@@ -280,22 +310,39 @@ class Service:
         self.open[token].used = time.monotonic()
         return self.open[token]
 
-    async def _expire(self, room: int = 0) -> None:
-        """End sessions that are too old, and the oldest beyond those allowed, less ``room``."""
-        latest = time.monotonic() - (self.limits.session_s or math.inf)
-        most = math.inf if self.limits.sessions is None else max(0, self.limits.sessions - room)
-        while self.open and (next(iter(self.open.values())).used < latest or len(self.open) > most):
-            await self._end(next(iter(self.open)))
+    def _expire(self) -> None:
+        """End sessions that are too old, and the longest unused beyond those allowed; not the last that there is."""
+        limits, latest = self.limits, time.monotonic() - (self.limits.session_s or math.inf)
+        most, most_bytes = (math.inf if each is None else each for each in (limits.sessions, limits.key_bytes))
+        held = sum(self._key_bytes[entry.model] for entry in self.open.values())
+        for token, entry in list(self.open.items()):
+            many = len(self.open) > 1 and (len(self.open) > most or held > most_bytes)
+            if entry.used >= latest and not many:
+                break
+            held -= self._key_bytes[entry.model]
+            self._end(token)
 
-    async def _end(self, token: str) -> None:
+    def _forget(self, token: str) -> _Open | None:
+        """Strike a session off, where its worker has it no more."""
         entry = self.open.pop(token, None)
-        if entry is None:  # somebody else was faster
+        if entry is not None:
+            self.ended[token] = None
+            if len(self.ended) > self._REMEMBERED:
+                self.ended.popitem(last=False)
+        return entry
+
+    def _end(self, token: str) -> None:
+        """End a session. Its worker is told when it is free; nobody waits for that."""
+        if (entry := self._forget(token)) is None:  # somebody else was faster
             return
-        self.ended[token] = None
-        if len(self.ended) > self._REMEMBERED:
-            self.ended.popitem(last=False)
-        with contextlib.suppress(WorkerDied):
-            await anyio.to_thread.run_sync(entry.worker.call, "close", token)
+
+        async def close():
+            with contextlib.suppress(WorkerDied):
+                await self._call(entry.worker, "close", token)
+
+        task = asyncio.create_task(close())
+        self._closing.add(task)  # the loop itself holds tasks weakly
+        task.add_done_callback(self._closing.discard)
 
     async def health(self, request: Request) -> Response:
         return JSONResponse(
@@ -304,7 +351,7 @@ class Service:
                 "uptime_s": round(time.monotonic() - self.started, 1),
                 "sessions": len(self.open),
                 "queries": self.queries,
-                "waiting": self.waiting,
+                "waiting": self._waiting.total(),
             }
         )
 
@@ -318,50 +365,76 @@ class Service:
         if name not in self.packings:
             raise Refused(404, f"there is no model {name!r}: /models lists {', '.join(self.packings)}")
         self._opened.check(request.client.host if request.client else "")
-        body = await self._body(request, most_key_bytes(self.packings[name]))
+        body = await self._body(request, self._key_bytes[name])
         token, held = secrets.token_urlsafe(32), collections.Counter(id(entry.worker) for entry in self.open.values())
         worker = min(self.workers, key=lambda worker: held[id(worker)])
         await self._compute(worker, "open", name, token, body)
-        await self._expire(room=1)
         self.open[token] = _Open(name, worker, time.monotonic())
+        self._expire()
         return JSONResponse({"session": token}, 201)
 
     async def diagnose(self, request: Request) -> Response:
         token = request.path_params["token"]
-        entry = await self._session(token)
+        entry = self._session(token)
         if self.limits.queries is not None and entry.queries >= self.limits.queries:
             raise Refused(429, f"this session had its {self.limits.queries} films: open another one", 60)
         self._asked.check(request.client.host if request.client else "")
+        entry.queries += 1  # before the body comes, or many slow ones would pass together
         uploads = split(await self._body(request, most_upload_bytes(self.packings[entry.model])))
-        entry.queries += 1
-        replies = await self._compute(entry.worker, "diagnose", token, uploads)
+        if token not in self.open:  # it ended meanwhile
+            raise Refused(410, _ENDED)
+        try:
+            replies = await self._compute(entry.worker, "diagnose", token, uploads)
+        except SessionGone as error:
+            self._forget(token)
+            raise Refused(410, _ENDED) from error
         self.queries += 1
         return Response(join(replies), media_type="application/octet-stream")
 
     async def close_session(self, request: Request) -> Response:
         token = request.path_params["token"]
-        await self._session(token)
-        await self._end(token)
+        self._session(token)
+        self._end(token)
         return Response(status_code=204)
 
 
-def serve(
+def server(
     cards: dict[str, ModelCard], host: str = "127.0.0.1", port: int = 8000, *, limits: Limits | None = None,
     certfile: str | None = None, keyfile: str | None = None, workers: int = 1,
-) -> None:  # fmt: skip
-    """Run the service until it is stopped.
+) -> uvicorn.Server:  # fmt: skip
+    """The service at an address; ``run()`` serves until it is stopped.
+
+    Against very many connections, or a client that never reads its answers, put a reverse proxy before it.
 
     Raises
     ------
     UserError
-        One of certificate and key without the other.
+        One of certificate and key without the other, or a pair that can't be read or doesn't fit.
     """
     import uvicorn
 
+    from primia_lite.encrypted.protocol import Prompt
+
     if (certfile is None) != (keyfile is None):
         raise UserError("TLS needs both --certfile and --keyfile")
+    if certfile is not None:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certfile, keyfile)
+        except OSError as error:  # SSLError is one
+            raise UserError(
+                f"TLS can't use {certfile} with {keyfile} ({error}): give a certificate and its own key, as PEM files"
+            ) from error
     service = Service(cards, limits, workers)
-    uvicorn.run(
+    # Whoever connects is the client: a header that says otherwise would pass the limits by address.
+    config = uvicorn.Config(
         service.app, host=host, port=port, ssl_certfile=certfile, ssl_keyfile=keyfile, log_level="warning",
+        http=functools.partial(Prompt, head_s=service.limits.head_s), ws="none", proxy_headers=False,
         timeout_keep_alive=30, limit_concurrency=256, server_header=False,
     )  # fmt: skip
+    return uvicorn.Server(config)
+
+
+def serve(*arguments, **options) -> None:
+    """Run :func:`server` until it is stopped, by Ctrl-C for instance."""
+    with contextlib.suppress(KeyboardInterrupt):
+        server(*arguments, **options).run()

@@ -6,10 +6,12 @@ that dies or hangs costs its sessions, not the service; and while it waits, it m
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import pickle
 import signal
 import threading
+import time
 from collections import OrderedDict
 
 from primia_lite.config import UserError
@@ -18,11 +20,11 @@ from primia_lite.encrypted.ckks import Server, Session
 
 # Of each session, made in idle time; for the sessions that were used last.
 _MASKS, _SESSIONS = 2, 16
-_START_S = 120.0
+_START_S, _CALL_S = 120.0, 60.0
 
 
 class WorkerDied(Exception):
-    """A worker ended, or was stopped because it took too long; its sessions are gone, and another one is there."""
+    """A worker ended, or was stopped because it took too long; its sessions are gone."""
 
 
 class SessionGone(Exception):
@@ -61,21 +63,20 @@ class Keeper:
 
 
 class Here:
-    """A keeper in this process, behind the interface of :class:`Worker`. One call at a time."""
+    """A keeper in this process, behind the interface of :class:`Worker`; no deadline, for nothing can be stopped."""
 
     def __init__(self, cards: dict[str, ModelCard]):
-        self.keeper, self._lock = Keeper(cards), threading.Lock()
+        self.keeper = Keeper(cards)
 
-    def call(self, what: str, *arguments, timeout_s: float | None = None):
-        with self._lock:
-            return getattr(self.keeper, what)(*arguments)
+    def call(self, what: str, *arguments, timeout_s: float = _CALL_S):
+        return getattr(self.keeper, what)(*arguments)
 
     def stop(self) -> None:
         pass
 
 
 class Worker:
-    """A keeper in a process of its own. One call at a time.
+    """A keeper in a process of its own. One call at a time: the caller sees to that.
 
     Raises
     ------
@@ -84,52 +85,70 @@ class Worker:
     """
 
     def __init__(self, cards: dict[str, ModelCard]):
-        self._cards, self._lock = pickle.dumps(cards), threading.Lock()
+        self._cards, self._stopped = pickle.dumps(cards), False
         self._start()
 
     def _start(self) -> None:
         # A fresh process on every system: a fork would copy this one's threads and locks.
         context = multiprocessing.get_context("spawn")
-        self._line, theirs = context.Pipe()
-        self._process = context.Process(target=_work, args=(theirs, self._cards), daemon=True)
-        self._process.start()
+        line, theirs = context.Pipe()
+        process = context.Process(target=_work, args=(theirs, self._cards), daemon=True)
+        process.start()
         theirs.close()
+        self._line, self._process = line, process
         try:
             ready = self._line.poll(_START_S) and self._line.recv()
-        except EOFError:
+        except (OSError, EOFError):
             ready = False
-        if not ready:
-            self.stop()
+        if not ready or self._stopped:
+            self._end()
             raise UserError("the service's worker process didn't start: see what it printed above")
 
     @property
     def pid(self) -> int:
         return self._process.pid
 
-    def call(self, what: str, *arguments, timeout_s: float | None = None):
+    def call(self, what: str, *arguments, timeout_s: float = _CALL_S):
         """A method of :class:`Keeper`, there.
 
         Raises
         ------
         WorkerDied
-            No answer in ``timeout_s`` seconds, or never.
+            No answer in ``timeout_s`` seconds, or never; after a new process was started, where that was possible.
         """
-        with self._lock:
-            try:
-                self._line.send((what, arguments))
-                if not self._line.poll(timeout_s):
-                    raise TimeoutError(f"{what} took more than {timeout_s:g} s")
-                fine, result = self._line.recv()
-            except (OSError, EOFError) as error:  # TimeoutError is an OSError
-                self.stop()
-                self._start()
-                raise WorkerDied(str(error) or "the worker process ended") from error
+        if self._stopped:
+            raise WorkerDied("the service stops")
+        # Writing, waiting and reading all end when the process does.
+        watch, started = threading.Timer(timeout_s, self._process.kill), time.monotonic()
+        watch.start()
+        try:
+            self._line.send((what, arguments))
+            fine, result = self._line.recv()
+        except (OSError, EOFError) as error:
+            late = time.monotonic() - started >= timeout_s
+            self._replace()
+            sentence = f"{what} took more than {timeout_s:g} s" if late else "the worker process ended"
+            raise WorkerDied(sentence) from error
+        finally:
+            watch.cancel()
         if fine:
             return result
         raise result
 
-    def stop(self) -> None:
+    def _replace(self) -> None:
+        self._end()
+        if not self._stopped:
+            with contextlib.suppress(UserError, OSError):  # the next call finds it dead, and tries again
+                self._start()
+
+    def _end(self) -> None:
+        self._process.kill()
+        self._process.join()
         self._line.close()
+
+    def stop(self) -> None:
+        """For good; a call that is under way raises WorkerDied."""
+        self._stopped = True
         self._process.kill()
         self._process.join()
 

@@ -531,7 +531,7 @@ def test_wrong_keys_are_refused(small):
     owner = Client(deep.packing)
     public = owner.public()
     few = generator_public(owner._key._generator)
-    parts = [dump(few), owner._key.relin_keys(), owner._key.galois_keys([1])]
+    parts = [dump(few), owner._key.relin_keys(), owner._key.galois_keys([*deep.packing.rotations[1:], 3])]
     head_ = json.dumps({"packing": spec_of(deep.packing), "bytes": [len(part) for part in parts]}).encode()
     with pytest.raises(CiphertextError, match="Galois keys that this model needs are missing"):
         deep.open(b"".join([b"PLCK0001", struct.pack("<I", len(head_)), head_, *parts]))
