@@ -23,7 +23,7 @@ from primia_lite.encrypted.batch import batch_packing, compile_batch
 from primia_lite.encrypted.flooding import Flooding, flooding_std, rounded_gaussian
 from primia_lite.encrypted.kernels import EvaluationKeys, compile_model, packing_for
 from primia_lite.encrypted.keys import SecretKey
-from primia_lite.encrypted.masks import Blind, seal_reply
+from primia_lite.encrypted.masks import Blind
 from primia_lite.encrypted.packing import LinearPacking, Packing, packing_from, spec_of
 from primia_lite.encrypted.seal import CiphertextError, Context
 
@@ -291,9 +291,12 @@ class Session:
 
     def prepare(self, films: int = 1) -> None:
         """Make, in idle time, what will hide the replies to so many films; later ones get theirs when they come."""
-        context, packing = self.server.context, self.server.packing
         for _ in range(films):
-            self._blinds.append([Blind(context, self.encryptor, packing.reply_level, keep) for keep in packing.keep])
+            self._blinds.append(self._new_blinds())
+
+    def _new_blinds(self) -> list[Blind]:
+        context, packing = self.server.context, self.server.packing
+        return [Blind(context, self.encryptor, packing.reply_level, keep) for keep in packing.keep]
 
     def diagnose(self, uploads: list[bytes]) -> list[bytes]:
         """One film's ciphertexts in, masked and re-randomised replies out.
@@ -323,14 +326,10 @@ class Session:
         return out
 
     def _seal(self, products: list[sealapi.Ciphertext]) -> list[bytes]:
-        context, packing = self.server.context, self.server.packing
         try:
             blinds = self._blinds.pop()  # in one step, so that no two threads get the same
         except IndexError:
-            return [
-                seal_reply(context, self.encryptor, product, packing.reply_level, keep)
-                for product, keep in zip(products, packing.keep, strict=True)
-            ]
+            blinds = self._new_blinds()
         return [blind.seal(product) for blind, product in zip(blinds, products, strict=True)]
 
 

@@ -64,7 +64,7 @@ class Mask:
 
 
 class Blind:
-    """All that hides one reply, made before the film comes: an encryption of zero and a mask, as integers; used once.
+    """All that hides one reply: an encryption of zero and a mask, which may be made before the film comes; used once.
 
     Raises
     ------
@@ -73,37 +73,19 @@ class Blind:
     """
 
     def __init__(self, context: Context, encryptor: sealapi.Encryptor, level: int, keep: list[int]):
-        zero = sealapi.Ciphertext()
-        encryptor.encrypt_zero(context.level_ids[level], zero)
-        self._context, self._level = context, level
-        self._moduli = np.array(context.moduli_at(level), np.uint64)[:, None]
-        self._values = _masked(context, zero, level, keep)
+        self._context, self._level, self._zero = context, level, sealapi.Ciphertext()
+        encryptor.encrypt_zero(context.level_ids[level], self._zero)
+        self._mask = Mask(context.moduli_at(level), context.n, keep)
 
     def seal(self, product: sealapi.Ciphertext) -> bytes:
-        """As :func:`seal_reply`."""
-        if self._values is None:
+        """A product as the reply that goes out: re-randomised, masked, in coefficient form; bytes."""
+        if self._zero is None:
             raise UserError("this mask was used: draw a new one for each reply")
-        values, self._values = self._values, None
-        scale = product.scale
-        self._context.evaluator.transform_from_ntt_inplace(product)
-        values += self._context.own_integers(product, self._level)
-        return self._context.compose(np.minimum(values, values - self._moduli), scale=scale, level=self._level)
-
-
-def seal_reply(
-    context: Context, encryptor: sealapi.Encryptor, product: sealapi.Ciphertext, level: int, keep: list[int]
-) -> bytes:
-    """A product as the reply that goes out: re-randomised, masked, in coefficient form; bytes."""
-    scale, zero = product.scale, sealapi.Ciphertext()
-    encryptor.encrypt_zero(context.level_ids[level], zero)
-    zero.scale = scale
-    context.evaluator.add_inplace(product, zero)
-    return context.compose(_masked(context, product, level, keep), scale=scale, level=level)
-
-
-def _masked(context: Context, ciphertext: sealapi.Ciphertext, level: int, keep: list[int]) -> np.ndarray:
-    """Its integers in coefficient form, uint64 [2, primes, N], with a new mask on the first polynomial."""
-    context.evaluator.transform_from_ntt_inplace(ciphertext)
-    out = context.own_integers(ciphertext, level).copy()
-    out[0] = Mask(context.moduli_at(level), context.n, keep).hide(out[0])
-    return out
+        zero, self._zero = self._zero, None
+        context, scale = self._context, product.scale
+        zero.scale = scale
+        context.evaluator.add_inplace(product, zero)
+        context.evaluator.transform_from_ntt_inplace(product)
+        out = context.own_integers(product, self._level).copy()
+        out[0] = self._mask.hide(out[0])
+        return context.compose(out, scale=scale, level=self._level)

@@ -274,14 +274,18 @@ class Service:
         """In a worker, when those before it are done."""
         async with asyncio.timeout(wait_s):
             await self._lanes[worker].acquire()
+        timeout_s = self.limits.timeout_s
+        watch = asyncio.get_running_loop().call_later(
+            timeout_s, worker.kill, worker.pid, f"{what} took more than {timeout_s:g} s"
+        )
         try:
-            call = functools.partial(worker.call, what, *arguments, timeout_s=self.limits.timeout_s)
-            return await anyio.to_thread.run_sync(call)
+            return await anyio.to_thread.run_sync(worker.call, what, *arguments)
         except WorkerDied:
             for token in [token for token, entry in self.open.items() if entry.worker is worker]:
                 self._forget(token)
             raise
         finally:
+            watch.cancel()
             self._lanes[worker].release()
 
     async def _compute(self, worker: Here | Worker, what: str, *arguments):

@@ -10,8 +10,6 @@ import contextlib
 import multiprocessing
 import pickle
 import signal
-import threading
-import time
 from collections import OrderedDict
 
 from primia_lite.config import UserError
@@ -20,7 +18,7 @@ from primia_lite.encrypted.ckks import Server, Session
 
 # Of each session, made in idle time; for the sessions that were used last.
 _MASKS, _SESSIONS = 2, 16
-_START_S, _CALL_S = 120.0, 60.0
+_START_S = 120.0
 
 
 class WorkerDied(Exception):
@@ -63,13 +61,18 @@ class Keeper:
 
 
 class Here:
-    """A keeper in this process, behind the interface of :class:`Worker`; no deadline, for nothing can be stopped."""
+    """A keeper in this process, behind the interface of :class:`Worker`; it can't be stopped."""
+
+    pid = None
 
     def __init__(self, cards: dict[str, ModelCard]):
         self.keeper = Keeper(cards)
 
-    def call(self, what: str, *arguments, timeout_s: float = _CALL_S):
+    def call(self, what: str, *arguments):
         return getattr(self.keeper, what)(*arguments)
+
+    def kill(self, pid: None, why: str) -> None:
+        pass
 
     def stop(self) -> None:
         pass
@@ -85,7 +88,7 @@ class Worker:
     """
 
     def __init__(self, cards: dict[str, ModelCard]):
-        self._cards, self._stopped = pickle.dumps(cards), False
+        self._cards, self._stopped, self._why = pickle.dumps(cards), False, ""
         self._start()
 
     def _start(self) -> None:
@@ -108,32 +111,32 @@ class Worker:
     def pid(self) -> int:
         return self._process.pid
 
-    def call(self, what: str, *arguments, timeout_s: float = _CALL_S):
+    def call(self, what: str, *arguments):
         """A method of :class:`Keeper`, there.
 
         Raises
         ------
         WorkerDied
-            No answer in ``timeout_s`` seconds, or never; after a new process was started, where that was possible.
+            It ended, by itself or by :meth:`kill`; after a new process was started, where that was possible.
         """
         if self._stopped:
             raise WorkerDied("the service stops")
-        # Writing, waiting and reading all end when the process does.
-        watch, started = threading.Timer(timeout_s, self._process.kill), time.monotonic()
-        watch.start()
         try:
             self._line.send((what, arguments))
             fine, result = self._line.recv()
         except (OSError, EOFError) as error:
-            late = time.monotonic() - started >= timeout_s
             self._replace()
-            sentence = f"{what} took more than {timeout_s:g} s" if late else "the worker process ended"
-            raise WorkerDied(sentence) from error
-        finally:
-            watch.cancel()
+            why, self._why = self._why or "the worker process ended", ""
+            raise WorkerDied(why) from error
         if fine:
             return result
         raise result
+
+    def kill(self, pid: int, why: str) -> None:
+        """End the process ``pid``, unless another took its place; a call that writes, waits or reads ends with it."""
+        if self._process.pid == pid:
+            self._why = why
+            self._process.kill()
 
     def _replace(self) -> None:
         self._end()
