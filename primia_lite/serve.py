@@ -185,7 +185,7 @@ def load_test(
     -------
     dict
         ``ms``, float64 [requests without an error]; ``errors``, sentences; ``films`` and ``logits`` [clients, ...];
-        ``rss_mib``, after each tenth of the requests, empty without ``pid``
+        ``rss_mib``, before and after each tenth of the requests, empty without ``pid``
     """
     from primia_lite.encrypted.remote import RemoteServer
     from primia_lite.encrypted.service import join, split
@@ -195,7 +195,7 @@ def load_test(
     remotes = [RemoteServer(url, model) for _ in range(clients)]
     films = np.random.default_rng(0).random((clients, *remotes[0].client.packing.in_shape))
     films /= np.linalg.norm(films.reshape(clients, -1), axis=1).reshape(-1, *[1] * (films.ndim - 1))
-    ms, errors, replies, rss_mib = [], [], {}, []
+    ms, errors, replies, rss_mib = [], [], {}, [] if pid is None else [_rss_mib(pid)]
 
     bodies = [join(remote.client.encrypt(film)) for remote, film in zip(remotes, films, strict=True)]
     paths = [f"/sessions/{remote.open()}/diagnose" for remote in remotes]
@@ -203,7 +203,7 @@ def load_test(
     def hospital(number: int) -> None:
         # Thinner than the client's library, whose own work would be timed.
         line, path, body = http.client.HTTPConnection(address.netloc), paths[number], bodies[number]
-        for _ in range(requests // clients + (number < requests % clients)):
+        for query in range(requests // clients + (number < requests % clients)):
             try:
                 started = time.perf_counter()
                 line.request("POST", path, body=body)
@@ -219,7 +219,7 @@ def load_test(
                 continue
             ms.append(passed)
             replies[number] = content
-            if pid is not None and len(ms) % max(1, requests // 10) == 0:
+            if pid is not None and number == 0 and (query + 1) % max(1, requests // (10 * clients)) == 0:
                 rss_mib.append(_rss_mib(pid))
 
     threads = [threading.Thread(target=hospital, args=(number,)) for number in range(clients)]

@@ -39,7 +39,8 @@ class RemoteServer:
     url : of the service, such as http://127.0.0.1:8000
     model : its name there; may be left out where there is one
     ca_file : certificate to trust for https; the system's if left out
-    timeout_s, retries : of one request; waits grow from 0.2 s, doubling, or are what the service asks for
+    timeout_s, retries : of one request; waits grow from 0.2 s, doubling, or are what the service asks for; beyond 30 s
+        its answer is raised instead
     decimals, flooding : see :class:`~primia_lite.encrypted.ckks.Client`
     transport : of httpx, for tests
 

@@ -2,8 +2,8 @@
 
 A client asks for a model's description, opens a session with its public keys, and posts a film's ciphertexts; back come
 masked replies. The service keeps public keys and counters, nothing else; keys and weights are in worker processes, so
-that this one has time to answer. TLS protects traffic; without it the film is
-still encrypted, but anybody on the way may change bytes, or use a session.
+that this one has time to answer. TLS protects traffic; without it the film is still encrypted, but anybody on the
+way may change bytes, or use a session.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import asyncio
 import collections
 import contextlib
 import functools
+import logging
 import math
 import secrets
 import ssl
@@ -43,7 +44,8 @@ _MOST_PARTS = 1 << 14
 
 @dataclass(frozen=True)
 class Limits:
-    """What one client may cost. None switches a limit off.
+    """What one client may cost. None switches a limit off. Addresses aren't accounts: who has many, or keeps opening
+    sessions, can still crowd out others.
 
     Attributes
     ----------
@@ -76,6 +78,7 @@ class Limits:
 NO_LIMITS = Limits(None, None, None, None, None, 600.0, None, key_bytes=None, body_bytes=None)
 
 
+_log = logging.getLogger(__name__)
 _ENDED = "this session was closed, or has expired: open a new one"
 
 
@@ -243,6 +246,9 @@ class Service:
                 return JSONResponse({"error": str(error)}, 400)
             except ClientDisconnect:
                 return Response(status_code=400)
+            except Exception:  # a fault of ours: the client gets no traceback, the log does
+                _log.exception("%s %s", request.method, request.scope["route"].path)
+                return JSONResponse({"error": "the service failed on this request: ask its owner to read the log"}, 500)
             finally:
                 self.body_bytes -= getattr(request.state, "body_bytes", 0)
 
@@ -381,7 +387,8 @@ class Service:
         token = request.path_params["token"]
         entry = self._session(token)
         if self.limits.queries is not None and entry.queries >= self.limits.queries:
-            raise Refused(429, f"this session had its {self.limits.queries} films: open another one", 60)
+            # Not ended: films of it may be under way.
+            raise Refused(410, f"this session had its {self.limits.queries} films: open a new one")
         self._asked.check(request.client.host if request.client else "")
         entry.queries += 1  # before the body comes, or many slow ones would pass together
         uploads = split(await self._body(request, most_upload_bytes(self.packings[entry.model])))

@@ -88,7 +88,7 @@ class Worker:
     """
 
     def __init__(self, cards: dict[str, ModelCard]):
-        self._cards, self._stopped, self._why = pickle.dumps(cards), False, ""
+        self._cards, self._stopped, self._busy, self._why = pickle.dumps(cards), False, False, ""
         self._start()
 
     def _start(self) -> None:
@@ -121,20 +121,23 @@ class Worker:
         """
         if self._stopped:
             raise WorkerDied("the service stops")
+        self._why, self._busy = "", True
         try:
             self._line.send((what, arguments))
             fine, result = self._line.recv()
         except (OSError, EOFError) as error:
             self._replace()
-            why, self._why = self._why or "the worker process ended", ""
-            raise WorkerDied(why) from error
+            raise WorkerDied(self._why or "the worker process ended") from error
+        finally:
+            self._busy = False
         if fine:
             return result
         raise result
 
     def kill(self, pid: int, why: str) -> None:
-        """End the process ``pid``, unless another took its place; a call that writes, waits or reads ends with it."""
-        if self._process.pid == pid:
+        """End the process ``pid``, if it is at work and no other took its place; a call that writes, waits or reads
+        ends with it."""
+        if self._busy and self._process.pid == pid:
             self._why = why
             self._process.kill()
 
@@ -163,7 +166,10 @@ def _work(line, cards: bytes) -> None:
     idle = True
     while True:
         while idle and not line.poll():
-            idle = keeper.prepare()
+            try:
+                idle = keeper.prepare()
+            except Exception:  # a film then gets its masks when it comes, and its client hears of the fault
+                idle = False
         try:
             what, arguments = line.recv()
         except EOFError:

@@ -141,7 +141,9 @@ def test_readme_quotes_encrypted_diagnosis(name):
     (row,) = [line for line in README.splitlines() if line.startswith(f"| `{name}`: ")]
     agreed, error, auroc = (found[f"{what}_{name}"] for what in ("agreement_strict", "logit_error", "auroc"))
     assert f"| {round(agreed['mean'] * agreed['n'])} of {agreed['n']} |" in row
-    assert f"| {error['mean']:.0e} | {auroc['mean']:.3f} |" in row
+    assert f"| {error['mean']:.0e} | {auroc['mean']:.3f} ± {auroc['std']:.3f} |" in row
+    rounded = found[f"agreement_rounded_{name}"]
+    assert f"{round(rounded['mean'] * rounded['n'])} (`{name}`)" in README
     steps = ("encrypt", "receive", "compute", "mask", "decrypt")
     times = [f"{found[f'{step}_ms_{name}']['median']:.2f} ms" for step in steps]
     kib = [f"{found[f'{what}_kib_{name}']['mean']:,.0f}" for what in ("keys", "upload", "reply")]
@@ -177,15 +179,15 @@ def test_readme_quotes_the_targets_of_encrypted_inference():
         (line,) = [line for line in README.splitlines() if line.startswith(f"| {start}")]
         return line
 
-    assert f"| {found['speedup_tutorial_network']:.0f}x |" in row("tutorial's network: server time")
-    assert f"| {found['quadratic_cnn_server_ms']:.1f} ms |" in row("quadratic CNN, 64 px, server")
+    assert f"| {found['speedup_tutorial_network']:.0f}x (" in row("tutorial's network: server time")
+    assert f"| {found['quadratic_cnn_server_ms']:.1f} ms (" in row("quadratic CNN, 64 px, server")
     masked = row("the same with a fresh mask")
-    assert f"| {found['linear_head_masked_ms']:.2f} ms; " in masked
+    assert f"| {found['linear_head_masked_ms']:.2f} ms (" in masked
     assert ("missed" in masked) == (found["linear_head_masked_ms"] > 1.5)
     end_to_end = row("the same, end to end in process")
-    assert f"| {found['linear_head_end_to_end_ms']:.2f} ms; " in end_to_end
+    assert f"| {found['linear_head_end_to_end_ms']:.2f} ms (" in end_to_end
     assert ("missed" in end_to_end) == (found["linear_head_end_to_end_ms"] > 3)
-    assert f"| {found['speedup_batch_per_film']:.1f}x |" in row("batch, a film of a linear head")
+    assert f"| {found['speedup_batch_per_film']:.1f}x (" in row("batch, a film of a linear head")
     assert f"| {found['service_p50_ms']:.1f} ms, {found['service_p99_ms']:.1f} ms; no error" in row(
         "service, 8 clients"
     )

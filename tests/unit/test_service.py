@@ -230,7 +230,7 @@ def test_limits(card):
         client, token = opened(web)
         body = join(client.encrypt(film()))
         ask = lambda: web.post(f"/sessions/{token}/diagnose", content=body)  # noqa: E731
-        assert [ask().status_code for _ in range(3)] == [200, 200, 429]
+        assert [ask().status_code for _ in range(3)] == [200, 200, 410]
         opened(web)
         opened(web)  # the first is closed for it
         assert ask().status_code == 410 and web.get("/health").json()["sessions"] == 2
@@ -252,6 +252,30 @@ def test_keys_of_all_sessions_have_a_limit(card, deep):
         first, second = opened(web, "net")[1], opened(web, "net")[1]  # one there may always be
         assert web.delete(f"/sessions/{first}").status_code == 410
         assert web.delete(f"/sessions/{second}").status_code == 204
+
+
+def test_a_client_opens_another_session_when_one_is_used_up(card):
+    with app({"head": card}, Limits(queries=2)) as web:
+        remote = RemoteServer("http://testserver", transport=web._transport)
+        for _ in range(5):
+            assert remote.diagnose(film()).shape == (3,)
+        assert web.get("/health").json()["queries"] == 5
+
+
+def test_a_fault_of_the_service_is_a_sentence_and_a_line_in_the_log(card, caplog, monkeypatch):
+    service = Service({"head": card}, NO_LIMITS)
+    with TestClient(service.app) as web:
+        client, token = opened(web)
+
+        def fails(*_):
+            raise ZeroDivisionError("a secret of ours")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(service.workers[0], "call", fails)
+            answer = web.post(f"/sessions/{token}/diagnose", content=join(client.encrypt(film())))
+        assert answer.status_code == 500 and answer.json()["error"].startswith("the service failed on this request")
+        assert "secret" not in answer.text and "a secret of ours" in caplog.text
+        assert web.post(f"/sessions/{token}/diagnose", content=join(client.encrypt(film()))).status_code == 200
 
 
 def test_queries_in_a_minute_are_limited(card):
@@ -502,7 +526,7 @@ def test_slow_bodies_together_do_not_pass_the_limit_of_queries(card):
         all_are_in.set()
         return [status for status, _ in await asyncio.gather(*asked)]
 
-    assert sorted(asyncio.run(ask_together())) == [200, 200, 429, 429, 429]
+    assert sorted(asyncio.run(ask_together())) == [200, 200, 410, 410, 410]
 
 
 def test_bodies_that_come_at_once_have_a_limit(card):
