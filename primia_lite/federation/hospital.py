@@ -104,7 +104,8 @@ def local_update(
     expected_batch = training.sample_rate * (declared_size or len(films))
     with torch_threads(1 if models.spec(training.model).extract else cores()):
         losses = train(model, films, training, privacy, rng, expected_batch)
-    delta = {name: value - global_state[name] for name, value in model.state_dict().items()}
+    # Parameters only: constants of norms stay as they are.
+    delta = {name: value.detach() - global_state[name] for name, value in model.named_parameters()}
     if not all(torch.isfinite(value).all() for value in delta.values()):
         raise TrainingError(
             f"the update has values that aren't finite: lower learning_rate (now {training.learning_rate})"

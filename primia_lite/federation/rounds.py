@@ -310,8 +310,9 @@ class _Server:
         for name, change in delta.items():
             self.velocity[name] = self.schedule.server_momentum * self.velocity[name] + change
             self.state[name] = self.state[name] + self.schedule.server_learning_rate * self.velocity[name]
-            if averaging:
-                self.sum[name] += self.state[name].double()
+        if averaging:
+            for name, value in self.state.items():
+                self.sum[name] += value.double()
 
     def final(self) -> State:
         if not self.schedule.average_last:

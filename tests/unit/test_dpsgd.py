@@ -36,7 +36,7 @@ def clipped_sum(model, films, bound, unit="patient", units=None):
         gradient = torch.autograd.grad(torch.stack(each).mean(), list(model.parameters()))
         norm = torch.sqrt(sum((g**2).sum() for g in gradient))
         for t, g in zip(total, gradient, strict=True):
-            t += g * min(1.0, bound / float(norm))
+            t += g * min(1.0, bound / max(float(norm), 1e-30))  # a film that is fitted perfectly has none
     return total
 
 
