@@ -18,7 +18,7 @@ from primia_lite.encrypted.packing import packing_from
 from primia_lite.encrypted.service import join, split
 
 # What a model's description must hold.
-_TOLD = {"packing", "model", "class_names", "image_size"}
+_TOLD = {"packing", "model", "class_names", "image_size", "standardise"}
 
 
 class ServiceError(UserError):

@@ -51,8 +51,8 @@ class Limits:
     ----------
     sessions : kept at a time; opening one more closes the one that wasn't used for longest
     session_s : seconds without a query after which a session is closed
-    queries : films asked for in a session. A linear head of d features is known after d + 1 chosen queries or fewer, in
-        whatever sessions; so this and ``per_minute`` slow extraction down, and do not prevent it
+    queries : films asked for in a session. A linear head of d features without bias is known after d chosen queries or
+        fewer, in whatever sessions; so this and ``per_minute`` slow extraction down, and do not prevent it
     per_minute : films from one address in a minute, over all its sessions. Behind a proxy all clients have one address
     opened_per_minute : sessions opened from one address in a minute
     timeout_s : seconds that a body may take to come, again those that a request may wait for a worker, and again those

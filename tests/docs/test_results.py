@@ -144,6 +144,7 @@ def test_readme_quotes_encrypted_diagnosis(name):
     assert f"| {error['mean']:.0e} | {auroc['mean']:.3f} ± {auroc['std']:.3f} |" in row
     rounded = found[f"agreement_rounded_{name}"]
     assert f"{round(rounded['mean'] * rounded['n'])} (`{name}`)" in README
+    assert f"{found[f'auroc_encrypted_{name}']['mean']:.3f} (`{name}`)" in README
     steps = ("encrypt", "receive", "compute", "mask", "decrypt")
     times = [f"{found[f'{step}_ms_{name}']['median']:.2f} ms" for step in steps]
     kib = [f"{found[f'{what}_kib_{name}']['mean']:,.0f}" for what in ("keys", "upload", "reply")]
