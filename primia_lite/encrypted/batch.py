@@ -4,8 +4,8 @@ A slot is a film (Gilad-Bachrach et al., CryptoNets, ICML 2016): weights are sca
 is a result, so there is nothing to mask: replies are re-randomised only, and the noise in them isn't hidden.
 
 The other way, N // d films side by side in the coefficients of one ciphertext, isn't here: a reply is sealed for every
-class and every few films, and sealing is what costs. Tried by hand at N = 4096, which heads of single films had then (no
-benchmark holds it), server CPU for a film: of 1,280 features 3 films fit, and take 1.8 ms each, as one film alone did;
+class and every few films, and sealing is what costs. Tried by hand at N = 4096, which heads of single films had then
+(no benchmark holds it), server CPU for a film: of 1,280 features 3 films fit, and take 1.8 ms each, as one alone did;
 of 243 features 16 fit, 0.29 ms each. Slots take 0.18 ms and 0.03 ms in a batch of 2,048 films.
 """
 
