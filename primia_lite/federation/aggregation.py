@@ -1,23 +1,68 @@
-"""How a round's updates become one: the only interface between the rounds and a way of summing."""
+"""How a round's updates become one: the only interface between the rounds and a way of summing.
+
+An aggregator is given a function for each hospital that has it compute its update, so that it decides who sees the
+result. In this process all parties run side by side; each sees only what its own code is handed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from primia_lite.config import UserError
+from primia_lite.federation import secagg
 from primia_lite.federation.hospital import State, Update
+
+Ask = Callable[[], Update]
+
+
+@dataclass(frozen=True)
+class Aggregate:
+    """What the server has after a round.
+
+    Attributes
+    ----------
+    value : the mean update, float32, weighted by declared sizes; where noise is shared the sum, int64; by parameter
+    survivors : the hospitals whose updates are in it
+    """
+
+    value: State
+    survivors: tuple[str, ...]
 
 
 class Aggregator(Protocol):
-    """Turns the updates of a round into their weighted mean."""
+    """Turns the updates of a round into their weighted mean, or their sum."""
 
     name: str
 
-    def aggregate(self, updates: Mapping[str, Update], weights: Mapping[str, float]) -> State:
-        """The sum of ``weights[h] * updates[h].delta`` over the hospitals; the weights add up to 1."""
+    def aggregate(
+        self, ask: Mapping[str, Ask], sizes: Mapping[str, int], like: State, number: int, *, summed: bool = False
+    ) -> Aggregate:
+        """One round.
+
+        Parameters
+        ----------
+        ask
+            By hospital: computes its update when called.
+        sizes
+            Declared size by hospital. A hospital's weight is its share of those that take part.
+        like
+            What an update holds: tensors by parameter; only names and shapes matter.
+        number
+            Of the round.
+        summed
+            Updates are integers, summed as they are: noise is shared among the hospitals.
+
+        Raises
+        ------
+        UserError
+            Hospitals without a size, an update of another shape, or a way of summing that isn't private for this one.
+        """
         ...
 
 
@@ -26,14 +71,122 @@ class WeightedMean:
 
     name = "weighted mean in the clear"
 
-    def aggregate(self, updates: Mapping[str, Update], weights: Mapping[str, float]) -> State:
-        if updates.keys() != weights.keys():
+    def aggregate(self, ask, sizes, like, number, *, summed=False) -> Aggregate:
+        check(ask, sizes)
+        if summed:
             raise UserError(
-                f"updates from {sorted(updates)} but weights for {sorted(weights)}: they must name the same"
+                "a share of the noise protects no hospital whose update is seen by itself: aggregate securely, or let "
+                "each hospital add its own noise (Privacy without shared)"
             )
         # float64 and a fixed order, so that the sum doesn't depend on who answered first.
-        names = sorted(updates)
-        return {
-            key: torch.stack([weights[h] * updates[h].delta[key].double() for h in names]).sum(0).float()
-            for key in updates[names[0]].delta
+        names, total = sorted(ask), sum(sizes.values())
+        updates = {h: ask[h]().delta for h in names}
+        for h in names:
+            flat(updates[h], like, h)
+        value = {
+            key: torch.stack([sizes[h] / total * updates[h][key].double() for h in names]).sum(0).float()
+            for key in like
         }
+        return Aggregate(value, tuple(names))
+
+
+class SecureAggregation:
+    """:mod:`primia_lite.federation.secagg` between parties in this process.
+
+    Parameters
+    ----------
+    threshold
+        Fewest hospitals whose sum is revealed; left out, two thirds, rounded up.
+    clip
+        The largest absolute value of an update's entry. Entries are rounded to about 5e-10 of it.
+    absent
+        Simulates drop-outs: called with round and step, gives those who are gone from there on in this round.
+    listen
+        Called with each message: round, step, ``request`` or ``reply``, the hospital, and the bytes (or, of a reply,
+        the :class:`~primia_lite.federation.secagg.Reply`). All that a server sees goes through here.
+    """
+
+    def __init__(
+        self,
+        threshold: int | None = None,
+        clip: float = 32.0,
+        *,
+        absent: Callable[[int, str], Iterable[str]] | None = None,
+        listen: Callable[[int, str, str, str, bytes | secagg.Reply], None] | None = None,
+    ):
+        self.threshold, self.clip, self.absent, self.listen = threshold, clip, absent, listen
+        self._identities: dict[str, Ed25519PrivateKey] = {}
+        self._clients: dict[str, secagg.Client] = {}
+        self._agreement: secagg.Agreement | None = None
+        self._session = 0
+
+    @property
+    def name(self) -> str:
+        return f"secure aggregation, threshold {self.threshold or 'two thirds'}, clip {self.clip:g}"
+
+    def aggregate(self, ask, sizes, like, number, *, summed=False) -> Aggregate:
+        check(ask, sizes)
+        self._agree(ask, sizes, length(like), weighted=not summed)
+        self._session += 1
+        server = secagg.Server(self._agreement, self._session)
+        gone: set[str] = set()
+
+        def exchange(step: str, requests: Mapping[str, bytes]) -> Iterable[secagg.Reply]:
+            gone.update(self.absent(number, step) if self.absent else ())
+            for name, request in requests.items():
+                self._tell(number, step, "request", name, request)
+                if name in gone:
+                    continue
+                reply = self._clients[name].answer(request, lambda name=name: flat(ask[name]().delta, like, name))
+                self._tell(number, step, "reply", name, reply)
+                yield reply
+
+        secagg.run(server, exchange)
+        vector = server.total.astype(np.int64) if summed else server.mean
+        return Aggregate(unflat(vector, like), server.survivors)
+
+    def _agree(self, names, sizes, n, weighted) -> None:
+        for name in names:
+            if name not in self._identities:
+                self._identities[name] = Ed25519PrivateKey.generate()
+        identities = {name: self._identities[name].public_key().public_bytes_raw() for name in names}
+        agreement = secagg.Agreement(identities, dict(sizes), n, self.clip, self.threshold, weighted)
+        if agreement != self._agreement:
+            self._agreement = agreement
+            self._clients = {name: secagg.Client(name, self._identities[name], agreement) for name in names}
+
+    def _tell(self, *what) -> None:
+        if self.listen:
+            self.listen(*what)
+
+
+def check(ask: Mapping[str, object], sizes: Mapping[str, int]) -> None:
+    """Raise UserError unless both name the same hospitals."""
+    if ask.keys() != sizes.keys():
+        raise UserError(f"updates from {sorted(ask)} but sizes of {sorted(sizes)}: they must name the same")
+
+
+def length(like: State) -> int:
+    return sum(value.numel() for value in like.values())
+
+
+def flat(delta: State, like: State, name: str) -> np.ndarray:
+    """float32 or int64 [L]: an update's entries in the order of ``like``.
+
+    Raises
+    ------
+    UserError
+        Other parameters or shapes, naming the hospital.
+    """
+    shapes = {key: tuple(value.shape) for key, value in like.items()}
+    found = {key: tuple(value.shape) for key, value in delta.items()}
+    if found != shapes:
+        raise UserError(f"hospital {name}'s update holds {found}, but the model has {shapes}")
+    parts = [delta[key].detach().reshape(-1).numpy() for key in like]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def unflat(vector: np.ndarray, like: State) -> State:
+    """The inverse of :func:`flat`."""
+    parts = torch.from_numpy(vector).split([value.numel() for value in like.values()])
+    return {key: part.view(value.shape) for (key, value), part in zip(like.items(), parts, strict=True)}

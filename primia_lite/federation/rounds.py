@@ -13,6 +13,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from filelock import FileLock, Timeout
 
 from primia_lite import models
 from primia_lite.config import UserError
-from primia_lite.federation.aggregation import Aggregator, WeightedMean
+from primia_lite.federation.aggregation import Aggregator, SecureAggregation, WeightedMean
 from primia_lite.federation.hospital import Hospital, State
 from primia_lite.federation.progress import RoundProgress
 from primia_lite.metrics import scores
@@ -67,7 +68,7 @@ class Result:
     Attributes
     ----------
     state : weights of the final model
-    history : one record a round: ``round`` and validation scores
+    history : one record a round: ``round``, validation scores, and ``absent`` where hospitals had vanished
     epsilon : ε by hospital (empty without DP), of everything in its ledger
     seeded : true where a fixed seed made noise and sampling: "seeded: not private"
     training, in_shape : what :meth:`model` needs
@@ -131,6 +132,8 @@ def federate(
         Start anew: the run in ``folder`` is deleted, its ledgers too. For simulations.
     validation
         Scored after each round. Outside ε: validation films aren't protected by the training's DP.
+    aggregator
+        How updates are summed. Left out, securely, so that the server sees no single one; in the clear for one hospital.
     progress
         None, a function of each round's record, or the title of the bar, curve and lines that are shown.
 
@@ -143,6 +146,8 @@ def federate(
         A hospital's ε is spent. What was reached is in the folder.
     TrainingError
         A loss or an update that isn't finite, naming hospital and round.
+    TooFewSurvivors
+        Hospitals vanished (an aggregator may simulate that), and what is left is below the threshold.
     """
     names = [h.name for h in hospitals]
     if not hospitals or len(set(names)) < len(names):
@@ -221,9 +226,8 @@ def _run(hospitals, training, schedule, privacy, seed, noise_seed, folder, valid
     in_shape = tuple(hospitals[0].films.inputs.shape[2:])
     if any(tuple(h.films.inputs.shape[2:]) != in_shape for h in hospitals):
         raise UserError("the hospitals' films differ in size: load them all with one size")
-    aggregator = aggregator or WeightedMean()
-    total = sum(h.declared(privacy) for h in hospitals)
-    weights = {h.name: h.declared(privacy) / total for h in hospitals}
+    aggregator = aggregator or (SecureAggregation() if len(hospitals) > 1 else WeightedMean())
+    sizes = {h.name: h.declared(privacy) for h in hospitals}
     rng = SecureGenerator.for_seed(noise_seed) if privacy else SecureGenerator.from_seed(seed)
 
     server = _Server.start(training, schedule, in_shape, seed)
@@ -231,7 +235,7 @@ def _run(hospitals, training, schedule, privacy, seed, noise_seed, folder, valid
     key = _fingerprint(salt, hospitals, training, schedule, privacy, seed, noise_seed, aggregator.name)
     if folder:
         server.resume(folder, salt, key)
-        _check_ledgers(hospitals, training, privacy, server.round, folder)
+        _check_ledgers(hospitals, training, privacy, server.history, folder)
     left = (schedule.rounds - server.round) * training.steps_per_round
     for h in hospitals if privacy and left else ():
         if not h.ledger(folder, privacy).affords(privacy.release(training.sample_rate, left)):
@@ -241,13 +245,19 @@ def _run(hospitals, training, schedule, privacy, seed, noise_seed, folder, valid
                 stacklevel=3,
             )
     show = RoundProgress(progress, schedule.rounds, server.history) if isinstance(progress, str) else progress
+    like = server.parameters(training, in_shape)
     for number in range(server.round + 1, schedule.rounds + 1):
-        updates = {
-            h.name: h.update(number, server.state, training, privacy, rng.child("round", number, h.name), folder)
+        ask = {
+            h.name: partial(
+                h.update, number, server.state, training, privacy, rng.child("round", number, h.name), folder
+            )
             for h in hospitals
         }
-        server.step(aggregator.aggregate(updates, weights))
+        summed = aggregator.aggregate(ask, sizes, like, number)
+        server.step(summed.value)
         record = {"round": number}
+        if absent := sorted(sizes.keys() - set(summed.survivors)):
+            record["absent"] = absent
         if validation is not None:
             probabilities = predict(server.model(training, in_shape), validation)
             record |= scores(probabilities, validation.labels.numpy())
@@ -319,6 +329,11 @@ class _Server:
             return self.state
         return {name: (value / self.schedule.average_last).float() for name, value in self.sum.items()}
 
+    def parameters(self, training: Training, in_shape: tuple[int, ...]) -> State:
+        """What hospitals change: constants of norms are no part of it."""
+        model = models.build(training.model, training.n_classes, in_shape, **training.model_options)
+        return {name: self.state[name] for name, _ in model.named_parameters()}
+
     def model(self, training: Training, in_shape: tuple[int, ...]) -> torch.nn.Module:
         model = models.build(training.model, training.n_classes, in_shape, **training.model_options)
         model.load_state_dict(self.final() if self.round == self.schedule.rounds else self.state)
@@ -358,7 +373,7 @@ def _salt(folder: Path) -> str:
         return os.urandom(16).hex()
 
 
-def _check_ledgers(hospitals, training, privacy, rounds_done: int, folder: Path) -> None:
+def _check_ledgers(hospitals, training, privacy, history: list[dict], folder: Path) -> None:
     """A run goes on only with the ledgers that it has charged so far."""
     if not privacy:
         return
@@ -367,9 +382,10 @@ def _check_ledgers(hospitals, training, privacy, rounds_done: int, folder: Path)
         charged = sum(
             r.steps for r in h.ledger(folder, privacy).charges() if (r.noise_multiplier, r.sample_rate) == mechanism
         )
-        if charged < rounds_done * training.steps_per_round:
+        took_part = sum(h.name not in record.get("absent", ()) for record in history)
+        if charged < took_part * training.steps_per_round:
             raise UserError(
-                f"hospital {h.name}'s ledger in {folder} has {charged} steps, but {rounds_done} rounds are done: "
+                f"hospital {h.name}'s ledger in {folder} has {charged} steps, but {took_part} rounds are done: "
                 "it was deleted or replaced. Restore it from a backup, or start anew with fresh=True"
             )
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from primia_lite.config import BudgetError, TrainingError, UserError
 from primia_lite.data import phantom
-from primia_lite.federation.aggregation import WeightedMean
+from primia_lite.federation.aggregation import SecureAggregation, WeightedMean
 from primia_lite.federation.hospital import Hospital, Update, declare_size, local_update, mean_and_std_under_dp
 from primia_lite.federation.rounds import Schedule, federate, pool
 from primia_lite.models import Films, build
@@ -91,12 +91,18 @@ def test_local_epochs_count_their_steps():
     assert update.steps == 8
 
 
-def test_mean_is_weighted_by_declared_sizes_whatever_the_order():
-    updates = {h: Update({"w": torch.tensor([value])}, 1, False) for h, value in (("A", 1.0), ("B", 4.0))}
-    mean = WeightedMean().aggregate(updates, {"B": 0.75, "A": 0.25})
-    assert mean["w"].item() == pytest.approx(3.25)
+@pytest.mark.parametrize("aggregator", [WeightedMean(), SecureAggregation()], ids=["clear", "secure"])
+def test_mean_is_weighted_by_declared_sizes_whatever_the_order(aggregator):
+    ask = {
+        h: lambda value=value: Update({"w": torch.tensor([value])}, 1, False) for h, value in (("A", 1.0), ("B", 4.0))
+    }
+    like = {"w": torch.zeros(1)}
+    mean = aggregator.aggregate(ask, {"B": 30, "A": 10}, like, 1)
+    assert mean.value["w"].item() == pytest.approx(3.25, abs=1e-7) and mean.survivors == ("A", "B")
     with pytest.raises(UserError, match="they must name the same"):
-        WeightedMean().aggregate(updates, {"A": 1.0})
+        aggregator.aggregate(ask, {"A": 1}, like, 2)
+    with pytest.raises(UserError, match="hospital A's update holds"):
+        aggregator.aggregate(ask, {"B": 30, "A": 10}, {"w": torch.zeros(2)}, 3)
     assert declare_size(1234) == 1230 and declare_size(3) == 10
 
 
@@ -443,9 +449,9 @@ def test_the_unit_sets_the_declared_number_the_weights_and_the_ledger(tmp_path):
     class Watch:
         name = "watch"
 
-        def aggregate(self, updates, given):
-            weights.append(given)
-            return WeightedMean().aggregate(updates, given)
+        def aggregate(self, ask, sizes, *rest):
+            weights.append({h: size / sum(sizes.values()) for h, size in sizes.items()})
+            return WeightedMean().aggregate(ask, sizes, *rest)
 
     for privacy in (by_patient, by_film, None):
         where = tmp_path / (privacy.unit if privacy else "plain")

@@ -1,0 +1,85 @@
+"""Who shares a mask with whom, where hospitals are many (Bell, Bonawitz, Gascón, Lepoint, Raykova, CCS 2020).
+
+With n hospitals each pair sharing a mask costs each n - 1 masks. A random graph in which each has k neighbours hides as
+well if no hospital's neighbours are too often corrupt or gone, and the honest ones stay connected. k grows as log n.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+from scipy.stats import hypergeom
+
+from primia_lite.config import UserError
+
+COMPLETE_UP_TO = 100  # so few hospitals share a mask with every other
+# Of a bad graph. A server with hospitals of its own can try other keys for these and so draw another graph: 2^20 tries
+# leave 2^-40.
+SECURITY_BITS = 60
+# Of a round that can't be unmasked although few enough hospitals are gone.
+CORRECTNESS_BITS = 30
+
+
+def neighbours(names: Sequence[str], degree: int, seed: bytes) -> dict[str, tuple[str, ...]]:
+    """A random graph in which each has ``degree`` neighbours: a ring, shuffled, each joined to the nearest half degree
+    on both sides (Bell et al., algorithm 1: a Harary graph with random labels).
+
+    Parameters
+    ----------
+    degree : even; all others if there are no more than ``degree``
+    seed : what all know and nobody chose alone
+    """
+    names = sorted(names)
+    if degree >= len(names) - 1:
+        return {name: tuple(other for other in names if other != name) for name in names}
+    if degree % 2:
+        raise UserError(f"degree is {degree}: it must be even")
+    order = list(names)
+    random.Random(hashlib.sha256(seed).digest()).shuffle(order)
+    n = len(order)
+    return {
+        name: tuple(sorted(order[(i + step) % n] for step in range(-degree // 2, degree // 2 + 1) if step))
+        for i, name in enumerate(order)
+    }
+
+
+@lru_cache(maxsize=64)
+def choose_degree(hospitals: int, corrupt: float = 0.1, gone: float = 0.1) -> tuple[int, int]:
+    """The least even degree, and the threshold of shares among neighbours, that bound what can go wrong.
+
+    For random neighbours of one hospital, of which a share ``corrupt`` of all hospitals works with the server and a
+    share ``gone`` vanishes (Bell et al., section 3.2; exact hypergeometric tails in place of their bounds):
+
+    - fewer than the threshold of its neighbours are corrupt, but for 2^-60 over all hospitals: else its secrets fall;
+    - the honest hospitals that stay are connected, but for 2^-60: a cut of the ring needs degree / 2 in a row that are
+      corrupt or gone;
+    - at least the threshold of its neighbours stay, but for 2^-30: else the round ends without a sum.
+
+    Raises
+    ------
+    UserError
+        Shares outside [0, 1) or together 1 or more, or no degree that serves.
+    """
+    if not (0 <= corrupt and 0 <= gone and corrupt + gone < 1):
+        raise UserError(f"corrupt is {corrupt}, gone {gone}: together they must be below 1")
+    others = hospitals - 1
+    bad, away = round(corrupt * hospitals), round(gone * hospitals)
+    for degree in range(2, others, 2):
+        if hospitals * (corrupt + gone) ** (degree // 2) > 2.0**-SECURITY_BITS:
+            continue
+        counts = np.arange(degree + 1)
+        corrupt_at_least = hypergeom.pmf(counts, others, bad, degree)[::-1].cumsum()[::-1]
+        staying_below = np.append(0.0, hypergeom.pmf(counts, others, others - away, degree).cumsum()[:-1])
+        fits = (corrupt_at_least <= 2.0**-SECURITY_BITS / hospitals) & (
+            staying_below <= 2.0**-CORRECTNESS_BITS / hospitals
+        )
+        if fits.any():
+            return degree, int(np.flatnonzero(fits)[-1])  # the highest: what is certain is certain, more is safer
+    raise UserError(
+        f"no graph of {hospitals} hospitals survives if {corrupt:.0%} are corrupt and {gone:.0%} vanish: let all share "
+        "masks with all (degree=None)"
+    )
