@@ -126,10 +126,15 @@ class Agreement:
         if self.degree is not None and _whole(self.degree, "degree") < n - 1:
             degree, shares = int(self.degree), self.share_threshold
             most = min(degree + 1, threshold)
-            if degree % 2 or shares is None or not (degree + 1) / 2 < _whole(shares, "share_threshold") <= most:
+            if (
+                degree % 2
+                or degree < 2
+                or shares is None
+                or not (degree + 1) / 2 < _whole(shares, "share_threshold") <= most
+            ):
                 raise UserError(
-                    f"degree {degree} must be even, and needs a share_threshold of {degree // 2 + 1} to {most} "
-                    f"(got {shares})"
+                    f"degree is {degree}, share_threshold {shares}: take an even degree, 2 or more, and shares of more "
+                    f"than half of it and one, up to {most}"
                 )
         elif self.degree is None and n > graphs.COMPLETE_UP_TO:
             degree, shares = graphs.choose_degree(n)
@@ -137,13 +142,15 @@ class Agreement:
                 raise UserError(
                     f"threshold is {threshold} of {n} hospitals: with neighbours it must be {shares} or more"
                 )
-        # Copies, and one type each: equal agreements have one digest, and none changes under it.
-        settled = {"identities": dict(self.identities), "sizes": sizes, "length": length, "clip": float(self.clip),
-                   "threshold": threshold, "weighted": bool(self.weighted), "degree": degree,
-                   "share_threshold": int(shares)}  # fmt: skip
+        FixedPoint(self.clip, n)  # checks the clip
+        # Copies, and one type each (the clip's is that of updates): equal agreements have one digest, and none changes.
+        settled = {
+            "identities": dict(self.identities), "sizes": sizes, "length": length,
+            "clip": float(np.float32(self.clip)), "threshold": threshold, "weighted": bool(self.weighted),
+            "degree": degree, "share_threshold": int(shares),
+        }  # fmt: skip
         for name, value in settled.items():
             object.__setattr__(self, name, value)
-        FixedPoint(self.clip, n)  # checks the clip
 
     @property
     def names(self) -> list[str]:
@@ -230,7 +237,7 @@ class Reply:
     vector: np.ndarray | None = None
 
     def signed(self, agreement: Agreement) -> bytes:
-        vector = "" if self.vector is None else hashlib.sha256(memoryview(self.vector).cast("B")).hexdigest()
+        vector = "" if self.vector is None else hashlib.sha256(np.ascontiguousarray(self.vector).view("u1")).hexdigest()
         content = [_PROTOCOL, agreement.digest, self.session, self.step, self.sender, self.body, vector]
         return json.dumps(content, sort_keys=True).encode()
 
@@ -715,7 +722,8 @@ class Server:
             raise ProtocolError(f"a message of {reply.sender} after the end of round {self.session}: it came late")
         if reply.sender in self._replies[step]:
             raise ProtocolError(f"{reply.sender} sent its {step} twice: the first one counts")
-        self._check_vector(reply)
+        if reply.step == step:  # else it came late, which says more
+            self._check_vector(reply)
         reply.check(self.agreement, self.session, step)
         if step != STEPS[0] and reply.sender not in self._asked():
             raise ProtocolError(f"{reply.sender} answers, but wasn't asked: it missed a step before")
@@ -734,8 +742,11 @@ class Server:
         others = {key for other in self._replies["advertise"].values() for key in other.body["keys"]}
         if len(mine) < 2 or mine & others:
             raise ProtocolError(f"{reply.sender} advertises a key that another one has")
-        for key in mine:  # refuses what all the others would end the round for
-            _derive(X25519PrivateKey.generate(), bytes.fromhex(key), "trial")
+        for key in mine:  # all the others would end the round for a bad one
+            try:
+                _derive(X25519PrivateKey.generate(), bytes.fromhex(key), "trial")
+            except ProtocolError as error:
+                raise ProtocolError(f"{reply.sender} advertises {error}") from error
 
     def _take_share(self, reply: Reply) -> None:
         shares, others = reply.body.get("shares"), self._neighbours[reply.sender]

@@ -31,12 +31,11 @@ from primia_lite.training import Training
 @given(st.data())
 def test_the_sum_is_exactly_that_of_the_integers_and_the_mean_within_its_error(data):
     n, length = data.draw(st.integers(2, 6), "n"), data.draw(st.integers(1, 9), "length")
-    clip = data.draw(st.sampled_from([2.0**-20, 0.5, 1.0, 32.0, 1e20]), "clip")
+    clip = data.draw(st.sampled_from([1e-3, 0.1, 1.0, 32.0, 1e20]), "clip")
     sizes = data.draw(st.lists(st.integers(1, 10**6), min_size=n, max_size=n), "sizes")
     entry = st.sampled_from([-1.0, 1.0, 0.0]) | st.floats(-1, 1, width=32)
     vectors = data.draw(st.lists(st.lists(entry, min_size=length, max_size=length), min_size=n, max_size=n), "updates")
-    limit = np.float32(clip) if np.float32(clip) <= clip else np.nextafter(np.float32(clip), np.float32(0))
-    updates = {name: np.float32(v) * limit for name, v in zip(names(n), vectors, strict=True)}
+    updates = {name: np.float32(v) * np.float32(clip) for name, v in zip(names(n), vectors, strict=True)}
     party = Round(n, length, updates=updates, sizes=sizes, clip=clip).finish()
     assert party.server.survivors == tuple(names(n))
     assert np.array_equal(party.server.total, party.exact(names(n)))
@@ -100,16 +99,13 @@ def test_as_many_as_the_threshold_allows_may_vanish_at_each_step(n, threshold):
     assert_as_many_as_may_vanish(n, threshold)
 
 
-@pytest.mark.slow
-def test_33_of_100_may_vanish_at_each_step():
-    assert_as_many_as_may_vanish(100, None)
-
-
-@pytest.mark.parametrize(("n", "threshold"), [(11, 6), (3, None)])
+@pytest.mark.parametrize(("n", "threshold"), [(11, 6), (100, None)])
 def test_hospitals_may_vanish_at_different_steps(n, threshold):
-    leaving = dict(zip(STEPS, names(n)[: n - (threshold or 2)], strict=False))
-    party = Round(n, threshold=threshold, leave={step: [name] for step, name in leaving.items()}).finish()
-    assert not {leaving.get(step) for step in STEPS[:3]} & set(party.server.survivors)
+    party = Round(n, 4, threshold=threshold)
+    order = np.random.default_rng(n).permutation(names(n))[: n - party.agreement.threshold]
+    party.leave = dict(zip(STEPS, np.array_split(order, len(STEPS)), strict=True))
+    party.finish()
+    assert set(names(n)) - set(party.server.survivors) == set().union(*(party.leave[step] for step in STEPS[:3]))
     assert np.array_equal(party.server.total, party.exact(party.server.survivors))
 
 
@@ -307,7 +303,7 @@ def test_a_forged_message_is_refused_and_the_true_one_still_counts(step):
         replace(replies[0], signature=b""),
         replace(replies[0], signature=replies[1].signature),
         replace(replies[0], sender="B"),
-        replace(replies[0], body=replies[0].body | {"keys": {}}),
+        replace(replies[0], body=replies[0].body | {"odd": "1"}),
     ):
         refused(party, fake, "didn't sign")
     if step == "mask":
@@ -367,14 +363,14 @@ KEY, OTHER, SHARE = "5a" * 32, "5b" * 32, "5a" * SHARE_BYTES
 SEALED = "AAAA" * 49 + "AA=="  # 148 bytes, base64
 BODIES = {
     "advertise": [
-        {}, {"keys": []}, {"keys": [KEY]}, {"keys": [KEY, KEY]}, {"keys": [KEY, OTHER, KEY]}, {"keys": [KEY, "zz" * 32]},
-        {"keys": [KEY, KEY.upper()]}, {"keys": [KEY, " " * 64]}, {"keys": {KEY: OTHER}}, {"keys": [KEY, "00" * 32]},
-        {"keys": [KEY, OTHER], "count": "1"},
+        {}, {"keys": []}, {"keys": [KEY]}, {"keys": [KEY, KEY]}, {"keys": [KEY, OTHER, KEY]}, {"keys": {KEY: OTHER}},
+        {"keys": "KK"}, {"keys": [KEY, "zz" * 32]}, {"keys": [KEY, KEY.upper()]}, {"keys": [KEY, " " * 64]},
+        {"keys": [KEY, "00" * 32]}, {"keys": [KEY, OTHER], "count": "1"},
     ],
     "share": [
         {}, {"shares": {}}, {"shares": {"B": SEALED}}, {"shares": {"A": SEALED, "B": SEALED}}, {"shares": [SEALED] * 2},
         {"shares": {"B": SEALED, "C": "AAAA"}}, {"shares": {"B": SEALED, "C": "?" * 200}},
-        {"shares": {"B": SEALED, "C": SEALED}}, {"shares": {"B": SEALED, "C": SEALED, "X": SEALED}},
+        {"shares": {"B": SEALED, "C": SEALED, "X": SEALED}}, {"shares": {"B": SEALED, "C": SEALED}},
     ],
     "mask": [{"count": "1"}],
     "confirm": [{}, {"survivors": ["A", "B"]}, {"survivors": ["A", "B", "C"], "keys": KEY}, {"survivors": "ABC"}],
@@ -393,8 +389,8 @@ def test_signed_messages_of_another_form_are_refused(step):
     party = Round(3).until(step)
     reply = party.replies()[0]
     for body in BODIES[step]:
-        if step == "share" and len(body.get("shares", ())) == 2 and body["shares"].get("C") == SEALED:
-            body = body | {"commitment": KEY.upper()}
+        if step == "share":
+            body = body | {"commitment": KEY.upper() if body == BODIES[step][-1] else KEY}
         refused(party, party.resigned(reply, body=body), "A")
     party.server.receive(reply)
 
@@ -518,12 +514,12 @@ SIZES = dict.fromkeys(PUBLIC, 10)
         ({"clip": float("nan")}, "clip is nan"),
         ({"clip": float("inf")}, "clip is inf"),
         ({"clip": 1e-320}, "clip is 1e-320"),
-        ({"degree": 1, "share_threshold": 2}, "degree 1 must be even"),
-        ({"degree": 2}, "share_threshold of 2 to 3"),
-        ({"degree": 2, "share_threshold": 1}, "share_threshold of 2 to 3"),
-        ({"degree": 2, "share_threshold": 4}, "share_threshold of 2 to 3"),
-        ({"degree": 0, "share_threshold": 1}, "degree 0"),
-        ({"degree": -2, "share_threshold": 1}, "degree -2"),
+        ({"degree": 1, "share_threshold": 2}, "degree is 1.* even"),
+        ({"degree": 2}, "share_threshold .*, up to 3"),
+        ({"degree": 2, "share_threshold": 1}, "share_threshold .*, up to 3"),
+        ({"degree": 2, "share_threshold": 4}, "share_threshold .*, up to 3"),
+        ({"degree": 0, "share_threshold": 1}, "degree is 0"),
+        ({"degree": -2, "share_threshold": 1}, "degree is -2"),
     ],
 )
 def test_agreements_that_do_not_hold_are_refused(changes, message):
