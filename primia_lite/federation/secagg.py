@@ -190,7 +190,7 @@ class Reply:
 
     def to_bytes(self) -> bytes:
         head, tail = self.split()
-        return struct.pack("<I", len(head)) + head + (b"" if tail is None else tail.tobytes())
+        return b"".join([struct.pack("<I", len(head)), head, b"" if tail is None else memoryview(tail).cast("B")])
 
     def split(self) -> tuple[bytes, np.ndarray | None]:
         """All but the vector, and the vector: for transports that carry arrays as they are."""
@@ -643,8 +643,9 @@ class Server:
         if vector is None or vector.dtype != np.uint32 or vector.shape != (self.agreement.length,):
             raise ProtocolError(f"{reply.sender} sent no uint32 vector of {self.agreement.length} entries")
         if self._sum is None:
-            self._sum = np.zeros(self.agreement.length, np.uint32)
-        self._sum += vector
+            self._sum = vector.copy()
+        else:
+            self._sum += vector
 
     def _take_confirm(self, reply: Reply) -> None:
         if reply.body.get("survivors") != sorted(self.survivors):
