@@ -248,7 +248,7 @@ class Reply:
 
     def to_bytes(self) -> bytes:
         head, tail = self.split()
-        return struct.pack("<I", len(head)) + head + (b"" if tail is None else tail.tobytes())
+        return b"".join([struct.pack("<I", len(head)), head, b"" if tail is None else memoryview(tail).cast("B")])
 
     def split(self) -> tuple[bytes, np.ndarray | None]:
         """All but the vector, and the vector: for transports that carry arrays as they are."""
@@ -773,8 +773,9 @@ class Server:
 
     def _take_mask(self, reply: Reply) -> None:
         if self._sum is None:
-            self._sum = np.zeros(self.agreement.length, np.uint32)
-        self._sum += reply.vector
+            self._sum = reply.vector.copy()
+        else:
+            self._sum += reply.vector
 
     def _take_confirm(self, reply: Reply) -> None:
         if reply.body != _confirmation(self.survivors, self._keys):
