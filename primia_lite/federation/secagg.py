@@ -302,7 +302,7 @@ class Reply:
 
 
 def _texts(values: Iterable) -> bool:
-    return all(isinstance(value, str) for value in values)
+    return set(map(type, values)) <= {str}
 
 
 def _request(step: str, session: int, **body) -> bytes:
@@ -367,6 +367,7 @@ class _Round:
     share_key: bytes
     own_seed: bytes = b""
     advertised: dict[str, list[str]] = field(default_factory=dict)
+    neighbours: list[str] = field(default_factory=list)
     shares: dict[str, str] = field(default_factory=dict)  # by whose secrets they are parts of, both, hexadecimal
     survivors: list[str] = field(default_factory=list)
 
@@ -473,10 +474,11 @@ class Client:
         if mine.advertised.get(self.name) != own:
             raise ProtocolError(f"{self.name}'s own keys aren't among those that the server gave")
         mine.own_seed = os.urandom(32)
-        others = agreement.neighbours(mine.advertised)[self.name]
-        points = [agreement.point[name] for name in (*others, self.name)]
+        mine.neighbours = list(agreement.neighbours(mine.advertised)[self.name])
+        everyone = (*mine.neighbours, self.name)
+        points = [agreement.point[name] for name in everyone]
         parts = [shamir.split(secret, agreement.share_threshold, points) for secret in (mine.mask_key, mine.own_seed)]
-        both = {name: b"".join(part[agreement.point[name]] for part in parts) for name in (*others, self.name)}
+        both = {name: b"".join(part[agreement.point[name]] for part in parts) for name in everyone}
         mine.shares[self.name] = both.pop(self.name).hex()
         sealed = {
             other: _encode(self._cipher(self.name, other).encrypt(bytes(12), shares, None))
@@ -495,8 +497,7 @@ class Client:
 
     def _open(self, session: int, shares: dict[str, str]) -> dict:
         mine, agreement = self._round, self.agreement
-        others = set(agreement.neighbours(mine.advertised)[self.name])
-        if not shares.keys() <= others:
+        if not shares.keys() <= set(mine.neighbours):
             raise ProtocolError(f"{self.name} got shares of hospitals that aren't its neighbours")
         if len(shares) + 1 < agreement.share_threshold:
             raise ProtocolError(
@@ -551,8 +552,7 @@ class Client:
             raise ProtocolError(
                 f"{self.name} got {len(survivors)} survivors, fewer than the threshold of {agreement.threshold}"
             )
-        others = set(agreement.neighbours(mine.advertised)[self.name])
-        if not others & set(survivors) <= mine.shares.keys():
+        if not set(mine.neighbours) & set(survivors) <= mine.shares.keys():
             raise ProtocolError(f"{self.name} got survivors that it shares no mask with")
         mine.survivors = sorted(survivors)
         return _confirmation(mine.survivors, mine.advertised)
