@@ -843,12 +843,10 @@ class Server:
         self._replies = {step: {} for step in STEPS}
 
     def _secret(self, kind: str, name: str) -> bytes:
-        point = self.agreement.point
-        shares = {
-            point[reply.sender]: bytes.fromhex(reply.body[kind][name])
-            for reply in self._replies["unmask"].values()
-            if name in reply.body[kind]
-        }
+        point, replies = self.agreement.point, self._replies["unmask"]
+        holders = replies.keys() & {name, *self._neighbours[name]}
+        held = {point[holder]: replies[holder].body[kind] for holder in holders}
+        shares = {at: bytes.fromhex(secrets[name]) for at, secrets in held.items() if name in secrets}
         try:
             return shamir.combine(shares, self.agreement.share_threshold)
         except ValueError as error:
