@@ -64,7 +64,7 @@ def choose_degree(hospitals: int, corrupt: float = 0.1, gone: float = 0.1) -> tu
     UserError
         Shares outside [0, 1) or together 1 or more, or no degree that serves.
     """
-    if not (0 <= corrupt and 0 <= gone and corrupt + gone < 1):
+    if not (corrupt >= 0 and gone >= 0 and corrupt + gone < 1):
         raise UserError(f"corrupt is {corrupt}, gone {gone}: together they must be below 1")
     others = hospitals - 1
     bad, away = round(corrupt * hospitals), round(gone * hospitals)

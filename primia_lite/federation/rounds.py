@@ -133,7 +133,7 @@ def federate(
     validation
         Scored after each round. Outside ε: validation films aren't protected by the training's DP.
     aggregator
-        How updates are summed. Left out, securely, so that the server sees no single one; in the clear for one hospital.
+        How updates are summed. Left out: securely, so that the server sees no single one (one hospital: in the clear).
     progress
         None, a function of each round's record, or the title of the bar, curve and lines that are shown.
 
