@@ -240,9 +240,9 @@ class Hospital:
 
         What was stored is sent again only for the same weights, training and privacy: anything else is another release.
 
-        With shared noise nothing is stored: each call is charged and computed anew. Two sums that differ by one
-        hospital would give its message away if the others' were the same in both, and its own share of the noise is
-        less than its patients were promised.
+        With shared noise nothing is stored: each call is charged and computed anew (of a seeded run's equal calls, the
+        first is charged). Two sums that differ by one hospital would give its message away if the others' were the
+        same in both, and its own share of the noise is less than its patients were promised.
 
         Parameters
         ----------

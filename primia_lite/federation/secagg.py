@@ -64,6 +64,11 @@ class TooFewSurvivors(UserError):
 # --- what all agree on ------------------------------------------------------------------------------------------------
 
 
+def default_threshold(hospitals: int) -> int:
+    """Two thirds, rounded up: then a third may vanish, and a lying server needs more than a third to work with it."""
+    return math.ceil(2 * hospitals / 3)
+
+
 @dataclass(frozen=True)
 class Agreement:
     """What hospitals and server settle before the first round; each hospital has its own copy.
@@ -100,7 +105,7 @@ class Agreement:
             raise UserError("declared sizes and the update's length must be at least 1")
         if len(set(self.identities.values())) < n or any(len(key) != 32 for key in self.identities.values()):
             raise UserError("each hospital needs an Ed25519 public key of its own, 32 bytes")
-        threshold = math.ceil(2 * n / 3) if self.threshold is None else self.threshold
+        threshold = default_threshold(n) if self.threshold is None else self.threshold
         if not n / 2 < threshold <= n:
             raise UserError(
                 f"threshold is {threshold} of {n} hospitals: it must be above half of them (else a server that names "
