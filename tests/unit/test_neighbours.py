@@ -146,6 +146,13 @@ def sparse(n=30, degree=10, share_threshold=7, length=4, **options):
     return Round(n, length, degree=degree, share_threshold=share_threshold, **options)
 
 
+@pytest.mark.parametrize("shares", [None, 1, 2, 6])
+def test_shares_of_half_the_neighbours_are_refused(shares):
+    with pytest.raises(UserError, match=f"share_threshold {shares}: take .* more than half .* up to 5"):
+        agree(identities(9), degree=4, share_threshold=shares)
+    assert agree(identities(9), degree=4, share_threshold=3).share_threshold == 3
+
+
 @pytest.mark.parametrize("step", STEPS)
 def test_hospitals_with_neighbours_may_vanish_at_each_step(step):
     party = sparse()

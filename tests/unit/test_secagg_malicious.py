@@ -155,13 +155,14 @@ def test_sealed_shares_serve_their_receiver_in_this_round_only():
     party = at("mask")
     old = json.loads(party.request("A"))["shares"]
     party = Round(before=party, session=2).until("mask")
-    mine, theirs = (json.loads(party.request(name))["shares"] for name in "AC")
+    mine, bs, theirs = (json.loads(party.request(name))["shares"] for name in "ABC")
     flipped = mine["B"][:40] + ("A" if mine["B"][40] != "A" else "B") + mine["B"][41:]
     for shares, message in [
         (mine | {"B": theirs["B"]}, "a share in B's name that B didn't seal"),
         (mine | {"B": mine["C"]}, "a share in B's name"),
         (mine | {"B": old["B"]}, "a share in B's name"),
-        (mine | {"B": theirs["A"]}, "a share in B's name"),  # what A itself sealed
+        (mine | {"B": bs["A"]}, "a share in B's name"),  # what A itself sealed, for B
+        (mine | {"B": theirs["A"]}, "a share in B's name"),
         (mine | {"B": flipped}, "a share in B's name"),
         (mine | {"B": mine["B"][:-4]}, "a sealed share"),
         (mine | {"A": mine["B"]}, "aren't its neighbours"),
