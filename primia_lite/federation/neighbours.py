@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
-from scipy.stats import hypergeom
 
 from primia_lite.config import UserError
 
@@ -66,6 +65,8 @@ def choose_degree(hospitals: int, corrupt: float = 0.1, gone: float = 0.1) -> tu
     """
     if not (corrupt >= 0 and gone >= 0 and corrupt + gone < 1):
         raise UserError(f"corrupt is {corrupt}, gone {gone}: together they must be below 1")
+    from scipy.stats import hypergeom  # takes longer to import than a step of the protocol, and few hospitals need none
+
     others = hospitals - 1
     bad, away = round(corrupt * hospitals), round(gone * hospitals)
     for degree in range(2, others, 2):
