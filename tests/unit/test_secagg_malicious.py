@@ -1,5 +1,6 @@
 """A server that lies, alone or with hospitals of its own: what hospitals refuse, and what they then still hold."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -197,7 +198,8 @@ def test_a_list_of_survivors_must_be_one_that_it_can_unmask():
         (None, "isn't one"),
     ]:
         refuses(party, "A", party.request("A", survivors=survivors), message)
-    assert party.ask("A", party.request("A", survivors=list("ABCD"))).body["survivors"] == list("ABCD")
+    signed = party.ask("A", party.request("A", survivors=list("ABCD"))).body["survivors"]
+    assert signed == hashlib.sha256(b'["A", "B", "C", "D"]').hexdigest()
 
 
 def test_different_survivors_for_different_hospitals_are_caught_before_a_share_leaves():
