@@ -30,6 +30,9 @@ KEY := $(shell (cat requirements.lock pyproject.toml; pwd) | cksum)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_USER := no
 export CHROMIUM
+# Containers often forbid Python to keep what it compiled; each kernel and server would then compile torch and all the
+# rest anew, for 15 s.
+export PYTHONDONTWRITEBYTECODE :=
 # Two kernels side by side on two cores: one thread each. Notebooks run in their own folder, so that the folder of films
 # must be absolute.
 TEST_ENV := OMP_NUM_THREADS=1 MPLBACKEND= PRIMIA_LITE_HEADLESS=1 \

@@ -12,9 +12,11 @@ import hashlib
 import inspect
 import io
 import json
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,7 +26,7 @@ from torch.nn import functional as F
 from primia_lite import augmentation as aug
 from primia_lite import networks
 from primia_lite.config import UserError, cache_dir
-from primia_lite.data import ChestXrays, phantom
+from primia_lite.data import ChestXrays, phantom, phantom_anatomy, phantom_render
 from primia_lite.runtime import cores, in_notebook, write_atomic
 
 # Mean and standard deviation of grey values, from chest films in general and no data set in particular: half of the
@@ -246,14 +248,42 @@ def _whitened(name: str, size: int, raw: torch.Tensor) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=4)
 def _whitening(name: str, size: int) -> tuple[np.ndarray, torch.Tensor]:
-    """Mean [D] and ZCA-like map [D, D] from phantom films, as they are and jittered."""
-    public = phantom.generate(_PUBLIC_FILMS, int(np.clip(size, 28, 256)), _PUBLIC_SEED).images
-    jittered = next(_views(public, ("jitter",)))
-    sample = np.concatenate([_extract(name, views, True, False) for views in (public, jittered)])
-    mean = sample.mean(0)
-    centred = torch.from_numpy(sample - mean)
-    variance, direction = torch.linalg.eigh(centred.T @ centred / len(centred))
-    return mean, direction / torch.sqrt(variance.clamp(min=0) + _FLOOR * variance[-1])
+    """Mean [D] and ZCA-like map [D, D] from phantom films, as they are and jittered; kept in the cache, as they take
+    seconds."""
+
+    def fitted() -> np.ndarray:
+        public = phantom.generate(_PUBLIC_FILMS, int(np.clip(size, 28, 256)), _PUBLIC_SEED).images
+        jittered = next(_views(public, ("jitter",)))
+        sample = np.concatenate([_extract(name, views, True, False) for views in (public, jittered)])
+        mean = sample.mean(0)
+        centred = torch.from_numpy(sample - mean)
+        variance, direction = torch.linalg.eigh(centred.T @ centred / len(centred))
+        scaled = direction / torch.sqrt(variance.clamp(min=0) + _FLOOR * variance[-1])
+        return np.concatenate([mean[None], scaled.numpy()])
+
+    recipe = [name, _EXTRACTOR_VERSION[name], size, _PUBLIC_FILMS, _PUBLIC_SEED, _FLOOR, _code_of_whitening()]
+    digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
+    found = _cached(cache_dir() / "features" / f"{name}-whitening-{digest[:20]}.npy", fitted)
+    return found[0], torch.from_numpy(found[1:])
+
+
+@functools.cache
+def _code_of_whitening() -> str:
+    """Of all that a whitening follows from but for packages: a changed phantom needs another."""
+    modules = [sys.modules[__name__], aug, phantom, phantom_anatomy, phantom_render]
+    return hashlib.sha256("".join(inspect.getsource(module) for module in modules).encode()).hexdigest()
+
+
+def _cached(path: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
+    """The array in a file, or the one that ``make`` gives, which is then kept there."""
+    if path.exists():
+        try:
+            return np.load(path)
+        except (ValueError, EOFError, OSError):
+            path.unlink(missing_ok=True)  # cut short or damaged: made again
+    out = make()
+    write_atomic(path, lambda file: np.save(file, out))
+    return out
 
 
 def _frozen(name: str) -> Callable:
@@ -268,29 +298,26 @@ def _extract(name: str, images: np.ndarray, cache: bool, progress: bool) -> np.n
     extract = _frozen(name)
     if not len(images):
         raise UserError("there are no films to extract features from")
+
+    def extracted() -> np.ndarray:
+        from tqdm.auto import tqdm
+
+        extractor = _extractor(extract)
+        batches = torch.from_numpy(np.array(images)).split(extractor.batch_size)
+        # One thread of torch for each worker: on small batches that beats sharing each one out, and by far on a busy
+        # machine.
+        with ThreadPoolExecutor(cores(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            done = tqdm(
+                pool.map(extractor, batches), total=len(batches), desc=f"{name} features", unit="batch", leave=False,
+                disable=not (progress and in_notebook()),
+            )  # fmt: skip
+            return torch.cat(list(done)).numpy()
+
+    if not cache:
+        return extracted()
     digest = hashlib.sha256(np.ascontiguousarray(images).data)
     digest.update(json.dumps([name, _EXTRACTOR_VERSION[name], list(images.shape)]).encode())
-    path = cache_dir() / "features" / f"{name}-{digest.hexdigest()[:20]}.npy"
-    if cache and path.exists():
-        try:
-            return np.load(path)
-        except (ValueError, EOFError, OSError):
-            path.unlink(missing_ok=True)  # cut short or damaged: made again
-    from tqdm.auto import tqdm
-
-    extractor = _extractor(extract)
-    batches = torch.from_numpy(np.array(images)).split(extractor.batch_size)
-    # One thread of torch for each worker: on small batches that beats sharing each one out, and by far on a busy
-    # machine.
-    with ThreadPoolExecutor(cores(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        done = tqdm(
-            pool.map(extractor, batches), total=len(batches), desc=f"{name} features", unit="batch", leave=False,
-            disable=not (progress and in_notebook()),
-        )  # fmt: skip
-        out = torch.cat(list(done)).numpy()
-    if cache:
-        write_atomic(path, lambda file: np.save(file, out))
-    return out
+    return _cached(cache_dir() / "features" / f"{name}-{digest.hexdigest()[:20]}.npy", extracted)
 
 
 MODELS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
@@ -14,7 +15,7 @@ from primia_lite import augmentation as aug
 from primia_lite import models
 from primia_lite.config import TrainingError, UserError
 from primia_lite.models import Films
-from primia_lite.privacy.dpsgd import PoissonBatch, Privacy, PrivateStep, Rows, poisson_batches
+from primia_lite.privacy.dpsgd import ClippedSum, PoissonBatch, Privacy, PrivateStep, Rows, poisson_batches
 from primia_lite.privacy.rng import SecureGenerator
 
 
@@ -84,11 +85,16 @@ class Training:
 
 
 def check_options(training: Training, privacy: Privacy | None) -> None:
-    """Raise UserError for options that contradict DP."""
+    """Raise UserError for options that contradict DP, or shared noise."""
     if privacy and "mixup" in training.augmentation:
         raise UserError("mixup blends films, so clipping no longer bounds what one film adds: leave it out with DP")
     if privacy and training.class_weights == "balanced":
         raise UserError("class_weights='balanced' counts private labels: with DP give one public number per class")
+    if privacy and privacy.shared and (training.steps_per_round != 1 or training.momentum):
+        raise UserError(
+            f"with shared noise a round is one step of the server: set local_steps=1 (now {training.steps_per_round}) "
+            f"and momentum=0 (now {training.momentum:g}; the schedule's server_momentum does the same)"
+        )
 
 
 def train(
@@ -118,7 +124,7 @@ def train(
         Options that contradict DP, or a model that DP-SGD can't train.
     """
     check_options(training, privacy)
-    shuffle = torch.Generator().manual_seed(rng.child("augmentation").seed())
+    shuffle = _shuffle(rng)
     weight = _class_weights(training, films.labels)
     model.train()
     optimizer = torch.optim.SGD(
@@ -126,26 +132,77 @@ def train(
     )
     if privacy:
         step = PrivateStep(model, optimizer, privacy, expected_batch, rng.child("noise"), films)
-        batches = poisson_batches(
-            len(films.units(privacy.unit)), training.sample_rate, training.steps_per_round, rng.child("sampling")
-        )
+        batches = _private_batches(films, training, privacy, rng)
     else:
         step = _PlainStep(model, optimizer)
         batches = shuffled_batches(len(films), training.sample_rate, training.steps_per_round, shuffle)
     losses = []
     for number, batch in enumerate(batches):
         where = f"at local step {number + 1} of {training.steps_per_round}"
-        remedy = f"lower learning_rate (now {training.learning_rate}), or check the films for values that aren't finite"
-        try:
+        with _refusing(where, training):
             if privacy:
                 losses.append(step(batch, private_rows(films, batch, training, privacy, weight, shuffle)))
             else:
                 losses.append(step(_loss_function(films, batch, training, weight, shuffle), batch))
-        except FloatingPointError as error:
-            raise TrainingError(f"{error} {where}: the step is refused, its budget stays spent; {remedy}") from error
         if len(batch) and not np.isfinite(losses[-1]):
-            raise TrainingError(f"the loss is {losses[-1]} {where}: {remedy}")
+            raise TrainingError(f"the loss is {losses[-1]} {where}: {_remedy(training)}")
     return losses
+
+
+def private_share(
+    model: nn.Module, films: Films, training: Training, privacy: Privacy, rng: SecureGenerator, declared: int
+) -> dict[str, torch.Tensor]:
+    """A hospital's part of a step with shared noise: see :meth:`primia_lite.privacy.shared.Grid.share`.
+
+    Weight decay is the server's matter. No loss is given: it is private.
+
+    Parameters
+    ----------
+    declared
+        The hospital's declared number of units.
+
+    Returns
+    -------
+    int64 by parameter name; the model isn't changed.
+
+    Raises
+    ------
+    TrainingError
+        A gradient isn't finite.
+    UserError
+        Options that contradict shared noise, or a model that DP-SGD can't train or of another size.
+    """
+    check_options(training, privacy)
+    weight = _class_weights(training, films.labels)
+    model.train()
+    (batch,) = _private_batches(films, training, privacy, rng)
+    with _refusing("in this round", training):
+        rows = private_rows(films, batch, training, privacy, weight, _shuffle(rng))
+        total, _ = ClippedSum(model, privacy, films)(batch, rows)
+        return privacy.grid.share(total, declared, rng.child("noise"))
+
+
+def _shuffle(rng: SecureGenerator) -> torch.Generator:
+    return torch.Generator().manual_seed(rng.child("augmentation").seed())
+
+
+def _private_batches(films: Films, training: Training, privacy: Privacy, rng: SecureGenerator):
+    n = len(films.units(privacy.unit))
+    return poisson_batches(n, training.sample_rate, training.steps_per_round, rng.child("sampling"))
+
+
+@contextmanager
+def _refusing(where: str, training: Training) -> Iterator[None]:
+    try:
+        yield
+    except FloatingPointError as error:
+        raise TrainingError(
+            f"{error} {where}: the step is refused, its budget stays spent; {_remedy(training)}"
+        ) from error
+
+
+def _remedy(training: Training) -> str:
+    return f"lower learning_rate (now {training.learning_rate}), or check the films for values that aren't finite"
 
 
 # Networks that are trained whole see so many films at once; a linear head as many as the processor's cache holds, since

@@ -40,6 +40,10 @@ class Aggregator(Protocol):
 
     name: str
 
+    def fewest(self, hospitals: int) -> int:
+        """The fewest of so many hospitals whose mean or sum the server may come to know."""
+        ...
+
     def aggregate(
         self, ask: Mapping[str, Ask], sizes: Mapping[str, int], like: State, number: int, *, summed: bool = False
     ) -> Aggregate:
@@ -61,7 +65,7 @@ class Aggregator(Protocol):
         Raises
         ------
         UserError
-            Hospitals without a size, an update of another shape, or a way of summing that isn't private for this one.
+            Hospitals without a size, or an update of another shape.
         """
         ...
 
@@ -71,22 +75,23 @@ class WeightedMean:
 
     name = "weighted mean in the clear"
 
+    def fewest(self, hospitals: int) -> int:
+        return 1
+
     def aggregate(self, ask, sizes, like, number, *, summed=False) -> Aggregate:
         check(ask, sizes)
-        if summed:
-            raise UserError(
-                "a share of the noise protects no hospital whose update is seen by itself: aggregate securely, or let "
-                "each hospital add its own noise (Privacy without shared)"
-            )
         # float64 and a fixed order, so that the sum doesn't depend on who answered first.
         names, total = sorted(ask), sum(sizes.values())
         updates = {h: ask[h]().delta for h in names}
         for h in names:
             flat(updates[h], like, h)
-        value = {
-            key: torch.stack([sizes[h] / total * updates[h][key].double() for h in names]).sum(0).float()
-            for key in like
-        }
+        if summed:
+            value = {key: torch.stack([updates[h][key] for h in names]).sum(0) for key in like}
+        else:
+            value = {
+                key: torch.stack([sizes[h] / total * updates[h][key].double() for h in names]).sum(0).float()
+                for key in like
+            }
         return Aggregate(value, tuple(names))
 
 
@@ -119,6 +124,9 @@ class SecureAggregation:
         self._clients: dict[str, secagg.Client] = {}
         self._agreement: secagg.Agreement | None = None
         self._session = 0
+
+    def fewest(self, hospitals: int) -> int:
+        return secagg.default_threshold(hospitals) if self.threshold is None else self.threshold
 
     @property
     def name(self) -> str:

@@ -6,7 +6,6 @@ theirs can reach 2^31 and wrap round.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,8 +30,9 @@ class FixedPoint:
     hospitals: int
 
     def __post_init__(self):
-        if not 0 < self.clip < math.inf:
-            raise UserError(f"clip is {self.clip}: it must be above 0 and finite")
+        limits = np.finfo(np.float32)
+        if not float(limits.tiny) <= self.clip <= float(limits.max):
+            raise UserError(f"clip is {self.clip}: it must be above 0 and finite in float32")
         if not 1 <= self.hospitals < 2**20:
             raise UserError(f"hospitals is {self.hospitals}: it must be at least 1")
 

@@ -26,7 +26,7 @@ from primia_lite.privacy.dpsgd import Privacy
 from primia_lite.privacy.ledger import Ledger, charged_for
 from primia_lite.privacy.rng import SecureGenerator
 from primia_lite.runtime import cores, torch_threads, write_atomic
-from primia_lite.training import Training, check_options, train
+from primia_lite.training import Training, check_options, private_share, train
 
 State = dict[str, torch.Tensor]
 
@@ -37,7 +37,8 @@ class Update:
 
     Attributes
     ----------
-    delta : new weights minus the global ones, float32, by parameter name
+    delta : new weights minus the global ones, float32, by parameter name. With shared noise instead the sum of clipped
+        gradients in whole numbers plus a share of the noise, int64: secure aggregation alone may see it
     steps : local steps taken
     seeded : whether sampling and noise came from a fixed seed: then nothing is private
     """
@@ -81,12 +82,35 @@ def local_update(
         denominator of a private step. Required with DP.
     observe
         Called with the list of step losses, which are private: a simulation may plot them, a deployment leaves it None.
+        Not called with shared noise.
 
     Raises
     ------
     UserError, TrainingError
-        See :func:`primia_lite.training.train`; also a global state of another shape.
+        See :func:`primia_lite.training.train` and :func:`primia_lite.training.private_share`; also a global state of
+        another shape, and with shared noise a declared size that wasn't agreed on.
     """
+    model = _checked_model(global_state, films, training, privacy, declared_size)
+    if privacy:
+        rng.serve_once()
+    with torch_threads(1 if models.spec(training.model).extract else cores()):
+        if privacy and privacy.shared:
+            return Update(private_share(model, films, training, privacy, rng, declared_size), 1, rng.seeded)
+        expected_batch = training.sample_rate * (declared_size or len(films))
+        losses = train(model, films, training, privacy, rng, expected_batch)
+    # Parameters only: constants of norms stay as they are.
+    delta = {name: value.detach() - global_state[name] for name, value in model.named_parameters()}
+    if not all(torch.isfinite(value).all() for value in delta.values()):
+        raise TrainingError(
+            f"the update has values that aren't finite: lower learning_rate (now {training.learning_rate})"
+        )
+    if observe:
+        observe(losses)
+    return Update(delta, training.steps_per_round, rng.seeded)
+
+
+def _checked_model(global_state: State, films: Films, training: Training, privacy, declared_size) -> torch.nn.Module:
+    """The model with the global weights; UserError for what :func:`local_update` refuses about its arguments."""
     if privacy and declared_size is None:
         raise UserError("with DP a step's denominator must be public: give the hospital's declared_size")
     if declared_size is not None and declared_size < 1:
@@ -99,20 +123,15 @@ def local_update(
             f"the global weights don't fit {training.model} with {training.n_classes} classes on films of shape "
             f"{tuple(films.inputs.shape[2:])}: {str(error).splitlines()[-1].strip()}"
         ) from error
-    if privacy:
-        rng.serve_once()
-    expected_batch = training.sample_rate * (declared_size or len(films))
-    with torch_threads(1 if models.spec(training.model).extract else cores()):
-        losses = train(model, films, training, privacy, rng, expected_batch)
-    # Parameters only: constants of norms stay as they are.
-    delta = {name: value.detach() - global_state[name] for name, value in model.named_parameters()}
-    if not all(torch.isfinite(value).all() for value in delta.values()):
-        raise TrainingError(
-            f"the update has values that aren't finite: lower learning_rate (now {training.learning_rate})"
-        )
-    if observe:
-        observe(losses)
-    return Update(delta, training.steps_per_round, rng.seeded)
+    if privacy and privacy.shared:
+        check_options(training, privacy)
+        privacy.grid.check_parameters(sum(p.numel() for p in model.parameters() if p.requires_grad))
+        if declared_size not in privacy.shared.declared:
+            raise UserError(
+                f"declared_size is {declared_size}, but shared noise was agreed on for hospitals that declare "
+                f"{', '.join(map(str, privacy.shared.declared))}: give SharedNoise every hospital's number"
+            )
+    return model
 
 
 def declare_size(n: int, to: int = 10) -> int:
@@ -221,6 +240,10 @@ class Hospital:
 
         What was stored is sent again only for the same weights, training and privacy: anything else is another release.
 
+        With shared noise nothing is stored: each call is charged and computed anew (of a seeded run's equal calls, the
+        first is charged). Two sums that differ by one hospital would give its message away if the others' were the
+        same in both, and its own share of the noise is less than its patients were promised.
+
         Parameters
         ----------
         rng
@@ -234,7 +257,7 @@ class Hospital:
             The hospital's budget doesn't allow it; nothing was computed.
         """
         # What a seed repeats needs no storing.
-        storing = folder and privacy and not rng.seeded
+        storing = folder and privacy and not privacy.shared and not rng.seeded
         stored = folder / f"update-{self.name}-{round_number:05d}.pt" if storing else None
         question = _question(global_state, training, privacy) if stored else b""
         if stored and stored.exists() and (content := stored.read_bytes()).startswith(question):
@@ -248,6 +271,8 @@ class Hospital:
                     f"hospital {self.name} has a lasting ledger, but the noise comes from a seed and protects nobody: "
                     "leave noise_seed out"
                 )
+            if privacy.shared:  # a contradiction is found before it costs anything
+                _checked_model(global_state, self.films, training, privacy, self.declared(privacy))
             release = privacy.release(training.sample_rate, training.steps_per_round)
             what = f"{folder.name}: round {round_number}" if self.lasting_ledger else f"round {round_number}"
             self.ledger(folder, privacy).charge(what, release, repeatable=rng.seeded)

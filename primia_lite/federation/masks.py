@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 
+MAX_WORDS = 1 << 36  # then the cipher's 32-bit counter of 64-byte blocks starts again
 _CHUNK = 1 << 16  # words; stays in the processor's cache
 
 

@@ -7,7 +7,7 @@ well if no hospital's neighbours are too often corrupt or gone, and the honest o
 from __future__ import annotations
 
 import hashlib
-import random
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -38,8 +38,9 @@ def neighbours(names: Sequence[str], degree: int, seed: bytes) -> dict[str, tupl
         return {name: tuple(other for other in names if other != name) for name in names}
     if degree % 2:
         raise UserError(f"degree is {degree}: it must be even")
-    order = list(names)
-    random.Random(hashlib.sha256(seed).digest()).shuffle(order)
+    # Sorted by a hash, which every version of Python computes alike.
+    start = hashlib.sha256(seed).digest()
+    order = sorted(names, key=lambda name: hashlib.sha256(start + name.encode()).digest())
     n = len(order)
     return {
         name: tuple(sorted(order[(i + step) % n] for step in range(-degree // 2, degree // 2 + 1) if step))
@@ -54,7 +55,11 @@ def choose_degree(hospitals: int, corrupt: float = 0.1, gone: float = 0.1) -> tu
     For random neighbours of one hospital, of which a share ``corrupt`` of all hospitals works with the server and a
     share ``gone`` vanishes (Bell et al., section 3.2; exact hypergeometric tails in place of their bounds):
 
-    - fewer than the threshold of its neighbours are corrupt, but for 2^-60 over all hospitals: else its secrets fall;
+    - with a threshold t, fewer than 2 t - degree - 1 of its neighbours are corrupt, but for 2^-60 over all hospitals.
+      A server that follows the protocol needs t of them for a secret. One that lies needs fewer: it keeps some
+      neighbours' shares from a hospital (which wants t - 1) and says that the rest have vanished, so that those give
+      away its masks, and these (t with the corrupt ones) its own mask: 2 t - 1 from degree and the corrupt, counted
+      twice;
     - the honest hospitals that stay are connected, but for 2^-60: a cut of the ring needs degree / 2 in a row that are
       corrupt or gone;
     - at least the threshold of its neighbours stay, but for 2^-30: else the round ends without a sum.
@@ -64,22 +69,22 @@ def choose_degree(hospitals: int, corrupt: float = 0.1, gone: float = 0.1) -> tu
     UserError
         Shares outside [0, 1) or together 1 or more, or no degree that serves.
     """
-    if not (0 <= corrupt and 0 <= gone and corrupt + gone < 1):
+    if not (corrupt >= 0 and gone >= 0 and corrupt + gone < 1):
         raise UserError(f"corrupt is {corrupt}, gone {gone}: together they must be below 1")
     others = hospitals - 1
-    bad, away = round(corrupt * hospitals), round(gone * hospitals)
+    bad, away = math.ceil(corrupt * hospitals), math.ceil(gone * hospitals)
     for degree in range(2, others, 2):
-        if hospitals * (corrupt + gone) ** (degree // 2) > 2.0**-SECURITY_BITS:
+        if hospitals * ((bad + away) / hospitals) ** (degree // 2) > 2.0**-SECURITY_BITS:
             continue
         counts = np.arange(degree + 1)
         corrupt_at_least = hypergeom.pmf(counts, others, bad, degree)[::-1].cumsum()[::-1]
         staying_below = np.append(0.0, hypergeom.pmf(counts, others, others - away, degree).cumsum()[:-1])
-        fits = (corrupt_at_least <= 2.0**-SECURITY_BITS / hospitals) & (
-            staying_below <= 2.0**-CORRECTNESS_BITS / hospitals
-        )
+        enough = 2 * counts - degree - 1  # corrupt neighbours, for each threshold
+        falls = np.where(enough > 0, corrupt_at_least[enough.clip(0)], 1.0)
+        fits = (falls <= 2.0**-SECURITY_BITS / hospitals) & (staying_below <= 2.0**-CORRECTNESS_BITS / hospitals)
         if fits.any():
             return degree, int(np.flatnonzero(fits)[-1])  # the highest: what is certain is certain, more is safer
     raise UserError(
         f"no graph of {hospitals} hospitals survives if {corrupt:.0%} are corrupt and {gone:.0%} vanish: let all share "
-        "masks with all (degree=None)"
+        f"masks with all (degree={others})"
     )

@@ -25,6 +25,7 @@ from primia_lite.config import UserError
 from primia_lite.federation.aggregation import Aggregator, SecureAggregation, WeightedMean
 from primia_lite.federation.hospital import Hospital, State
 from primia_lite.federation.progress import RoundProgress
+from primia_lite.federation.shared_noise import shared_step
 from primia_lite.metrics import scores
 from primia_lite.models import Films
 from primia_lite.privacy.accounting import epsilon
@@ -133,7 +134,7 @@ def federate(
     validation
         Scored after each round. Outside ε: validation films aren't protected by the training's DP.
     aggregator
-        How updates are summed. Left out, securely, so that the server sees no single one; in the clear for one hospital.
+        How updates are summed. Left out: securely, so that the server sees no single one (one hospital: in the clear).
     progress
         None, a function of each round's record, or the title of the bar, curve and lines that are shown.
 
@@ -195,6 +196,21 @@ def _check(hospitals: Sequence[Hospital], training: Training, privacy: Privacy |
             )
 
 
+def _check_shared(hospitals: Sequence[Hospital], privacy: Privacy, aggregator: Aggregator) -> None:
+    shared = privacy.shared
+    if sorted(shared.declared) != sorted(h.declared(privacy) for h in hospitals):
+        raise UserError(
+            f"noise was shared out among hospitals with {sorted(shared.declared)} declared {privacy.unit}s, but these "
+            f"declare {sorted(h.declared(privacy) for h in hospitals)}: give SharedNoise their numbers"
+        )
+    if (fewest := aggregator.fewest(len(hospitals))) < shared.threshold:
+        raise UserError(
+            f"noise is shared so that {shared.threshold} hospitals together have enough, but {aggregator.name} may "
+            f"reveal a sum of {fewest}: use SecureAggregation(threshold={shared.threshold}), or let each hospital add "
+            "its own noise (Privacy without shared)"
+        )
+
+
 # Of a run, in the order of deletion: what names the run goes last, so that a kill in between leaves it to be deleted.
 _FILES = (
     "checkpoint.pt",
@@ -226,7 +242,12 @@ def _run(hospitals, training, schedule, privacy, seed, noise_seed, folder, valid
     in_shape = tuple(hospitals[0].films.inputs.shape[2:])
     if any(tuple(h.films.inputs.shape[2:]) != in_shape for h in hospitals):
         raise UserError("the hospitals' films differ in size: load them all with one size")
-    aggregator = aggregator or (SecureAggregation() if len(hospitals) > 1 else WeightedMean())
+    shared = privacy.shared if privacy else None
+    if aggregator is None:
+        threshold = shared.threshold if shared else None
+        aggregator = SecureAggregation(threshold) if len(hospitals) > 1 else WeightedMean()
+    if shared:
+        _check_shared(hospitals, privacy, aggregator)
     sizes = {h.name: h.declared(privacy) for h in hospitals}
     rng = SecureGenerator.for_seed(noise_seed) if privacy else SecureGenerator.from_seed(seed)
 
@@ -253,10 +274,14 @@ def _run(hospitals, training, schedule, privacy, seed, noise_seed, folder, valid
             )
             for h in hospitals
         }
-        summed = aggregator.aggregate(ask, sizes, like, number)
-        server.step(summed.value)
+        found = aggregator.aggregate(ask, sizes, like, number, summed=bool(shared))
+        change = found.value
+        if shared:
+            declared = sum(sizes[name] for name in found.survivors)
+            change = shared_step(change, server.state, training, privacy, declared)
+        server.step(change)
         record = {"round": number}
-        if absent := sorted(sizes.keys() - set(summed.survivors)):
+        if absent := sorted(sizes.keys() - set(found.survivors)):
             record["absent"] = absent
         if validation is not None:
             probabilities = predict(server.model(training, in_shape), validation)

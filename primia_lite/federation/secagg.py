@@ -8,7 +8,7 @@ neighbours of Bell et al. (CCS 2020) where hospitals are many. A round has five 
    (Shamir), each share encrypted for its receiver.
 3. ``mask``: it computes its update, in integers modulo 2^32, and adds its own mask and one for each neighbour; the
    latter cancel in the sum.
-4. ``confirm``: it signs the list of those whose masked updates arrived.
+4. ``confirm``: it signs the list of those whose masked updates arrived, and the keys of this round.
 5. ``unmask``: given signatures of at least the threshold under one list, it hands out shares: for a hospital on the
    list of its own mask's seed, for one that vanished of its key, never both.
 
@@ -16,9 +16,12 @@ All that a hospital sends is signed by its Ed25519 identity, which the others ha
 
 What holds: a server that follows the protocol, and up to ``threshold - 1`` hospitals that tell it all they know, learn
 the sum of the others' updates and nothing else. So does a server that lies, if fewer than ``2 threshold - n`` hospitals
-work with it: two lists of survivors can't both get enough signatures. What doesn't: with two survivors each learns the
-other's update, from the sum; a hospital that lies about its update within the clip isn't noticed; nor is anybody kept
-from spoiling a round; and what a sum tells of its parts is a matter for DP.
+work with it: two lists of survivors can't both get enough signatures. Where hospitals have neighbours (above 100), a
+tenth of them may work with the server, but for 2^-60; one that follows the protocol learns the sum of the others, one
+that lies may split it into sums of groups, and gets no single update. What doesn't hold: with two survivors each
+learns the other's update, from the sum; a hospital that lies about its update within the clip isn't noticed; nor is
+anybody kept from spoiling a round, or a server from asking for the same update in a later round, with other hospitals,
+and subtracting; and what a sum tells of its parts is a matter for DP.
 
 The server's code never holds an unmasked update: masked ones are added up as they come.
 """
@@ -29,8 +32,10 @@ import base64
 import hashlib
 import json
 import math
+import operator
 import os
 import struct
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -47,7 +52,7 @@ from primia_lite.config import UserError
 from primia_lite.federation import neighbours as graphs
 from primia_lite.federation import shamir
 from primia_lite.federation.fixed_point import FixedPoint, centred, integers
-from primia_lite.federation.masks import add_masks
+from primia_lite.federation.masks import MAX_WORDS, add_masks
 
 STEPS = ("advertise", "share", "mask", "confirm", "unmask")
 _PROTOCOL = "primia_lite secure aggregation 1"
@@ -64,6 +69,11 @@ class TooFewSurvivors(UserError):
 # --- what all agree on ------------------------------------------------------------------------------------------------
 
 
+def default_threshold(hospitals: int) -> int:
+    """Two thirds, rounded up: then a third may vanish, and a lying server needs more than a third to work with it."""
+    return math.ceil(2 * hospitals / 3)
+
+
 @dataclass(frozen=True)
 class Agreement:
     """What hospitals and server settle before the first round; each hospital has its own copy.
@@ -78,7 +88,13 @@ class Agreement:
     weighted : False where updates are integers that are summed as they are (noise shared among hospitals)
     degree : how many others a hospital shares masks with. Left out, all of them up to 100 hospitals, then
         :func:`primia_lite.federation.neighbours.choose_degree`
-    share_threshold : how many shares give a secret; ``threshold`` where all share with all
+    share_threshold : how many shares give a secret; ``threshold`` where all share with all. With a ``degree``, above
+        half of neighbours and oneself: else a server that lies unmasks a hospital alone
+
+    Raises
+    ------
+    UserError
+        Values that don't fit together, naming them.
     """
 
     identities: Mapping[str, bytes]
@@ -95,27 +111,51 @@ class Agreement:
         if n < 2:
             raise UserError(f"secure aggregation hides an update among others: {n} hospital has none, take 2 or more")
         if self.identities.keys() != self.sizes.keys():
-            raise UserError(f"identities of {sorted(self.identities)} but sizes of {sorted(self.sizes)}")
-        if min(self.sizes.values()) < 1 or self.length < 1:
-            raise UserError("declared sizes and the update's length must be at least 1")
-        if len(set(self.identities.values())) < n or any(len(key) != 32 for key in self.identities.values()):
+            raise UserError(f"identities of {list(self.identities)} but sizes of {list(self.sizes)}")
+        if odd := [name for name in self.identities if not (isinstance(name, str) and name and name.isprintable())]:
+            raise UserError(f"{odd[0]!r} is no name of a hospital: take printable text")
+        sizes = {name: _whole(size, f"{name}'s declared size") for name, size in self.sizes.items()}
+        length = _whole(self.length, "length")
+        if min(sizes.values()) < 1 or not 1 <= length < MAX_WORDS:
+            raise UserError(f"declared sizes must be at least 1, the update's length 1 to {MAX_WORDS - 1}")
+        keys = set(self.identities.values())
+        if len(keys) < n or any(not isinstance(key, bytes) or len(key) != 32 for key in keys):
             raise UserError("each hospital needs an Ed25519 public key of its own, 32 bytes")
-        threshold = math.ceil(2 * n / 3) if self.threshold is None else self.threshold
+        threshold = default_threshold(n) if self.threshold is None else _whole(self.threshold, "threshold")
         if not n / 2 < threshold <= n:
             raise UserError(
                 f"threshold is {threshold} of {n} hospitals: it must be above half of them (else a server that names "
                 f"different survivors to different hospitals learns single updates) and at most {n}"
             )
         degree, shares = n - 1, threshold
-        if self.degree is not None and self.degree < n - 1:
-            degree, shares = self.degree, self.share_threshold
-            if degree % 2 or shares is None or not 1 < shares <= degree + 1:
-                raise UserError(f"degree {degree} must be even, and needs a share_threshold of 2 to {degree + 1}")
+        if self.degree is not None and _whole(self.degree, "degree") < n - 1:
+            degree, shares = int(self.degree), self.share_threshold
+            most = min(degree + 1, threshold)
+            if (
+                degree % 2
+                or degree < 2
+                or shares is None
+                or not (degree + 1) / 2 < _whole(shares, "share_threshold") <= most
+            ):
+                raise UserError(
+                    f"degree is {degree}, share_threshold {shares}: take an even degree, 2 or more, and shares of more "
+                    f"than half of it and one, up to {most}"
+                )
         elif self.degree is None and n > graphs.COMPLETE_UP_TO:
             degree, shares = graphs.choose_degree(n)
-        for name, value in (("threshold", threshold), ("degree", degree), ("share_threshold", shares)):
-            object.__setattr__(self, name, value)
+            if shares > threshold:
+                raise UserError(
+                    f"threshold is {threshold} of {n} hospitals: with neighbours it must be {shares} or more"
+                )
         FixedPoint(self.clip, n)  # checks the clip
+        # Copies, and one type each (the clip's is that of updates): equal agreements have one digest, and none changes.
+        settled = {
+            "identities": dict(self.identities), "sizes": sizes, "length": length,
+            "clip": float(np.float32(self.clip)), "threshold": threshold, "weighted": bool(self.weighted),
+            "degree": degree, "share_threshold": int(shares),
+        }  # fmt: skip
+        for name, value in settled.items():
+            object.__setattr__(self, name, value)
 
     @property
     def names(self) -> list[str]:
@@ -143,7 +183,7 @@ class Agreement:
         return {name: Ed25519PublicKey.from_public_bytes(key) for name, key in self.identities.items()}
 
     def as_dict(self) -> dict:
-        """JSON-able; the inverse of :meth:`from_dict`."""
+        """JSON-able; :meth:`from_dict` undoes it."""
         return {
             "identities": {name: key.hex() for name, key in sorted(self.identities.items())},
             "sizes": dict(sorted(self.sizes.items())), "length": self.length, "clip": self.clip,
@@ -153,12 +193,30 @@ class Agreement:
 
     @classmethod
     def from_dict(cls, content: dict) -> Agreement:
-        return cls(**content | {"identities": {k: bytes.fromhex(v) for k, v in content["identities"].items()}})
+        """The agreement that :meth:`as_dict` gave.
+
+        Raises
+        ------
+        UserError
+            Something else.
+        """
+        try:
+            identities = {name: bytes.fromhex(key) for name, key in content["identities"].items()}
+            return cls(**content | {"identities": identities})
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"this is no agreement on secure aggregation ({error}): take one that was saved") from error
 
     def neighbours(self, advertised: Mapping[str, list[str]]) -> dict[str, tuple[str, ...]]:
         """Who shares with whom, from the keys that all of them advertised."""
         seed = json.dumps([self.digest, sorted(advertised.items())]).encode()
         return graphs.neighbours(list(advertised), self.degree, seed)
+
+
+def _whole(value: object, what: str) -> int:
+    try:
+        return operator.index(None if isinstance(value, bool) else value)
+    except TypeError as error:
+        raise UserError(f"{what} is {value!r}: it must be a whole number") from error
 
 
 # --- messages ---------------------------------------------------------------------------------------------------------
@@ -171,7 +229,7 @@ class Reply:
     Attributes
     ----------
     sender, session, step : of the message
-    body : JSON-able
+    body : texts, lists of texts, and texts by name
     signature : Ed25519, 64 bytes, over the agreement's digest and everything else here
     vector : uint32 [L] in step ``mask``, else None
     """
@@ -184,7 +242,7 @@ class Reply:
     vector: np.ndarray | None = None
 
     def signed(self, agreement: Agreement) -> bytes:
-        vector = "" if self.vector is None else hashlib.sha256(memoryview(self.vector).cast("B")).hexdigest()
+        vector = "" if self.vector is None else hashlib.sha256(np.ascontiguousarray(self.vector).view("u1")).hexdigest()
         content = [_PROTOCOL, agreement.digest, self.session, self.step, self.sender, self.body, vector]
         return json.dumps(content, sort_keys=True).encode()
 
@@ -213,10 +271,12 @@ class Reply:
         """The inverse of :meth:`split`."""
         try:
             sender, session, step, body, signature = json.loads(head)
-            if not (isinstance(sender, str) and isinstance(session, int) and isinstance(body, dict)):
+            if type(session) is not int or not (_texts([sender, step]) and isinstance(body, dict)):
+                raise TypeError
+            if not all(isinstance(v, str) or _texts(v.values() if isinstance(v, dict) else v) for v in body.values()):
                 raise TypeError
             return cls(sender, session, step, body, bytes.fromhex(signature), vector)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise ProtocolError("a message that can't be read") from error
 
     def check(self, agreement: Agreement, session: int, step: str) -> Reply:
@@ -241,12 +301,21 @@ class Reply:
         return self
 
 
+def _texts(values: Iterable) -> bool:
+    return all(isinstance(value, str) for value in values)
+
+
 def _request(step: str, session: int, **body) -> bytes:
     return json.dumps({"step": step, "session": session, **body}).encode()
 
 
 def _encode(content: bytes) -> str:
     return base64.b64encode(content).decode()
+
+
+def _is_hex(text: object, size: int) -> bool:
+    """Whether a text stands for so many bytes, in the one way that we write them."""
+    return isinstance(text, str) and len(text) == 2 * size and set(text) <= set("0123456789abcdef")
 
 
 def _decode(text: str, size: int, what: str) -> bytes:
@@ -311,7 +380,8 @@ class Client:
         Who it is; its public key is in the agreement.
     last_session
         Number of the last round that it took part in. It answers later ones only: the server could otherwise have one
-        update summed twice, with other hospitals each time, and subtract.
+        update summed twice, with other hospitals each time, and subtract. Rounds of an agreement never start anew at 1:
+        keep the number (see :meth:`save`), or agree on new identities.
 
     Raises
     ------
@@ -325,6 +395,7 @@ class Client:
         self.name, self.agreement, self.last_session = name, agreement, last_session
         self._identity = identity
         self._round: _Round | None = None
+        self._lock = threading.Lock()  # two requests at once would both be answered
 
     def answer(self, request: bytes, update: Callable[[], np.ndarray]) -> Reply:
         """The reply to a request of the server.
@@ -341,25 +412,30 @@ class Client:
         UserError
             The update has another shape, values that aren't finite or above the clip. Nothing was sent.
         """
+        with self._lock:
+            try:
+                return self._answer(request, update)
+            except BaseException:
+                self._round = None
+                raise
+
+    def _answer(self, request: bytes, update: Callable[[], np.ndarray]) -> Reply:
+        handlers = {
+            "advertise": self._advertise, "share": self._share, "mask": self._open,
+            "confirm": self._confirm, "unmask": self._unmask,
+        }  # fmt: skip
         try:
             content = json.loads(request)
             step, session = content.pop("step"), content.pop("session")
-            handle = {
-                "advertise": self._advertise, "share": self._share, "mask": self._mask,
-                "confirm": self._confirm, "unmask": self._unmask,
-            }[step]  # fmt: skip
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ProtocolError(f"{self.name} was asked for something that can't be read") from error
-        try:
+            handle = handlers[step]
             self._expect(step, session)
-            body, vector = handle(session, update=update, **content) if step == "mask" else handle(session, **content)
-        except (TypeError, ValueError, KeyError, AttributeError) as error:  # a request of another form
-            self._round = None
-            raise ProtocolError(f"{self.name} was asked for {step} in a way that can't be understood") from error
-        except BaseException:
-            self._round = None
-            raise
-        if self._round:
+            body = handle(session, **content)
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+            raise ProtocolError(f"{self.name} was asked for something that can't be understood") from error
+        vector = self._masked(session, update) if step == "mask" else None
+        if step == "unmask":
+            self._round = None  # it answers once
+        else:
             self._round.step = step
         reply = Reply(self.name, session, step, body, vector=vector)
         signature = self._identity.sign(reply.signed(self.agreement))
@@ -381,15 +457,15 @@ class Client:
             now = f"{self._round.step} of round {self._round.session} was last" if self._round else "it is in no round"
             raise ProtocolError(f"{self.name} was asked for {step} of round {session}, but {now}")
 
-    # Each handler returns a body and a vector.
+    # Each handler takes what a request holds, and returns the reply's body.
 
-    def _advertise(self, session: int):
+    def _advertise(self, session: int) -> dict:
         self.last_session = session
         self._round = _Round(session, "", os.urandom(32), os.urandom(32))
         keys = [X25519PrivateKey.from_private_bytes(k) for k in (self._round.mask_key, self._round.share_key)]
-        return {"keys": [key.public_key().public_bytes_raw().hex() for key in keys]}, None
+        return {"keys": [key.public_key().public_bytes_raw().hex() for key in keys]}
 
-    def _share(self, session: int, advertised: list[str]):
+    def _share(self, session: int, advertised: list[str]) -> dict:
         mine, agreement = self._round, self.agreement
         mine.advertised = _advertised(advertised, agreement, session)
         own = [X25519PrivateKey.from_private_bytes(k).public_key().public_bytes_raw().hex()
@@ -406,7 +482,7 @@ class Client:
             other: _encode(self._cipher(self.name, other).encrypt(bytes(12), shares, None))
             for other, shares in both.items()
         }
-        return {"shares": sealed, "commitment": hashlib.sha256(mine.own_seed).hexdigest()}, None
+        return {"shares": sealed, "commitment": hashlib.sha256(mine.own_seed).hexdigest()}
 
     def _cipher(self, sender: str, receiver: str) -> ChaCha20Poly1305:
         """For one message, from one to the other: the key is used once, so the nonce may be 0."""
@@ -417,7 +493,7 @@ class Client:
         purpose = ("shares", self.agreement.digest, mine.session, sender, receiver)
         return ChaCha20Poly1305(_derive(secret, public, *purpose))
 
-    def _mask(self, session: int, shares: dict[str, str], update: Callable[[], np.ndarray]):
+    def _open(self, session: int, shares: dict[str, str]) -> dict:
         mine, agreement = self._round, self.agreement
         others = set(agreement.neighbours(mine.advertised)[self.name])
         if not shares.keys() <= others:
@@ -435,9 +511,13 @@ class Client:
             except InvalidTag as error:
                 raise ProtocolError(f"{self.name} got a share in {other}'s name that {other} didn't seal") from error
             mine.shares[other] = opened.hex()
+        return {}
+
+    def _masked(self, session: int, update: Callable[[], np.ndarray]) -> np.ndarray:
+        mine, agreement = self._round, self.agreement
         secret = X25519PrivateKey.from_private_bytes(mine.mask_key)
         seeds = [(mine.own_seed, 1)]
-        for other in sorted(shares):
+        for other in sorted(mine.shares.keys() - {self.name}):
             public = bytes.fromhex(mine.advertised[other][0])
             seeds.append((_mask_seed(agreement, session, self.name, other, secret, public), _sign(self.name, other)))
         values = np.asarray(update())
@@ -455,13 +535,17 @@ class Client:
         except UserError as error:
             raise UserError(f"hospital {self.name}: {error}") from error
         add_masks(vector, seeds)
-        mine.mask_key = mine.own_seed = b""
-        return {}, vector
+        mine.mask_key = mine.share_key = mine.own_seed = b""  # not needed again
+        return vector
 
-    def _confirm(self, session: int, survivors: list[str]):
+    def _confirm(self, session: int, survivors: list[str]) -> dict:
         mine, agreement = self._round, self.agreement
         taking_part = set(mine.advertised)
-        if len(set(survivors)) < len(survivors) or not {self.name} <= set(survivors) <= taking_part:
+        if (
+            not isinstance(survivors, list)
+            or len(set(survivors)) < len(survivors)
+            or not {self.name} <= set(survivors) <= taking_part
+        ):
             raise ProtocolError(f"{self.name} got a list of survivors that isn't one")
         if len(survivors) < agreement.threshold:
             raise ProtocolError(
@@ -471,16 +555,19 @@ class Client:
         if not others & set(survivors) <= mine.shares.keys():
             raise ProtocolError(f"{self.name} got survivors that it shares no mask with")
         mine.survivors = sorted(survivors)
-        return {"survivors": mine.survivors}, None
+        return _confirmation(mine.survivors, mine.advertised)
 
-    def _unmask(self, session: int, confirmed: list[str]):
+    def _unmask(self, session: int, confirmed: list[str]) -> dict:
         mine, agreement = self._round, self.agreement
-        signers = set()
+        if len(confirmed) > len(agreement.names):
+            raise ProtocolError(f"{self.name} got more confirmations than there are hospitals")
+        wanted, signers = _confirmation(mine.survivors, mine.advertised), set()
         for text in confirmed:
             reply = _relayed(text).check(agreement, session, "confirm")
-            if reply.body.get("survivors") != mine.survivors:
+            if reply.body != wanted:
                 raise ProtocolError(
-                    f"{reply.sender} signed other survivors than {self.name}: the server told them different things"
+                    f"{reply.sender} signed other survivors or keys than {self.name}: the server told them different "
+                    "things"
                 )
             signers.add(reply.sender)
         if not signers <= set(mine.survivors) or len(signers) < agreement.threshold or self.name not in signers:
@@ -495,25 +582,48 @@ class Client:
                 seeds[name] = share[shamir.SHARE_BYTES :].hex()
             else:
                 keys[name] = share[: shamir.SHARE_BYTES].hex()
-        self._round = None  # it answers once
-        return {"keys": keys, "seeds": seeds}, None
+        return {"keys": keys, "seeds": seeds}
 
     # A process that ends between two steps keeps its round at the hospital.
 
     def save(self) -> bytes:
-        """The round that it is in, secrets included: for the hospital's own disk and nobody else."""
+        """The round that it is in, secrets included: for the hospital's own disk and nobody else.
+
+        A state must not come back twice. Write it after :meth:`answer` and before the reply leaves, over the one
+        before, and answer a request from the last one only. A hospital that goes back to an older state (a backup, a
+        copy in a second process) answers a step again, and no code here can tell: two masked updates from one state
+        give their difference away, two lists of survivors both secrets of a hospital, and with them its update.
+        """
         return json.dumps(
             {"last_session": self.last_session, "round": self._round and _hexadecimal(vars(self._round))}
         ).encode()
 
     def restore(self, content: bytes) -> Client:
-        """Go on from what :meth:`save` kept. Returns itself."""
+        """Go on from what :meth:`save` kept. Returns itself.
+
+        Raises
+        ------
+        ProtocolError
+            The state isn't later than what this client has done since: going back would answer a round again.
+        """
         kept = json.loads(content)
+        if kept["last_session"] < self.last_session + bool(kept["round"]):
+            raise ProtocolError(
+                f"{self.name} has taken part in round {self.last_session}, and what was kept is of round "
+                f"{kept['last_session']}: it doesn't go back. Restore into a new Client, once"
+            )
         self.last_session = kept["last_session"]
         if kept["round"]:
             secrets = {k: bytes.fromhex(kept["round"][k]) for k in ("mask_key", "share_key", "own_seed")}
             self._round = _Round(**kept["round"] | secrets)
         return self
+
+
+def _confirmation(survivors: Iterable[str], advertised: Mapping[str, list[str]]) -> dict:
+    """What is signed before secrets are shared out. The round's fresh keys are in it, so that no other round's will do,
+    and that all know the same ones."""
+    keys = hashlib.sha256(json.dumps(sorted(advertised.items())).encode()).hexdigest()
+    return {"survivors": sorted(survivors), "keys": keys}
 
 
 def _hexadecimal(content: dict) -> dict:
@@ -547,12 +657,17 @@ def _advertised(replies: list[str], agreement: Agreement, session: int) -> dict[
 
 def _public_keys(reply: Reply) -> list[str]:
     keys = reply.body.get("keys")
-    if not (isinstance(keys, list) and len(keys) == 2 and all(isinstance(k, str) and len(k) == 64 for k in keys)):
+    if not (isinstance(keys, list) and len(keys) == 2 and all(_is_hex(key, 32) for key in keys)):
         raise ProtocolError(f"{reply.sender} advertises keys that can't be read")
     return keys
 
 
 # --- the server -------------------------------------------------------------------------------------------------------
+
+
+# What a reply's body holds: no more and no less.
+_BODIES = {"advertise": {"keys"}, "share": {"shares", "commitment"}, "mask": set(), "confirm": {"survivors", "keys"},
+           "unmask": {"keys", "seeds"}}  # fmt: skip
 
 
 class Server:
@@ -612,11 +727,13 @@ class Server:
             raise ProtocolError(f"a message of {reply.sender} after the end of round {self.session}: it came late")
         if reply.sender in self._replies[step]:
             raise ProtocolError(f"{reply.sender} sent its {step} twice: the first one counts")
-        if step != "mask" and reply.vector is not None:
-            raise ProtocolError(f"{reply.sender} sent a vector in {step}")
+        if reply.step == step:  # else it came late, which says more
+            self._check_vector(reply)
         reply.check(self.agreement, self.session, step)
         if step != STEPS[0] and reply.sender not in self._asked():
             raise ProtocolError(f"{reply.sender} answers, but wasn't asked: it missed a step before")
+        if reply.body.keys() != _BODIES[step]:
+            raise ProtocolError(f"{reply.sender}'s {step} holds {sorted(reply.body)}, not {sorted(_BODIES[step])}")
         getattr(self, f"_take_{step}")(reply)
         self._replies[step][reply.sender] = Reply(
             reply.sender, reply.session, reply.step, reply.body, reply.signature, None
@@ -630,6 +747,11 @@ class Server:
         others = {key for other in self._replies["advertise"].values() for key in other.body["keys"]}
         if len(mine) < 2 or mine & others:
             raise ProtocolError(f"{reply.sender} advertises a key that another one has")
+        for key in mine:  # all the others would end the round for a bad one
+            try:
+                _derive(X25519PrivateKey.generate(), bytes.fromhex(key), "trial")
+            except ProtocolError as error:
+                raise ProtocolError(f"{reply.sender} advertises {error}") from error
 
     def _take_share(self, reply: Reply) -> None:
         shares, others = reply.body.get("shares"), self._neighbours[reply.sender]
@@ -637,32 +759,45 @@ class Server:
             raise ProtocolError(f"{reply.sender} sent shares for others than its neighbours")
         for sealed in shares.values():
             _decode(sealed, _SEALED, f"{reply.sender}'s share")
+        if not _is_hex(reply.body["commitment"], 32):
+            raise ProtocolError(f"{reply.sender}'s commitment can't be read")
+
+    def _check_vector(self, reply: Reply) -> None:
+        if self.step != "mask":
+            if reply.vector is not None:
+                raise ProtocolError(f"{reply.sender} sent a vector in {self.step}")
+            return
+        vector, length = reply.vector, self.agreement.length
+        if not isinstance(vector, np.ndarray) or vector.dtype != np.uint32 or vector.shape != (length,):
+            raise ProtocolError(f"{reply.sender} sent no uint32 vector of {length} entries")
 
     def _take_mask(self, reply: Reply) -> None:
-        vector = reply.vector
-        if vector is None or vector.dtype != np.uint32 or vector.shape != (self.agreement.length,):
-            raise ProtocolError(f"{reply.sender} sent no uint32 vector of {self.agreement.length} entries")
         if self._sum is None:
             self._sum = np.zeros(self.agreement.length, np.uint32)
-        self._sum += vector
+        self._sum += reply.vector
 
     def _take_confirm(self, reply: Reply) -> None:
-        if reply.body.get("survivors") != sorted(self.survivors):
-            raise ProtocolError(f"{reply.sender} confirms other survivors")
+        if reply.body != _confirmation(self.survivors, self._keys):
+            raise ProtocolError(f"{reply.sender} confirms other survivors, or other keys")
 
     def _take_unmask(self, reply: Reply) -> None:
-        for kind in ("keys", "seeds"):
-            shares = reply.body.get(kind)
-            wrong = not isinstance(shares, dict) or any(
-                not isinstance(share, str) or len(share) != 2 * shamir.SHARE_BYTES for share in shares.values()
-            )
-            if wrong:
+        held = {reply.sender, *self._neighbours[reply.sender]} & self._replies["share"].keys()
+        wanted = {"seeds": held & set(self.survivors), "keys": held - set(self.survivors)}
+        for kind, names in wanted.items():
+            shares = reply.body[kind]
+            # For each hospital the one share that is asked for: both together would unmask it.
+            if not isinstance(shares, dict) or shares.keys() != names:
+                raise ProtocolError(f"{reply.sender} sent shares for others than was asked")
+            if not all(_is_hex(share, shamir.SHARE_BYTES) for share in shares.values()):
                 raise ProtocolError(f"{reply.sender}'s shares can't be read")
+
+    @property
+    def _keys(self) -> dict[str, list[str]]:
+        return {name: reply.body["keys"] for name, reply in self._replies["advertise"].items()}
 
     @cached_property
     def _neighbours(self) -> dict[str, tuple[str, ...]]:
-        keys = {name: reply.body["keys"] for name, reply in self._replies["advertise"].items()}
-        return self.agreement.neighbours(keys)
+        return self.agreement.neighbours(self._keys)
 
     def close(self) -> None:
         """End a step, with those who have answered, and go on to the next; after the last one ``total`` is there.
@@ -677,7 +812,8 @@ class Server:
         answered = self._replies[self.step]
         if len(answered) < self.agreement.threshold:
             gone = sorted(set(self.agreement.names) - set(answered))
-            step, self.step, self._sum = self.step, None, None
+            step = self.step
+            self._end()
             raise TooFewSurvivors(
                 f"round {self.session} ended at {step}: {len(answered)} hospitals answered, fewer than the threshold "
                 f"of {self.agreement.threshold} (missing: {', '.join(gone)}). There is no sum, and what was charged to "
@@ -686,10 +822,17 @@ class Server:
         if self.step == "mask":
             self.survivors = tuple(sorted(answered))
         elif self.step == "unmask":
-            self._unmask()
-            self.step = None
+            try:
+                self._unmask()
+            finally:
+                self._end()
             return
         self.step = STEPS[STEPS.index(self.step) + 1]
+
+    def _end(self) -> None:
+        """Keep nothing that a masked sum, or somebody's transcript, could be unmasked with."""
+        self.step = self._sum = None
+        self._replies = {step: {} for step in STEPS}
 
     def _secret(self, kind: str, name: str) -> bytes:
         point = self.agreement.point
@@ -711,7 +854,7 @@ class Server:
         seeds = []
         for name in self.survivors:
             seed = self._secret("seeds", name)
-            if hashlib.sha256(seed).hexdigest() != self._replies["share"][name].body.get("commitment"):
+            if hashlib.sha256(seed).hexdigest() != self._replies["share"][name].body["commitment"]:
                 raise ProtocolError(f"the shares of {name}'s own mask don't give what it committed to: there is no sum")
             seeds.append((seed, -1))
         for gone in sorted(set(self._replies["share"]) - set(self.survivors)):

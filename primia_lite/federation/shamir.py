@@ -48,10 +48,12 @@ def combine(shares: Mapping[int, bytes], threshold: int) -> bytes:
     Raises
     ------
     ValueError
-        Fewer shares than the threshold, or shares that belong to no 256-bit secret.
+        Fewer shares than the threshold, a share of another length, or shares that belong to no 256-bit secret.
     """
-    if len(shares) < threshold:
+    if not 1 <= threshold <= len(shares):
         raise ValueError(f"{len(shares)} shares, but {threshold} are needed")
+    if any(len(share) != SHARE_BYTES for share in shares.values()):
+        raise ValueError(f"a share has {SHARE_BYTES} bytes")
     points = tuple(sorted(shares)[:threshold])
     weights = _at_zero(points)
     value = sum(w * int.from_bytes(shares[p], "big") for w, p in zip(weights, points, strict=True)) % PRIME

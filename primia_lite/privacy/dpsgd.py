@@ -2,13 +2,15 @@
 
 The unit is a patient with all their films (McMahan et al. 2018 call it user-level), or a single film. Sampling and
 noise come from :class:`~primia_lite.privacy.rng.SecureGenerator`, which says what its floating-point noise doesn't
-cover. Nor does ε cover that a step is refused because a gradient isn't finite: that can be seen from outside.
+cover; noise that hospitals make together (:mod:`primia_lite.privacy.shared`) is of whole numbers. Nor does ε cover that
+a step is refused because a gradient isn't finite: that can be seen from outside.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -22,6 +24,7 @@ from primia_lite.privacy.accounting import Release, calibrate_noise_multiplier, 
 from primia_lite.privacy.clipping import clipped_sum
 from primia_lite.privacy.ledger import UNITS
 from primia_lite.privacy.rng import SecureGenerator
+from primia_lite.privacy.shared import Grid, SharedNoise
 
 # Inputs and activations of a part of a batch stay near this; a larger batch is worked through in parts.
 _PART_BYTES = 256 * 2**20
@@ -35,9 +38,11 @@ class Privacy:
     ----------
     noise_multiplier : σ, the noise's standard deviation over ``max_grad_norm``
     max_grad_norm : C, the L2 norm to which each unit's gradient is clipped
-    target_epsilon, target_delta : the budget of a hospital; a step that would exceed it is refused
+    target_epsilon, target_delta : the budget of a hospital; a step that would exceed it is refused. With ``shared`` the
+        ledger counts at this δ, and :meth:`promised_delta` is what holds in all
     unit : whose presence is hidden: ``patient`` (with all their films at the hospital) or ``film``
     plan : the releases that are fixed in advance; without one the ledger counts by a filter
+    shared : how hospitals make the noise together, as whole numbers within a secure sum; None: each by itself
     """
 
     noise_multiplier: float
@@ -46,6 +51,7 @@ class Privacy:
     target_delta: float = 1e-4
     unit: str = "patient"
     plan: tuple[Release, ...] = ()
+    shared: SharedNoise | None = None
 
     def __post_init__(self):
         Release(self.noise_multiplier, 1.0, 0)
@@ -57,6 +63,8 @@ class Privacy:
             raise UserError(f"target_delta is {self.target_delta}: it must be in (0, 1), below 1 / number of patients")
         if self.unit not in UNITS:
             raise UserError(f"unit is {self.unit!r}: choose one of {', '.join(UNITS)}")
+        if self.shared:
+            _ = self.grid  # refused here if 32 bits don't hold it
 
     @classmethod
     def for_budget(
@@ -70,6 +78,7 @@ class Privacy:
         unit: str = "patient",
         spare_steps: int = 0,
         also: tuple[Release, ...] = (),
+        shared: SharedNoise | None = None,
     ) -> Privacy:
         """The least noise that keeps ``steps`` steps at ``sample_rate`` within the budget, and the plan to take them.
 
@@ -80,10 +89,39 @@ class Privacy:
             that round anew, and without room for it could not end.
         also
             Other releases charged to the same ledger, such as a normalisation shared under DP.
+        shared
+            Hospitals make the noise together. ``target_delta`` is what holds in all: the result's is less by what
+            whole-number noise costs (see :mod:`primia_lite.privacy.shared`).
+
+        Raises
+        ------
+        UserError
+            The budget is out of reach, or whole-number noise alone costs more than ``target_delta``.
         """
-        sigma = calibrate_noise_multiplier(target_epsilon, target_delta, sample_rate, steps + spare_steps, tuple(also))
-        plan = (*also, Release(sigma, sample_rate, steps + spare_steps))
-        return cls(sigma, max_grad_norm, target_epsilon, target_delta, unit, plan)
+        steps += spare_steps
+        slack, delta = 0.0, target_delta
+        sigma = calibrate_noise_multiplier(target_epsilon, delta, sample_rate, steps, tuple(also))
+        # More noise costs less slack, so this ends; 1 % is for the scale's being whole.
+        while shared and (cost := shared.grid(sigma, max_grad_norm).delta_slack(steps, target_epsilon)) > slack:
+            slack, delta = 1.01 * cost, target_delta - 1.01 * cost
+            if delta <= 0:
+                raise UserError(
+                    f"whole-number noise alone costs a delta of {cost:.2g} over {steps} steps at epsilon "
+                    f"{target_epsilon:g}, and target_delta is {target_delta:g}: take a smaller epsilon, fewer steps or "
+                    "fewer parameters"
+                )
+            sigma = calibrate_noise_multiplier(target_epsilon, delta, sample_rate, steps, tuple(also))
+        plan = (*also, Release(sigma, sample_rate, steps))
+        return cls(sigma, max_grad_norm, target_epsilon, delta, unit, plan, shared)
+
+    @property
+    def grid(self) -> Grid:
+        """The whole numbers of shared noise."""
+        return self.shared.grid(self.noise_multiplier, self.max_grad_norm)
+
+    def promised_delta(self, steps: int) -> float:
+        """δ that holds in all after so many steps at ``target_epsilon``: with shared noise more than the ledger's."""
+        return self.target_delta + (self.grid.delta_slack(steps, self.target_epsilon) if self.shared else 0.0)
 
     def release(self, sample_rate: float, steps: int) -> Release:
         return Release(self.noise_multiplier, sample_rate, steps)
@@ -93,7 +131,7 @@ class Privacy:
         return epsilon(self.release(sample_rate, steps), self.target_delta)
 
     def as_dict(self) -> dict:
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if not (name == "shared" and value is None)}
 
 
 def check_model(model: nn.Module) -> None:
@@ -161,16 +199,79 @@ class Rows:
         return torch.arange(len(self.units)).repeat_interleave(self.count)
 
 
-class PrivateStep:
-    """One step of DP-SGD: clip each unit's gradient to C, sum, add noise σC, divide by the public expected batch.
+class ClippedSum:
+    """The sum of a batch's gradients, each unit's clipped to C.
 
     A patient's gradient is the mean over their films and over the films' views (augmentation multiplicity, De et al.
-    2022), so its sensitivity stays C.
+    2022), so its sensitivity stays C. With shared noise parts are added up in float64, and a linear head works in
+    float64 throughout: the rounding of a long float32 sum changes with one unit more, by some ten-thousandths of C.
 
     Parameters
     ----------
     films
         The hospital's; the Gram matrices that a linear head's norms need are kept with them.
+
+    Raises
+    ------
+    UserError
+        See :func:`check_model`.
+    """
+
+    def __init__(self, model: nn.Module, privacy: Privacy, films: Films | None = None):
+        check_model(model)
+        self.model, self.privacy = model, privacy
+        # A linear head on features that don't change needs no backward pass through anything.
+        linear = isinstance(model, nn.Linear) and model.bias is None
+        self.head = HeadGram.of(films, privacy.unit) if linear and films is not None else None
+        if self.head and privacy.shared:
+            self.model = copy.deepcopy(model).double()
+
+    def __call__(self, batch: PoissonBatch, parts: Iterator[Rows]) -> tuple[dict[str, torch.Tensor], float]:
+        """The sum by name of parameter, and the sum of the losses (private).
+
+        Parameters
+        ----------
+        parts
+            The batch's units, each whole in one part.
+
+        Raises
+        ------
+        UserError
+            The batch wasn't drawn by :func:`poisson_batches`.
+        FloatingPointError
+            A unit's gradient isn't finite.
+        """
+        if not isinstance(batch, PoissonBatch):
+            raise UserError(
+                "this batch was not drawn by Poisson sampling: the ε of DP-SGD holds for that alone, not for shuffled "
+                "batches of fixed size. Draw it by poisson_batches"
+            )
+        dtype = torch.float64 if self.privacy.shared else None
+        total = {n: torch.zeros_like(p, dtype=dtype) for n, p in self.model.named_parameters() if p.requires_grad}
+        loss, bound = 0.0, self.privacy.max_grad_norm
+        for rows in parts:
+            if self.head:
+                if dtype:
+                    rows = replace(rows, inputs=rows.inputs.to(dtype), target=rows.target.to(dtype))
+                part, norms, losses = self.head.clipped_sum(self.model, rows, bound)
+            else:
+                run = partial(_losses, rows)
+                part, norms, losses = clipped_sum(self.model, run, rows.owner, len(rows.units), bound)
+            if not torch.isfinite(norms).all():
+                raise FloatingPointError("a gradient isn't finite")
+            loss += float(losses.sum())
+            for name, value in part.items():
+                total[name] += value
+        return total, loss
+
+
+class PrivateStep:
+    """One step of DP-SGD: the clipped sum of the gradients, plus noise σC, over the public expected batch.
+
+    Parameters
+    ----------
+    films
+        As of :class:`ClippedSum`.
     expected_batch
         Public: sample rate times the declared number of units.
 
@@ -189,51 +290,22 @@ class PrivateStep:
         rng: SecureGenerator,
         films: Films | None = None,
     ):
-        check_model(model)
+        self.clipped_sum = ClippedSum(model, privacy, films)
         self.model, self.optimizer, self.privacy, self.rng = model, optimizer, privacy, rng
         self.expected_batch = expected_batch
-        # A linear head on features that don't change needs no backward pass through anything.
-        linear = isinstance(model, nn.Linear) and model.bias is None
-        self.head = HeadGram.of(films, privacy.unit) if linear and films is not None else None
 
     def __call__(self, batch: PoissonBatch, parts: Iterator[Rows]) -> float:
         """Take the step; returns the mean loss (private), nan for an empty batch.
 
-        Parameters
-        ----------
-        parts
-            The batch's units, each whole in one part.
-
-        Raises
-        ------
-        UserError
-            The batch wasn't drawn by :func:`poisson_batches`.
-        FloatingPointError
-            A unit's gradient isn't finite; the model is left as it was.
+        ``parts`` and errors are as of :class:`ClippedSum`; after an error the model is as it was.
         """
-        if not isinstance(batch, PoissonBatch):
-            raise UserError(
-                "this batch was not drawn by Poisson sampling: the ε of DP-SGD holds for that alone, not for shuffled "
-                "batches of fixed size. Draw it by poisson_batches"
-            )
-        parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        total = {name: torch.zeros_like(p) for name, p in parameters.items()}
-        loss, bound = 0.0, self.privacy.max_grad_norm
-        for rows in parts:
-            if self.head:
-                part, norms, losses = self.head.clipped_sum(self.model, rows, bound)
-            else:
-                run = partial(_losses, rows)
-                part, norms, losses = clipped_sum(self.model, run, rows.owner, len(rows.units), bound)
-            if not torch.isfinite(norms).all():
-                raise FloatingPointError("a gradient isn't finite")
-            loss += float(losses.sum())
-            for name, value in part.items():
-                total[name] += value
+        total, loss = self.clipped_sum(batch, parts)
+        scale = self.privacy.noise_multiplier * self.privacy.max_grad_norm
         # An empty batch still takes its step: noise alone. Leaving it out would tell that nobody was sampled.
-        for name, p in parameters.items():
-            noise = torch.from_numpy(self.rng.normal(p.numel())).to(p.dtype).view_as(p)
-            p.grad = (total[name] + self.privacy.noise_multiplier * bound * noise) / self.expected_batch
+        for name, p in self.model.named_parameters():
+            if name in total:
+                noise = torch.from_numpy(self.rng.normal(p.numel())).to(p.dtype).view_as(p)
+                p.grad = (total[name] + scale * noise) / self.expected_batch
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss / len(batch) if len(batch) else float("nan")

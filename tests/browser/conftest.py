@@ -36,16 +36,17 @@ def folder(root, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def lab(folder, tmp_path_factory):
+def lab(root, folder, tmp_path_factory):
     """Address of a running JupyterLab, as a function of a notebook's path below ``folder``."""
     home = tmp_path_factory.mktemp("jupyter")
     for name, content in SETTINGS.items():
         path = home / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
         path.parent.mkdir(parents=True)
         path.write_text(content)
-    # A reader's session: somebody watches, and figures appear in the page.
+    # A reader's session: somebody watches, figures appear in the page, and features that `make run` left are there.
     environment = {k: v for k, v in os.environ.items() if k not in ("PRIMIA_LITE_HEADLESS", "MPLBACKEND")}
     environment |= {
+        "PRIMIA_LITE_CACHE": str(root / ".cache"),
         "JUPYTER_CONFIG_DIR": str(home / "config"),
         "JUPYTER_DATA_DIR": str(home / "data"),
         "JUPYTER_RUNTIME_DIR": str(home / "runtime"),

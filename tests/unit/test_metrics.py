@@ -24,9 +24,10 @@ def classifier(n=300, classes=3, seed=0, skill=1.0):
 # --- scores -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("n", [12, 300])
 @pytest.mark.parametrize("classes", [2, 3])
-def test_scores_are_scikit_learns(classes):
-    probabilities, labels = classifier(classes=classes)
+def test_scores_are_scikit_learns(classes, n):
+    probabilities, labels = classifier(n, classes)
     called = probabilities.argmax(1)
     got = metrics.scores(probabilities, labels)
     assert got == {
@@ -35,6 +36,19 @@ def test_scores_are_scikit_learns(classes):
         "mcc": pytest.approx(sk.matthews_corrcoef(labels, called)),
         "loss": pytest.approx(sk.log_loss(labels, probabilities)),
     }
+    for decimals in (1, 2):  # many ties, and some
+        tied = probabilities.round(decimals)
+        assert metrics.auroc(tied, labels) == pytest.approx(sk.roc_auc_score(labels != 0, 1 - tied[:, 0]))
+        assert metrics.mcc(tied, labels) == pytest.approx(sk.matthews_corrcoef(labels, tied.argmax(1)))
+        matrix = sk.confusion_matrix(labels, tied.argmax(1), labels=range(classes))
+        assert (metrics.confusion(tied, labels) == matrix).all()
+
+
+def test_probabilities_that_are_not_finite_have_no_auroc():
+    probabilities, labels = classifier(n=20)
+    probabilities[3] = np.nan
+    with pytest.raises(ValueError, match="not finite"):
+        metrics.auroc(probabilities, labels)
 
 
 def test_auroc_is_the_share_of_pairs_in_order():

@@ -206,12 +206,27 @@ def test_the_whitening_maps_the_public_films_to_nearly_equal_variances(few_publi
 def test_a_second_call_reads_the_cache(few_public_films, films, monkeypatch):
     first = models.features("scatternet", films.images)
 
-    def refuse(kind):
-        raise AssertionError("an extractor was made although the features are cached")
+    def refuse(*arguments):
+        raise AssertionError("an extractor or phantoms were made although features and whitening are cached")
 
     monkeypatch.setattr(models, "_extractor", refuse)
+    monkeypatch.setattr(phantom, "generate", refuse)
     models._whitening.cache_clear()
     assert np.array_equal(models.features("scatternet", films.images), first)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("_FLOOR", 0.1), ("_PUBLIC_FILMS", 25), ("_PUBLIC_SEED", 1), ("_code_of_whitening", lambda: "of a new phantom")],
+)
+def test_another_recipe_gives_another_whitening(few_public_films, monkeypatch, name, value):
+    models._whitening("scatternet", 64)
+    models._whitening.cache_clear()
+    monkeypatch.setattr(models, name, value)
+    drawn, generate = [], phantom.generate
+    monkeypatch.setattr(phantom, "generate", lambda *arguments: drawn.append(arguments) or generate(*arguments))
+    models._whitening("scatternet", 64)
+    assert drawn == [(models._PUBLIC_FILMS, 64, models._PUBLIC_SEED)], "it was fitted anew"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,217 @@
+"""Noise that hospitals make together: each adds a share, and only a sum of enough shares is ever seen.
+
+Secure aggregation adds whole numbers modulo 2^32, so each hospital sends the sum of its clipped gradients on a grid of
+whole numbers, and adds discrete Gaussian noise (the distributed discrete Gaussian of Kairouz, Liu and Steinke, ICML
+2021). What has to hold, for C the clip, s the scale, d the parameters:
+
+Sensitivity. One unit moves the scaled sum by at most s C in L2, and rounding it by less than 1 more in each coordinate:
+s C (1 + 2^-10) + √d. The 2^-10 is for gradients that are computed, and in part added up, in float32: nothing here
+proves that it is enough, but a test measures less than a hundredth of it. Before rounding each coordinate is held
+within ±C times the declared units: that moves no two sums further apart.
+
+Shares. A sum is revealed only with at least t hospitals in it, of whom c may tell their own noise: t - c shares remain.
+Each has the variance (σ sensitivity)² / (t - c), so the sum keeps σ whoever drops out. With t - c = 1 each hospital's
+noise suffices alone.
+
+Accounting. The sum of shares is a discrete Gaussian N_Z(0, S²) but for a factor e^±τ with τ about
+10 d exp(-π² share²) (Kairouz, Liu and Steinke 2021, on sums of discrete Gaussians): from a share of 128 on, below
+e^-100000. A discrete Gaussian p is nearly a rounded normal r, the probability that a sample of N(0, S²) rounds to x.
+With u uniform in [-1/2, 1/2], r(x) = φ(x) E exp(-x u / S² - u² / 2S²); Jensen's inequality from below, and
+sinh(y) / y ≤ exp(y² / 6) from above, give
+
+    -x² / 24 S⁴ ≤ log p(x) / r(x) ≤ 1 / 24 S²
+
+(the lower bound but for e^-19 S²). So χ²(p, r) ≤ (1 + 3) / 576 S⁴ · (1 + 1 / S²), and over d coordinates the total
+variation is at most √((1 + χ²)^d - 1) / 2, about √d / 24 S². A whole number plus rounded normal noise is the rounding
+of that number plus normal noise: post-processing, so what :mod:`primia_lite.privacy.accounting` says of the subsampled
+Gaussian holds for r. Putting p for r costs steps · (1 + e^ε) · TV of δ, :meth:`Grid.delta_slack`, which is taken off
+the δ that a ledger counts at. Whether a sum wraps around 2^32 doesn't matter for privacy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from primia_lite.config import UserError
+from primia_lite.privacy.discrete import discrete_gaussian
+from primia_lite.privacy.rng import SecureGenerator
+
+MODULUS_BITS = 32
+WRAP_PROBABILITY = 2.0**-40
+FLOAT32_MARGIN = 2.0**-10
+_LEAST_SHARE = 2**7
+
+
+@dataclass(frozen=True)
+class SharedNoise:
+    """What hospitals agree on before they make noise together. All of it is public.
+
+    Attributes
+    ----------
+    threshold : t, the fewest hospitals whose sum is ever revealed
+    colluding : c, how many hospitals may tell the server their own noise; 0 ≤ c < t
+    parameters : d, how many numbers are trained
+    declared : the declared number of units of each hospital that may take part (n of them)
+
+    Raises
+    ------
+    UserError
+        Numbers that contradict each other.
+    """
+
+    threshold: int
+    colluding: int
+    parameters: int
+    declared: tuple[int, ...]
+
+    def __post_init__(self):
+        object.__setattr__(self, "declared", tuple(int(units) for units in self.declared))
+        if not self.declared or min(self.declared) < 1:
+            raise UserError(f"declared is {self.declared}: give each hospital's number of units, at least 1")
+        if not 0 <= self.colluding < self.threshold <= self.hospitals:
+            raise UserError(
+                f"threshold is {self.threshold}, colluding {self.colluding}, with {self.hospitals} hospitals: "
+                "0 <= colluding < threshold <= hospitals must hold, or nobody's noise is left"
+            )
+        if self.parameters < 1:
+            raise UserError(f"parameters is {self.parameters}: give how many numbers the model trains")
+
+    @property
+    def hospitals(self) -> int:
+        return len(self.declared)
+
+    def grid(self, noise_multiplier: float, max_grad_norm: float) -> Grid:
+        """The whole numbers for noise of σ times a sensitivity of C; see :class:`Grid`.
+
+        Raises
+        ------
+        UserError
+            32 bits don't hold them.
+        """
+        return _grid(self, float(noise_multiplier), float(max_grad_norm))
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Sums and noise in whole numbers, the finest for which a round's sum stays below 2^31 but once in 2^40 rounds.
+
+    Attributes
+    ----------
+    scale : s, whole units to one unit of a gradient
+    max_grad_norm : C
+    parameters : d
+    sensitivity : how far one unit moves a hospital's numbers, L2, rounding included
+    share_sigma : the σ of a hospital's discrete Gaussian share
+    total_sigma : that of the fewest honest shares in a sum that is revealed
+    wrap_probability : at most so likely does any coordinate of a round's sum wrap around
+    """
+
+    scale: int
+    max_grad_norm: float
+    parameters: int
+    sensitivity: float
+    share_sigma: int
+    total_sigma: float
+    wrap_probability: float
+
+    @property
+    def overhead(self) -> float:
+        """By what factor less 1 the noise is larger than without a grid: what rounding adds to the sensitivity."""
+        return self.sensitivity / (self.scale * self.max_grad_norm) - 1
+
+    def delta_slack(self, steps: int, epsilon: float) -> float:
+        """What accounting for normal noise leaves out of δ over so many steps, at ε; see the module's text."""
+        if epsilon > 700:
+            return 1.0
+        return min(1.0, steps * (1 + math.exp(epsilon)) * total_variation(self.total_sigma, self.parameters))
+
+    def share(self, total: Mapping[str, torch.Tensor], declared: int, rng: SecureGenerator) -> dict[str, torch.Tensor]:
+        """A hospital's message: its sum on the grid, plus its share of the noise.
+
+        Parameters
+        ----------
+        total : sums of clipped gradients by parameter, float
+        declared : the hospital's declared number of units
+
+        Returns
+        -------
+        int64, in the shapes of ``total``
+
+        Raises
+        ------
+        UserError
+            Not ``parameters`` numbers.
+        FloatingPointError
+            One isn't finite.
+        """
+        self.check_parameters(sum(value.numel() for value in total.values()))
+        noise = torch.from_numpy(discrete_gaussian(self.parameters, self.share_sigma, rng))
+        parts = noise.split([value.numel() for value in total.values()])
+        bound, out = self.max_grad_norm * declared, {}
+        for (name, value), own in zip(total.items(), parts, strict=True):
+            if not torch.isfinite(value).all():
+                raise FloatingPointError("a gradient isn't finite")
+            out[name] = (value.double().clamp(-bound, bound) * self.scale).round().long() + own.view_as(value)
+        return out
+
+    def check_parameters(self, number: int) -> None:
+        """Raise UserError for a model that trains another number of parameters than was agreed on."""
+        if number != self.parameters:
+            raise UserError(
+                f"the model trains {number} numbers, but shared noise was agreed on for {self.parameters}: give "
+                f"SharedNoise(parameters={number})"
+            )
+
+
+def total_variation(sigma: float, d: int) -> float:
+    """At most so far is N_Z(0, σ²) from a rounded N(0, σ²), in total variation over d coordinates; σ ≥ 1.
+
+    See the module's text; about √d / 24 σ².
+    """
+    chi_square = (1 + sigma**-2) / (144 * sigma**4)
+    exponent = d * math.log1p(chi_square)
+    return min(1.0, math.sqrt(math.expm1(exponent)) / 2) if exponent < 1 else 1.0
+
+
+@lru_cache(maxsize=64)
+def _grid(shared: SharedNoise, sigma: float, bound: float) -> Grid:
+    n, d, honest = shared.hospitals, shared.parameters, shared.threshold - shared.colluding
+    # A discrete Gaussian is sub-Gaussian (Canonne, Kamath and Steinke 2020): P(|sum| > z std) ≤ 2 exp(-z² / 2).
+    z = math.sqrt(2 * math.log(2 * d / WRAP_PROBABILITY))
+
+    def sensitivity(scale: int) -> float:
+        return scale * bound * (1 + FLOAT32_MARGIN) + math.sqrt(d)
+
+    def share(scale: int) -> int:
+        return math.ceil(sigma * sensitivity(scale) / math.sqrt(honest))
+
+    def room(scale: int) -> float:
+        """What the sums of all hospitals leave for their noise; rounding may add 1/2 to each."""
+        return 2 ** (MODULUS_BITS - 1) - sum(shared.declared) * scale * bound - n
+
+    low, high = 0, int(room(0) / (sum(shared.declared) * bound)) + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        if room(middle) > z * math.sqrt(n) * share(middle):
+            low = middle
+        else:
+            high = middle
+    if low < 1 or share(low) < _LEAST_SHARE:
+        why = (
+            f"a share of the noise would be {share(low)}, below {_LEAST_SHARE}: take more noise, or fewer units "
+            "together"
+            if low
+            else "sum and noise together are too large: take less noise or a smaller max_grad_norm, fewer units or "
+            "hospitals together, or train fewer parameters"
+        )
+        raise UserError(
+            f"{MODULUS_BITS} bits are too few for shared noise with noise_multiplier {sigma:g}, max_grad_norm "
+            f"{bound:g}, {d} parameters and {sum(shared.declared)} declared units: {why}"
+        )
+    wrap = 2 * d * math.exp(-(room(low) ** 2) / (2 * n * share(low) ** 2))
+    return Grid(low, bound, d, sensitivity(low), share(low), share(low) * math.sqrt(honest), wrap)
