@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
-from scipy.stats import hypergeom
 
 from primia_lite.config import UserError
 
@@ -71,6 +70,8 @@ def choose_degree(hospitals: int, corrupt: float = 0.1, gone: float = 0.1) -> tu
     """
     if not (corrupt >= 0 and gone >= 0 and corrupt + gone < 1):
         raise UserError(f"corrupt is {corrupt}, gone {gone}: together they must be below 1")
+    from scipy.stats import hypergeom  # takes longer to import than a step of the protocol, and few hospitals need none
+
     others = hospitals - 1
     bad, away = math.ceil(corrupt * hospitals), math.ceil(gone * hospitals)
     for degree in range(2, others, 2):

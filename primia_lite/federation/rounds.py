@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 
 from primia_lite import models
 from primia_lite.config import UserError
-from primia_lite.federation.aggregation import Aggregator, SecureAggregation, WeightedMean
+from primia_lite.federation.aggregation import Aggregator, Ask, SecureAggregation, WeightedMean
 from primia_lite.federation.hospital import Hospital, State
 from primia_lite.federation.progress import RoundProgress
 from primia_lite.federation.shared_noise import shared_step
@@ -251,7 +251,7 @@ def _run(hospitals, training, schedule, privacy, seed, noise_seed, folder, valid
     sizes = {h.name: h.declared(privacy) for h in hospitals}
     rng = SecureGenerator.for_seed(noise_seed) if privacy else SecureGenerator.from_seed(seed)
 
-    server = _Server.start(training, schedule, in_shape, seed)
+    server = Server.start(training, schedule, in_shape, seed)
     salt = _salt(folder) if folder else ""
     key = _fingerprint(salt, hospitals, training, schedule, privacy, seed, noise_seed, aggregator.name)
     if folder:
@@ -266,15 +266,65 @@ def _run(hospitals, training, schedule, privacy, seed, noise_seed, folder, valid
                 stacklevel=3,
             )
     show = RoundProgress(progress, schedule.rounds, server.history) if isinstance(progress, str) else progress
-    like = server.parameters(training, in_shape)
-    for number in range(server.round + 1, schedule.rounds + 1):
-        ask = {
+
+    def ask(number: int) -> dict[str, Ask]:
+        return {
             h.name: partial(
                 h.update, number, server.state, training, privacy, rng.child("round", number, h.name), folder
             )
             for h in hospitals
         }
-        found = aggregator.aggregate(ask, sizes, like, number, summed=bool(shared))
+
+    rounds = serve(
+        server, aggregator, ask, sizes, training, in_shape, privacy=privacy, folder=folder, validation=validation
+    )
+    for record in rounds:
+        if folder:
+            for h in hospitals:
+                (folder / f"update-{h.name}-{record['round']:05d}.pt").unlink(missing_ok=True)
+        if show:
+            show(record)
+    if isinstance(show, RoundProgress):
+        show.close()
+    spent = {h.name: h.ledger(folder, privacy).epsilon() for h in hospitals} if privacy else {}
+    return Result(
+        server.final(), server.history, spent, bool(privacy) and rng.seeded, training, in_shape, tuple(hospitals)
+    )
+
+
+def serve(
+    server: Server,
+    aggregator: Aggregator,
+    ask: Callable[[int], Mapping[str, Ask]],
+    sizes: Mapping[str, int],
+    training: Training,
+    in_shape: tuple[int, ...],
+    *,
+    privacy: Privacy | None = None,
+    folder: Path | None = None,
+    validation: Films | None = None,
+) -> Iterator[dict]:
+    """The server's rounds, wherever the hospitals are: ask, take the mean, step, score, save.
+
+    Parameters
+    ----------
+    ask
+        Called with a round's number: how each hospital is asked for its update, by name.
+    sizes
+        Declared size by hospital.
+    privacy
+        Needed where noise is shared: the server's step then starts from a sum.
+    folder
+        Where the checkpoint goes.
+
+    Yields
+    ------
+    each round's record, once it is saved (see :class:`Result`)
+    """
+    like = server.parameters(training, in_shape)
+    shared = bool(privacy and privacy.shared)
+    for number in range(server.round + 1, server.schedule.rounds + 1):
+        found = aggregator.aggregate(ask(number), sizes, like, number, summed=shared)
         change = found.value
         if shared:
             declared = sum(sizes[name] for name in found.survivors)
@@ -289,16 +339,7 @@ def _run(hospitals, training, schedule, privacy, seed, noise_seed, folder, valid
         server.history.append(record)
         if folder:
             server.save(folder)
-            for h in hospitals:
-                (folder / f"update-{h.name}-{number:05d}.pt").unlink(missing_ok=True)
-        if show:
-            show(record)
-    if isinstance(show, RoundProgress):
-        show.close()
-    spent = {h.name: h.ledger(folder, privacy).epsilon() for h in hospitals} if privacy else {}
-    return Result(
-        server.final(), server.history, spent, bool(privacy) and rng.seeded, training, in_shape, tuple(hospitals)
-    )
+        yield record
 
 
 def planned_epsilon(training: Training, schedule: Schedule, privacy: Privacy) -> float:
@@ -321,7 +362,7 @@ def pool(hospitals: Sequence[Hospital], name: str = "pooled") -> Hospital:
     return Hospital(name, films)
 
 
-class _Server:
+class Server:
     """Global weights, momentum, running mean and history: all that a checkpoint holds."""
 
     def __init__(self, schedule: Schedule, state: State):
@@ -333,7 +374,7 @@ class _Server:
         self.history: list[dict] = []
 
     @classmethod
-    def start(cls, training: Training, schedule: Schedule, in_shape: tuple[int, ...], seed: int) -> _Server:
+    def start(cls, training: Training, schedule: Schedule, in_shape: tuple[int, ...], seed: int) -> Server:
         model = models.build(
             training.model, training.n_classes, in_shape, seed=seed_for(seed, "weights"), **training.model_options
         )

@@ -19,17 +19,14 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
-import dp_accounting
 import numpy as np
-from dp_accounting.dp_event import MixtureOfGaussiansDpEvent, RepeatAndSelectDpEvent
-from dp_accounting.pld import PLDAccountant
-from dp_accounting.pld import privacy_loss_distribution as pld
-from dp_accounting.rdp import RdpAccountant
-from scipy.optimize import brentq
-from scipy.stats import binom, norm
 
 from primia_lite.config import UserError
+
+if TYPE_CHECKING:  # imported where used: a process that only trains is there in half the time
+    import dp_accounting
 
 # Integer orders: their moments have a closed form; the fractional ones don't converge at large sample rates.
 _ORDERS = (*range(2, 65), 80, 96, 128, 192, 256, 512, 1024)
@@ -72,6 +69,8 @@ class Release:
             raise UserError(f"steps is {self.steps}: it must be a whole number, not negative")
 
     def event(self) -> dp_accounting.DpEvent:
+        import dp_accounting
+
         step = dp_accounting.GaussianDpEvent(self.noise_multiplier)
         if self.sample_rate < 1:
             step = dp_accounting.PoissonSampledDpEvent(self.sample_rate, step)
@@ -143,6 +142,8 @@ def _epsilon(releases: tuple[Release, ...], delta: float, accountant: str) -> fl
         # Connecting the dots stays an upper bound on any grid; on this one it is within 0.01 % of a finer one's.
         interval = float(np.clip(1e-4 * _epsilon(releases, delta, "rdp"), 1e-5, 1e-3))
         return float(_pld(releases, interval).get_epsilon_for_delta(delta))
+    from dp_accounting.rdp import RdpAccountant
+
     total = RdpAccountant(_ORDERS)
     for release in releases:
         total.compose(release.event())
@@ -151,6 +152,8 @@ def _epsilon(releases: tuple[Release, ...], delta: float, accountant: str) -> fl
 
 def _pld(releases: Sequence[Release], interval: float, pessimistic: bool = True):
     """Composed privacy loss distribution, both directions. Only the pessimistic one can connect the dots."""
+    from dp_accounting.pld import privacy_loss_distribution as pld
+
     total = None
     for release in releases:
         part = pld.from_gaussian_mechanism(
@@ -212,12 +215,16 @@ def _prv_bracket(releases: tuple[Release, ...], delta: float) -> Bracket:
 
 def gaussian_delta(epsilon: float, mu: float) -> float:
     """δ of the Gaussian mechanism with sensitivity / noise = ``mu``, exactly (Balle and Wang 2018, theorem 8)."""
+    from scipy.stats import norm
+
     # In logarithms: e^ε overflows long before the product matters.
     return float(norm.cdf(mu / 2 - epsilon / mu) - np.exp(epsilon + norm.logcdf(-mu / 2 - epsilon / mu)))
 
 
 def gaussian_epsilon(mu: float, delta: float) -> float:
     """The inverse of :func:`gaussian_delta`."""
+    from scipy.optimize import brentq
+
     if gaussian_delta(0.0, mu) <= delta:
         return 0.0
     high = 1.0
@@ -274,6 +281,8 @@ def _rdp_to_epsilon(rdp: float, order: int, delta: float) -> float:
 
 @lru_cache(maxsize=4096)
 def _rdp(noise_multiplier: float, sample_rate: float, order: int) -> float:
+    from dp_accounting.rdp import RdpAccountant
+
     accountant = RdpAccountant([order])
     accountant.compose(Release(noise_multiplier, sample_rate, 1).event())
     return float(accountant._rdp[0])
@@ -294,6 +303,10 @@ def child_epsilon(release: Release, films: int, delta: float) -> float:
     UserError
         Fewer than one film.
     """
+    from dp_accounting.dp_event import MixtureOfGaussiansDpEvent
+    from dp_accounting.pld import PLDAccountant
+    from scipy.stats import binom
+
     _check_delta(delta)
     if films < 1:
         raise UserError(f"films is {films}: a child has at least one")
@@ -339,6 +352,10 @@ def selection_epsilon(trial: Releases, mean_trials: float, delta: float) -> floa
     Papernot and Steinke (2022), by RDP. Needs a score that costs no ε of its own, such as one on films outside the
     protected set. If every trial's result is seen, ``epsilon`` of all of them together is what was spent.
     """
+    import dp_accounting
+    from dp_accounting.dp_event import RepeatAndSelectDpEvent
+    from dp_accounting.rdp import RdpAccountant
+
     _check_delta(delta)
     if not mean_trials >= 1:
         raise UserError(f"mean_trials is {mean_trials}: it must be at least 1")
@@ -384,6 +401,8 @@ def calibrate_noise_multiplier(
     UserError
         ``target_epsilon`` is not above 0 or out of reach.
     """
+    from scipy.optimize import brentq
+
     if not target_epsilon > 0:
         raise UserError(f"target_epsilon is {target_epsilon}: it must be above 0")
 

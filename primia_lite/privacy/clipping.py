@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from opacus import GradSampleModule
 from torch import nn
 from torch.nn import functional as F
 
@@ -141,6 +140,8 @@ def _own(layer: nn.Module) -> dict[str, nn.Parameter]:
 
 def _trained_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The layers that own parameters to train; raise UserError for one that can't be clipped."""
+    from opacus import GradSampleModule  # slow to import, and a linear head needs none of it
+
     layers, owner = {}, {}
     for name, layer in model.named_modules():
         own = _own(layer)
@@ -319,6 +320,8 @@ def _row_gradients(layer, inputs: list[torch.Tensor], d: torch.Tensor, names) ->
         return out
     if type(layer) is nn.GroupNorm:
         return _group_norm_gradients(layer, inputs[0], d)
+    from opacus import GradSampleModule
+
     sampled = GradSampleModule.GRAD_SAMPLERS[type(layer)](layer, inputs, d)
     return {name: sampled[p].flatten(1) for name, p in _own(layer).items()}
 

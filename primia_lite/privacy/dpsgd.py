@@ -15,7 +15,6 @@ from functools import partial
 
 import numpy as np
 import torch
-from opacus.validators import ModuleValidator
 from torch import nn
 
 from primia_lite.config import UserError
@@ -137,6 +136,10 @@ class Privacy:
 def check_model(model: nn.Module) -> None:
     """Raise UserError, naming layer and fix, for a model that mixes films (BatchNorm) or whose gradients can't be
     clipped."""
+    if type(model) is nn.Linear:
+        return  # nothing to find, and what would look for it is slow to import
+    from opacus.validators import ModuleValidator
+
     for name, layer in model.named_modules():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):
             raise UserError(

@@ -1,0 +1,158 @@
+"""What a hospital's yes is for, and what it isn't: to the bytes that somebody read, for so many rounds."""
+
+from __future__ import annotations
+
+import base64
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from primia_lite.config import UserError
+from primia_lite.federation.syft_study import REQUEST, ROUND, RUN, RUN_SH, STUDY, Files, Study
+
+# What asks for packages, by name.
+DEPENDENCY_FILES = ("pyproject.toml", "requirements.txt", "setup.py", "setup.cfg", "uv.lock", "environment.yml")
+
+
+class Refused(UserError):
+    """A job that isn't covered by an approval."""
+
+
+def digest(files: Files) -> str:
+    """SHA-256 of what an approval is for: every file of a job but the round's own two."""
+    listed = {path: hashlib.sha256(text).hexdigest() for path, text in files.items() if path not in (REQUEST, ROUND)}
+    return hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()
+
+
+def asks_for_packages(files: Files) -> str:
+    """What in a job would install something, or start it in another way than agreed; empty where nothing does."""
+    if found := [path for path in files if Path(path).name in DEPENDENCY_FILES]:
+        return f"{found[0]} asks for packages: hospitals run jobs in an environment of their own"
+    if files.get(RUN) != RUN_SH.encode():
+        return f"{RUN} isn't the agreed one: hospitals start main.py with their own Python, and install nothing"
+    return ""
+
+
+def changes(before: Files, after: Files) -> list[str]:
+    """What differs between two jobs' fixed files, a line each; of settings, which."""
+    lines = []
+    for path in sorted((before.keys() | after.keys()) - {REQUEST, ROUND}):
+        old, new = before.get(path), after.get(path)
+        if old == new:
+            continue
+        try:
+            if path == STUDY and old and new:
+                lines += _settings(json.loads(old), json.loads(new))
+                continue
+        except ValueError:
+            pass
+        lines.append(f"{path} is {'gone' if new is None else 'new' if old is None else 'another'}")
+    return lines
+
+
+def _settings(old: object, new: object, name: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        parts = sorted(old.keys() | new.keys())
+        return [line for k in parts for line in _settings(old.get(k), new.get(k), f"{name}.{k}".lstrip("."))]
+    return [] if old == new else [f"{name} is {json.dumps(new)}, not {json.dumps(old)}"]
+
+
+def difference(before: Files, after: Files) -> str:
+    """A unified diff of two jobs' fixed files, for the person who reviews; empty where they are the same."""
+    lines = []
+    for path in sorted((before.keys() | after.keys()) - {REQUEST, ROUND}):
+        old, new = (files.get(path, b"").decode(errors="replace").splitlines() for files in (before, after))
+        lines += difflib.unified_diff(old, new, f"approved/{path}", f"submitted/{path}", lineterm="")
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Approval:
+    """A person's yes.
+
+    Attributes
+    ----------
+    study : its name
+    rounds, used : how many were approved, and how many have begun
+    files : the job as it was read
+    reason : the person's words
+    """
+
+    study: str
+    rounds: int
+    used: int
+    files: Files = field(repr=False)
+    reason: str = ""
+
+    def as_dict(self) -> dict:
+        files = {path: base64.b64encode(content).decode() for path, content in self.files.items()}
+        return {"study": self.study, "rounds": self.rounds, "used": self.used, "files": files, "reason": self.reason}
+
+    @classmethod
+    def from_dict(cls, content: dict) -> Approval:
+        files = {path: base64.b64decode(text) for path, text in content["files"].items()}
+        return cls(**content | {"files": files})
+
+
+def verdict(files: Files, approvals: Mapping[str, Approval]) -> str:
+    """Why a round's job may not run; empty if it may.
+
+    Parameters
+    ----------
+    files
+        The job, by path.
+    approvals
+        What the hospital has approved, by :func:`~primia_lite.federation.syft_study.digest`.
+    """
+    if why := asks_for_packages(files):
+        return why
+    approval = approvals.get(digest(files))
+    if approval is None:
+        name = study_name(files)
+        same = [a for a in approvals.values() if a.study == name]
+        if not same:
+            return f"study {name!r} wasn't approved: propose it, and wait for a person's yes"
+        return "this isn't what was approved: " + "; ".join(changes(same[-1].files, files))
+    try:
+        step = json.loads(files[REQUEST])["step"]
+    except (KeyError, ValueError, TypeError):
+        return "the job holds no request that can be read"
+    # A round begins with its mask: the other steps of the last one are still to come.
+    if approval.used >= approval.rounds and step in ("advertise", "share", "mask"):
+        return f"{approval.rounds} rounds were approved, and {approval.used} have been taken: propose another study"
+    return ""
+
+
+def study_name(files: Files) -> str:
+    try:
+        return str(json.loads(files[STUDY])["name"])
+    except (KeyError, ValueError, TypeError):
+        return "(without a name)"
+
+
+@dataclass(frozen=True)
+class Review:
+    """What a person at the hospital has before them.
+
+    Attributes
+    ----------
+    job, submitted_by : name of the job, and whose it is
+    files : its bytes as they are now; an approval is for these
+    study : None where the settings can't be read
+    problems : why the hospital can't take part, whatever the person says
+    difference : unified diff to what was approved under this name before
+    """
+
+    job: str
+    submitted_by: str
+    files: Files = field(repr=False)
+    study: Study | None
+    problems: tuple[str, ...]
+    difference: str = field(repr=False)
+
+    @property
+    def digest(self) -> str:
+        return digest(self.files)

@@ -1,0 +1,96 @@
+"""A job as a process of its own, in a folder that no sync touches.
+
+It runs with its starter's rights: what keeps it from doing harm is that somebody has read it before.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+import primia_lite
+from primia_lite.config import UserError
+from primia_lite.federation.syft_study import FILMS_VARIABLE, NAME_VARIABLE, OUTPUT, RUN, Files
+
+
+class JobError(UserError):
+    """A job that ended without an update. The reason may tell of films: it is for the hospital alone."""
+
+
+def run_job(
+    files: Files,
+    folder: Path,
+    films: Path,
+    hospital: str,
+    *,
+    environment: Mapping[str, str] | None = None,
+    timeout_s: float = 600.0,
+) -> np.ndarray:
+    """Run a job on films and take its update.
+
+    Parameters
+    ----------
+    files
+        The job, by path; these very bytes are run.
+    folder
+        Where it works; emptied before. What it printed stays there, in ``stdout.txt`` and ``stderr.txt``.
+    films
+        The file that it is to read.
+    environment
+        Variables besides the few that it gets; none of the caller's own pass through.
+
+    Returns
+    -------
+    float32 or int64 [L], as the job left it
+
+    Raises
+    ------
+    JobError
+        It failed, took too long or left no vector.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    for path, content in files.items():
+        target = (folder / path).resolve()
+        if not target.is_relative_to(folder.resolve()):
+            raise JobError(f"the job has a file {path} outside its folder")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)
+    output = folder / OUTPUT
+    output.parent.mkdir(exist_ok=True)
+    variables = {
+        "PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": str(folder), "OMP_NUM_THREADS": "1",
+        "HOSPITAL_PYTHON": sys.executable, "PYTHONPATH": str(Path(primia_lite.__file__).parent.parent),
+        FILMS_VARIABLE: str(films), NAME_VARIABLE: hospital, **(environment or {}),
+    }  # fmt: skip
+    with open(folder / "stdout.txt", "wb") as out, open(folder / "stderr.txt", "wb") as err:
+        # A session of its own, so that what it starts ends with it.
+        process = subprocess.Popen(
+            ["bash", RUN], cwd=folder, env=variables, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            status = process.wait(timeout_s)
+        except subprocess.TimeoutExpired as error:
+            raise JobError(f"the job took longer than {timeout_s:g} s") from error
+        finally:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    if status:
+        words = (folder / "stderr.txt").read_text(errors="replace").strip().splitlines()
+        raise JobError(f"the job ended with status {status}: {words[-1] if words else 'it said nothing'}")
+    try:
+        vector = np.load(output, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise JobError(f"the job left no update in outputs/{output.name} ({type(error).__name__})") from error
+    finally:
+        shutil.rmtree(output.parent, ignore_errors=True)  # a file of films is of no more use
+    return vector

@@ -1,0 +1,208 @@
+"""What a researcher proposes and hospitals approve: a study, and the files of its jobs.
+
+A job is a few text files: ``run.sh``, ``code/main.py`` and ``code/study.json`` are the same in every round, and an
+approval is for exactly these bytes; ``code/request.json`` and ``code/round.json`` are a round's own. Nothing here needs
+syft: a job imports this module, and its process should be there soon.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from primia_lite.config import UserError
+from primia_lite.federation.aggregation import flat
+from primia_lite.federation.hospital import State, Update
+from primia_lite.federation.secagg import Agreement
+from primia_lite.models import Films
+from primia_lite.privacy.accounting import Release
+from primia_lite.privacy.dpsgd import Privacy
+from primia_lite.privacy.rng import SecureGenerator
+from primia_lite.privacy.shared import SharedNoise
+from primia_lite.training import Training
+
+CODE, STUDY, REQUEST, ROUND = "code/main.py", "code/study.json", "code/request.json", "code/round.json"
+RUN = "run.sh"
+# The only one that hospitals take: no environment of the researcher's making, no package, no network.
+RUN_SH = """#!/bin/bash
+set -euo pipefail
+cd code
+exec "${HOSPITAL_PYTHON:?}" main.py
+"""
+FILMS_VARIABLE, NAME_VARIABLE = "PRIMIA_LITE_FILMS", "PRIMIA_LITE_HOSPITAL"
+OUTPUT = "code/outputs/update.npy"
+
+Files = Mapping[str, bytes]
+
+
+@dataclass(frozen=True)
+class Study:
+    """What rounds are for, and how each of them is computed.
+
+    Attributes
+    ----------
+    name : of the study, and of the job that proposes it
+    dataset : the hospitals' name for their films
+    training, privacy : of each round; privacy None adds no noise, which a hospital must allow expressly
+    rounds : how many are asked for
+    agreement : on secure aggregation: hospitals, their keys and declared sizes, the update's length, clip, threshold
+    seed : of shuffling, where there is no DP; noise and sampling under DP come from the operating system
+    """
+
+    name: str
+    dataset: str
+    training: Training
+    privacy: Privacy | None
+    rounds: int
+    agreement: Agreement
+    seed: int = 0
+
+    def __post_init__(self):
+        if not self.name or not all(c.isalnum() or c in "-_" for c in self.name):
+            raise UserError(f"a study's name is {self.name!r}: take letters, digits, - and _")
+        if not (type(self.rounds) is int and self.rounds >= 1):
+            raise UserError(f"rounds is {self.rounds}: at least one is needed")
+
+    @property
+    def summed(self) -> bool:
+        """Whether updates are whole numbers to be summed: noise is shared among the hospitals."""
+        return bool(self.privacy and self.privacy.shared)
+
+    def as_dict(self) -> dict:
+        """JSON-able; :meth:`from_bytes` undoes it."""
+        return {
+            "name": self.name, "dataset": self.dataset, "training": self.training.as_dict(),
+            "privacy": self.privacy and self.privacy.as_dict(), "rounds": self.rounds,
+            "agreement": self.agreement.as_dict(), "seed": self.seed,
+        }  # fmt: skip
+
+    def to_bytes(self) -> bytes:
+        return (json.dumps(self.as_dict(), indent=1, sort_keys=True) + "\n").encode()
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> Study:
+        """
+        Raises
+        ------
+        UserError
+            It isn't a study, or one whose settings contradict each other.
+        """
+        try:
+            c = json.loads(content)
+            return cls(**c | {"training": _training(c["training"]), "privacy": _privacy(c["privacy"]),
+                              "agreement": Agreement.from_dict(c["agreement"])})  # fmt: skip
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"study.json can't be read ({type(error).__name__}: {error})") from error
+
+    def files(self, code: bytes | None = None) -> dict[str, bytes]:
+        """The job that proposes this study; ``code`` in place of :mod:`~primia_lite.federation.syft_job`."""
+        return {RUN: RUN_SH.encode(), CODE: code or job_code(), STUDY: self.to_bytes()}
+
+
+def job_code() -> bytes:
+    """The text of :mod:`primia_lite.federation.syft_job`."""
+    return Path(__file__).with_name("syft_job.py").read_bytes()
+
+
+def _training(content: dict) -> Training:
+    weights = content["class_weights"]
+    return Training(
+        **content
+        | {
+            "augmentation": tuple(content["augmentation"]),
+            "class_weights": tuple(weights) if isinstance(weights, list) else weights,
+        }
+    )
+
+
+def _privacy(content: dict | None) -> Privacy | None:
+    if content is None:
+        return None
+    shared = content.get("shared")
+    plan = tuple(Release(**release) for release in content["plan"])
+    return Privacy(**content | {"plan": plan, "shared": SharedNoise(**shared) if shared else None})
+
+
+# --- films and weights as files ---------------------------------------------------------------------------------------
+
+
+def films_to_bytes(films: Films) -> bytes:
+    """A hospital's films as its dataset holds them (npz)."""
+    buffer = io.BytesIO()
+    np.savez_compressed(
+        buffer, inputs=films.inputs.numpy(), labels=films.labels.numpy(), patient_id=films.patient_id.astype(str),
+        normalisation=np.array(films.normalisation), model=np.array(films.model),
+    )  # fmt: skip
+    return buffer.getvalue()
+
+
+def films_from(path: str | Path) -> Films:
+    with np.load(path, allow_pickle=False) as z:
+        return Films(
+            torch.from_numpy(z["inputs"]), torch.from_numpy(z["labels"]), z["patient_id"],
+            tuple(float(v) for v in z["normalisation"]), str(z["model"]),
+        )  # fmt: skip
+
+
+def round_file(number: int, state: State) -> bytes:
+    """``round.json``: the round's number and the global weights, as text: syft carries no other files in a job."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **{name: value.numpy() for name, value in state.items()})
+    return json.dumps({"round": number, "weights": base64.b64encode(buffer.getvalue()).decode()}).encode()
+
+
+# --- inside a job -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Round:
+    """What a job finds in its folder.
+
+    Attributes
+    ----------
+    study : as approved
+    hospital : where this runs
+    number : of the round
+    weights : the global ones
+    films : the dataset's private half at a hospital, the mock half at the researcher's. syft's own
+        ``resolve_dataset_file_path`` gives the same file, after an import of seconds
+    """
+
+    study: Study
+    hospital: str
+    number: int
+    weights: State
+    films: Films
+
+    @classmethod
+    def here(cls) -> Round:
+        study = Study.from_bytes(Path("study.json").read_bytes())
+        content = json.loads(Path("round.json").read_bytes())
+        with np.load(io.BytesIO(base64.b64decode(content["weights"])), allow_pickle=False) as z:
+            weights = {name: torch.from_numpy(z[name]) for name in z.files}
+        films = films_from(os.environ[FILMS_VARIABLE])
+        return cls(study, os.environ[NAME_VARIABLE], content["round"], weights, films)
+
+    @property
+    def declared_size(self) -> int:
+        return self.study.agreement.sizes[self.hospital]
+
+    @property
+    def rng(self) -> SecureGenerator:
+        """From the operating system under DP; else what an in-process run of the same seed draws from."""
+        if self.study.privacy:
+            return SecureGenerator()
+        return SecureGenerator.from_seed(self.study.seed).child("round", self.number, self.hospital)
+
+    def save(self, update: Update) -> None:
+        """Leave the update to the hospital's runner, and to nobody else."""
+        like = {name: value for name, value in self.weights.items() if name in update.delta}
+        np.save("outputs/update.npy", flat(update.delta, like, self.hospital))
