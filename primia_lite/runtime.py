@@ -84,13 +84,17 @@ def in_notebook() -> bool:
     return get_ipython() is not None
 
 
-def write_atomic(path: str | Path, content: bytes | Callable[[IO[bytes]], object]) -> Path:
+def write_atomic(
+    path: str | Path, content: bytes | Callable[[IO[bytes]], object], *, private: bool = False
+) -> Path:
     """Write a file so that a reader sees the old content or the new, never a part, whatever kills the process.
 
     Parameters
     ----------
     content
         The bytes, or a function that writes them to an open binary file.
+    private
+        For the owner's eyes only (mode 600).
 
     Raises
     ------
@@ -106,7 +110,8 @@ def write_atomic(path: str | Path, content: bytes | Callable[[IO[bytes]], object
             file.write(content) if isinstance(content, bytes) else content(file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(partial, 0o666 & ~_UMASK)  # temporary files are private; results are as readable as any other file
+        if not private:
+            os.chmod(partial, 0o666 & ~_UMASK)  # temporary files are private; results are as readable as any other file
         os.replace(partial, path)
         partial = None
     except OSError as error:

@@ -1,0 +1,257 @@
+"""A hospital behind Flower: its folder, and how it answers the server's messages.
+
+Each message is answered by a new process, so what a round needs is kept between messages, in the hospital's own folder
+and readable by its owner alone: Flower's ``Context.state`` would lie in the SuperNode's memory, pass through its local
+port, and be gone when it restarts, and with it the number of the last round, which keeps an update from being summed
+twice. Nothing that the server sends decides how films are used: training, privacy and the agreement on secure
+aggregation are those of the hospital's own ``study.json``, and a server that goes by another is refused.
+
+The steps without films import no torch, so that their processes end soon.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from filelock import FileLock
+
+from primia_lite.config import UserError
+from primia_lite.federation import secagg
+from primia_lite.runtime import write_atomic
+
+if TYPE_CHECKING:
+    from primia_lite.federation.hospital import Hospital
+    from primia_lite.federation.syft_study import Study
+
+CONFIG, STUDY, IDENTITY, ROUNDS, LEDGER = "hospital.toml", "study.json", "identity.pem", "rounds.json", "ledger.sqlite"
+log = logging.getLogger("primia_lite")
+
+
+class OtherStudy(UserError):
+    """The server goes by other settings than the hospital. The message holds nothing private: the server gets it."""
+
+
+def fingerprint(study: bytes) -> str:
+    """What hospital and server compare: hexadecimal SHA-256 of ``study.json``."""
+    return hashlib.sha256(study).hexdigest()
+
+
+class Site:
+    """What a hospital does with messages.
+
+    Parameters
+    ----------
+    name, identity
+        Who it is, and the key that the others have pinned.
+    study
+        Its own copy of ``study.json``.
+    hospital
+        Makes the :class:`~primia_lite.federation.hospital.Hospital`, given the study; called in step ``mask`` alone.
+    folder
+        Where updates are stored until they are masked, and ledgers lie. None keeps nothing, and refuses DP.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        identity: Ed25519PrivateKey,
+        study: bytes,
+        hospital: Callable[[Study], Hospital],
+        folder: Path | None = None,
+    ):
+        self.name, self.folder = name, folder
+        self.fingerprint = fingerprint(study)
+        self._identity, self._study_text, self._make = identity, study, hospital
+        self._rounds: bytes | None = None
+
+    @cached_property
+    def agreement(self) -> secagg.Agreement:
+        try:
+            return secagg.Agreement.from_dict(json.loads(self._study_text)["agreement"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"hospital {self.name}'s {STUDY} can't be read ({error}): copy it again") from error
+
+    @cached_property
+    def study(self) -> Study:
+        from primia_lite.federation.syft_study import Study
+
+        return Study.from_bytes(self._study_text)
+
+    @cached_property
+    def hospital(self) -> Hospital:
+        return self._make(self.study)
+
+    def answer(
+        self, study: str, requests: Sequence[bytes], number: int = 0, weights: Mapping[str, np.ndarray] | None = None
+    ) -> list[secagg.Reply]:
+        """Replies to a message's requests; those that are refused have none, and the hospital's log tells why.
+
+        A message may hold a request of one round and one of the next: even and odd rounds are kept apart, each by a
+        client that takes part in later rounds only.
+
+        Parameters
+        ----------
+        study
+            :func:`fingerprint` of the server's study.
+        requests
+            As :meth:`primia_lite.federation.secagg.Client.answer` takes them.
+        number, weights
+            Of a round of training, and the global weights by parameter name: for a request of step ``mask``.
+
+        Raises
+        ------
+        OtherStudy
+            The server goes by another study. No request is answered.
+        """
+        if study != self.fingerprint:
+            raise OtherStudy(
+                f"hospital {self.name} agreed to study {self.fingerprint[:16]}, the server runs {str(study)[:16]}: all "
+                f"need the same {STUDY}"
+            )
+        replies = []
+        clients = self._clients()
+        for request in requests:
+            try:
+                session = json.loads(request)["session"]
+                client = clients[session % 2]
+                replies.append(client.answer(request, lambda: self._update(number, weights)))
+            except Exception as error:  # the others mustn't learn why: it may tell of films
+                log.warning("hospital %s refuses a request: %s: %s", self.name, type(error).__name__, error)
+        # Before a reply leaves: what is kept never says less than what others have been told.
+        self._keep(json.dumps([client.save().decode() for client in clients]).encode())
+        return replies
+
+    def _clients(self) -> list[secagg.Client]:
+        kept = self._kept()
+        clients = [secagg.Client(self.name, self._identity, self.agreement) for _ in range(2)]
+        for client, content in zip(clients, json.loads(kept) if kept else (), strict=False):
+            client.restore(content.encode())
+        return clients
+
+    def _update(self, number: int, weights: Mapping[str, np.ndarray] | None) -> np.ndarray:
+        import torch
+
+        from primia_lite.federation.aggregation import flat
+        from primia_lite.privacy.rng import SecureGenerator
+
+        study = self.study
+        if weights is None or type(number) is not int or not 1 <= number <= study.rounds:
+            raise UserError(f"the server asks for round {number!r} of {study.rounds}, or sends no weights")
+        state = {name: torch.from_numpy(np.array(value)) for name, value in weights.items()}
+        rng = SecureGenerator()
+        if not study.privacy:
+            rng = SecureGenerator.from_seed(study.seed).child("round", number, self.name)
+        folder = self.folder if study.privacy else None
+        update = self.hospital.update(number, state, study.training, study.privacy, rng, folder)
+        vector = flat(update.delta, {name: value for name, value in state.items() if name in update.delta}, self.name)
+        if folder:  # an update is masked once: what was stored served a kill before this
+            (folder / f"update-{self.name}-{number:05d}.pt").unlink(missing_ok=True)
+        return vector
+
+    def _kept(self) -> bytes | None:
+        return self._rounds
+
+    def _keep(self, rounds: bytes) -> None:
+        self._rounds = rounds
+
+
+class SiteInFolder(Site):
+    """A hospital's :class:`Site` as its folder describes it; what a round needs lies there too.
+
+    ``hospital.toml`` says who it is and where its films are::
+
+        name = "A"
+        [films]
+        source = "dicom"       # any option of primia_lite.data.load
+        root = "/where/they/lie"
+        size = 224
+
+    ``part = [0, 3]`` under ``[films]`` takes the first of three parts of the source, for trials on one machine.
+
+    Raises
+    ------
+    UserError
+        A file that is missing or can't be read, or an identity that others can read.
+    """
+
+    def __init__(self, folder: str | Path):
+        folder = Path(folder)
+        try:
+            self._config = tomllib.loads((folder / CONFIG).read_text("utf-8"))
+            name, self._films = self._config["name"], dict(self._config["films"])
+            identity = read_identity(folder / IDENTITY)
+            study = (folder / STUDY).read_bytes()
+        except FileNotFoundError as error:
+            raise UserError(
+                f"{error.filename} is missing: primia-lite deploy makes it, or the study's operator sends it"
+            ) from error
+        except (tomllib.TOMLDecodeError, KeyError, ValueError) as error:
+            raise UserError(f"{folder / CONFIG} can't be read ({error}): it needs name and [films]") from error
+        super().__init__(name, identity, study, self._hospital, folder)
+
+    def answer(self, *args, **options) -> list[secagg.Reply]:
+        # Two processes that answered at once would both go by what was kept before.
+        with FileLock(self.folder / "lock"):
+            return super().answer(*args, **options)
+
+    def _hospital(self, study: Study) -> Hospital:
+        from primia_lite.federation.hospital import Hospital
+        from primia_lite.privacy.ledger import Ledger
+
+        films = load_films(self._films)
+        declared, privacy = self.agreement.sizes[self.name], study.privacy
+        options = {"declared_size": declared}
+        if privacy:
+            plan = (self.folder / LEDGER, privacy.target_epsilon, privacy.target_delta, privacy.unit, privacy.plan)
+            options["lasting_ledger"] = Ledger(*plan)
+            if privacy.unit == "patient":
+                options = {"declared_patients": declared, "lasting_ledger": options["lasting_ledger"]}
+        from primia_lite.models import prepare
+
+        prepared = prepare(study.training.model, films, augmentation=study.training.augmentation)
+        return Hospital(self.name, prepared, **options)
+
+    def _kept(self) -> bytes | None:
+        path = self.folder / ROUNDS
+        return path.read_bytes() if path.exists() else None
+
+    def _keep(self, rounds: bytes) -> None:
+        write_atomic(self.folder / ROUNDS, rounds, private=True)
+
+
+def load_films(options: Mapping[str, object]):
+    """Training films as ``[films]`` in ``hospital.toml`` names them."""
+    from primia_lite.data import load, partition
+
+    options = dict(options)
+    part = options.pop("part", None)
+    films = load(options.pop("source"), options.pop("size"), **options)
+    if part is not None:
+        films = partition(films, part[1])[part[0]]
+    return films.subset(films.split == "train")
+
+
+def read_identity(path: Path) -> Ed25519PrivateKey:
+    """A hospital's signing key.
+
+    Raises
+    ------
+    UserError
+        Others than its owner can read the file, or it holds another key.
+    """
+    if path.stat().st_mode & 0o077:
+        raise UserError(f"{path} can be read by others: chmod 600 {path}")
+    key = load_pem_private_key(path.read_bytes(), None)
+    if not isinstance(key, Ed25519PrivateKey):
+        raise UserError(f"{path} holds no Ed25519 key: take the one that primia-lite deploy made")
+    return key
