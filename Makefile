@@ -22,6 +22,7 @@ TORCH_INDEX ?=
 TESTS ?= tests
 # Where test-notebooks writes. CI names a folder in memory: a ledger waits for the disk at each charge.
 PRIMIA_LITE_SCRATCH ?= $(CURDIR)/runs
+TEST_RUNS = $(PRIMIA_LITE_SCRATCH)/test
 
 VENV := .venv
 BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
@@ -57,8 +58,8 @@ test-unit: setup
 # nbval compares the outputs of cells tagged nbval-check-output and fails on any error. What notebooks make here goes to
 # runs/test, where no user's run finds it.
 test-notebooks: setup
-	@rm -rf "$(PRIMIA_LITE_SCRATCH)/test" && PRIMIA_LITE_RUNS="$(PRIMIA_LITE_SCRATCH)/test" PRIMIA_LITE_FIGURES="$(PRIMIA_LITE_SCRATCH)/test/figures" \
-	PRIMIA_LITE_RESULTS="$(PRIMIA_LITE_SCRATCH)/test/results" $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile \
+	@rm -rf "$(TEST_RUNS)" && PRIMIA_LITE_RUNS="$(TEST_RUNS)" PRIMIA_LITE_FIGURES="$(TEST_RUNS)/figures" \
+	PRIMIA_LITE_RESULTS="$(TEST_RUNS)/results" $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile \
 	--nbval-lax --nbval-current-env --nbval-cell-timeout 300 -p no:cacheprovider notebooks
 
 test-browser: setup chromium
