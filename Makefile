@@ -20,6 +20,9 @@ PYTHON ?=
 CHROMIUM ?=
 TORCH_INDEX ?=
 TESTS ?= tests
+# Where test-notebooks writes. CI names a folder in memory: a ledger waits for the disk at each charge.
+PRIMIA_LITE_SCRATCH ?= $(CURDIR)/runs
+TEST_RUNS = $(PRIMIA_LITE_SCRATCH)/test
 
 VENV := .venv
 BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
@@ -55,12 +58,12 @@ test-unit: setup
 # nbval compares the outputs of cells tagged nbval-check-output and fails on any error. What notebooks make here goes to
 # runs/test, where no user's run finds it.
 test-notebooks: setup
-	@rm -rf runs/test && PRIMIA_LITE_RUNS="$(CURDIR)/runs/test" PRIMIA_LITE_FIGURES="$(CURDIR)/runs/test/figures" \
-	PRIMIA_LITE_RESULTS="$(CURDIR)/runs/test/results" $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile \
+	@rm -rf "$(TEST_RUNS)" && PRIMIA_LITE_RUNS="$(TEST_RUNS)" PRIMIA_LITE_FIGURES="$(TEST_RUNS)/figures" \
+	PRIMIA_LITE_RESULTS="$(TEST_RUNS)/results" $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile \
 	--nbval-lax --nbval-current-env --nbval-cell-timeout 300 -p no:cacheprovider notebooks
 
 test-browser: setup chromium
-	@$(TEST_ENV) $(BIN)/python -m pytest -m browser -n 2 $(if $(filter tests,$(TESTS)),tests/browser,$(TESTS))
+	@$(TEST_ENV) $(BIN)/python -m pytest -m browser -n 2 --dist worksteal $(if $(filter tests,$(TESTS)),tests/browser,$(TESTS))
 
 # Playwright drives the system's browser; it downloads none of its own.
 chromium:
