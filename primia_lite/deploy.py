@@ -150,4 +150,4 @@ def _train(args) -> None:
     from primia_lite.federation import flower_deploy
 
     found = flower_deploy.run(args.folder, args.rounds, fresh=args.fresh)
-    print(f"{len(found['rounds'])} rounds are done: the model is {args.folder / 'server' / 'run' / 'model.pt'}")
+    print(f"{found['done']} rounds are done: the model is {args.folder / 'server' / 'run' / 'model.pt'}")

@@ -1,8 +1,8 @@
 """Flower's processes over TLS: started, looked at, ended; and runs on them.
 
 A folder holds the server's part (``server/``), some hospitals' (``A/``, ...), or both, as
-:mod:`~primia_lite.federation.flower_setup` made them. :func:`start` runs what is there, so one command serves a trial on
-one machine and each of many machines.
+:mod:`~primia_lite.federation.flower_setup` made them. :func:`start` runs what is there, so one command serves a trial
+on one machine and each of many machines.
 """
 
 from __future__ import annotations
@@ -309,8 +309,13 @@ def run_status(folder: Path, run: int) -> tuple[str, str]:
     return row["status"], str(row.get("status-details") or row.get("details") or "")
 
 
-def run(folder: Path, rounds: int | None, *, fresh: bool = False, poll_s: float = 2.0, show=print) -> dict:
-    """Train, and wait for the end. Returns ``server/run/history.json``.
+def run(folder: Path, rounds: int | None, *, fresh: bool = False, ask_s: float = 15.0, show=print) -> dict:
+    """Train, and wait for the end.
+
+    Returns
+    -------
+    ``server/run/history.json``: ``rounds``, a record each of those that were done now; ``ended_s``, when each ended, in
+    seconds since training began; ``done``, the number of rounds in all.
 
     Parameters
     ----------
@@ -329,26 +334,29 @@ def run(folder: Path, rounds: int | None, *, fresh: bool = False, poll_s: float 
     rounds = study["rounds"] if rounds is None else rounds
     if not 1 <= rounds <= study["rounds"]:
         raise UserError(f"rounds is {rounds}: the hospitals agreed to 1 to {study['rounds']}")
+    history = folder / SERVER / "run" / "history.json"
+    history.unlink(missing_ok=True)
     number = submit(folder, {"rounds": rounds, "fresh": fresh})
-    log, seen = folder / ".run" / f"{LINK}.log", 0
-    seen = log.stat().st_size
+    shown, asked = 0, time.monotonic()
     try:
         while True:
-            state, details = run_status(folder, number)
-            with log.open("rb") as file:
-                file.seek(seen)
-                new = file.read()
-            complete = new.rfind(b"\n") + 1
-            seen += complete
-            for line in new[:complete].decode("utf-8", "replace").splitlines():
-                if line.startswith("round "):
-                    show(line)
-            if state.startswith("finished"):
-                break
-            time.sleep(poll_s)
+            found = json.loads(history.read_text()) if history.exists() else {"rounds": [], "ended_s": []}
+            for record, ended_s in list(zip(found["rounds"], found["ended_s"], strict=True))[shown:]:
+                shown += 1
+                without = f", without {', '.join(record['absent'])}" if "absent" in record else ""
+                show(f"round {record['round']} of {rounds} after {ended_s:.1f} s{without}")
+            # Asking the server costs a process of seconds.
+            if "done" in found or "error" in found or time.monotonic() - asked > ask_s:
+                state, details = run_status(folder, number)
+                if state.startswith("finished"):
+                    break
+                asked = time.monotonic()
+            time.sleep(0.5)
     except KeyboardInterrupt:
         flwr(folder, "stop", str(number), "here")
         raise
-    if state != "finished:completed":
-        raise UserError(f"the run failed ({state}). {details}\nThe end of {log}:\n{log_tail(folder, LINK, 20)}")
-    return json.loads((folder / SERVER / "run" / "history.json").read_text())
+    found = json.loads(history.read_text()) if history.exists() else {}
+    if state != "finished:completed" or "done" not in found:
+        why = found.get("error") or details or f"`flwr log {number} here` may tell"
+        raise UserError(f"run {number} failed ({state}). {why}")
+    return found

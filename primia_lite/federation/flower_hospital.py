@@ -127,6 +127,7 @@ class Site:
                 session = json.loads(request)["session"]
                 client = clients[session % 2]
                 replies.append(client.answer(request, lambda: self._update(number, weights)))
+                log.info("round %d: answered %s (session %d)", number, replies[-1].step, session)
             except Exception as error:  # the others mustn't learn why: it may tell of films
                 log.warning("hospital %s refuses a request: %s: %s", self.name, type(error).__name__, error)
         # Before a reply leaves: what is kept never says less than what others have been told.

@@ -110,7 +110,7 @@ def guard_superlink() -> None:
 
 def main() -> None:
     which = sys.argv.pop(1)
-    logging.basicConfig(format="%(levelname)s: %(message)s")
+    log.addHandler(logging.StreamHandler())  # Flower's logger has a handler of its own
     if which == "supernode":
         from flwr.supernode.cli import flower_supernode
 

@@ -36,6 +36,7 @@ from primia_lite.training import Training
 
 SERVER, CARD, SUPERNODE, CA = "server", "card.json", "supernode", "ca.crt"
 VALID_DAYS = 365
+SPARE = 20  # the budget has room for a twentieth of the rounds, and one, that are charged but end without a sum
 # Those of notebook 02. Whatever [training] and [privacy] of a settings file say comes before.
 TRAINING = {"learning_rate": 4.0, "sample_rate": 0.5, "local_steps": 1, "weight_decay": 1e-4, "label_smoothing": 0.1}
 PRIVACY = {"max_grad_norm": 0.25, "target_delta": 1e-4, "unit": "patient"}
@@ -83,7 +84,7 @@ def toml(content: Mapping[str, object]) -> str:
 
 
 def make_authority(folder: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
-    """A certificate authority for this federation alone: ``ca.key`` (private) and ``ca.crt``, which SuperNodes trust."""
+    """A certificate authority for this federation alone: ``ca.key`` (private), and ``ca.crt`` for the SuperNodes."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "primia_lite federation CA")])
     usage = _usage(key_cert_sign=True, crl_sign=True)
@@ -276,7 +277,7 @@ def settle(
         try:
             privacy = Privacy.for_budget(
                 target_epsilon, sample_rate=training.sample_rate, steps=rounds * training.steps_per_round,
-                shared=shared, **wanted,
+                spare_steps=(rounds // SPARE + 1) * training.steps_per_round, shared=shared, **wanted,
             )  # fmt: skip
         except TypeError as error:
             raise UserError(f"[privacy] of the settings can't be used: {error}") from error
