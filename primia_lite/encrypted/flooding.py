@@ -72,8 +72,21 @@ def rounded_gaussian(size: int, std: float) -> list[int]:
     which stand for real numbers here.
     """
     fine = std if std <= 2 * _FINE_STD else _FINE_STD
-    out = [int(z) for z in np.rint(SecureGenerator().normal(size) * fine)]
+    out = narrow_gaussian(size, fine).tolist()
     if std > fine:
         coarse = rounded_gaussian(size, std * math.sqrt(1 - (fine / std) ** 2) / 2**_STEP_BITS)
         out = [a + (b << _STEP_BITS) for a, b in zip(out, coarse, strict=True)]
     return out
+
+
+def narrow_gaussian(size: int, std: float) -> np.ndarray:
+    """int64 [size]: as :func:`rounded_gaussian`, quicker, for a standard deviation of 2^41 at most.
+
+    Raises
+    ------
+    UserError
+        A wider one.
+    """
+    if not 0 < std <= 2 * _FINE_STD:
+        raise UserError(f"a standard deviation of {std:.3g} must be above 0 and at most 2^41: floats leave gaps above")
+    return np.rint(SecureGenerator().normal(size) * std).astype(np.int64)

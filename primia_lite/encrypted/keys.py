@@ -88,6 +88,15 @@ class SecretKey:
         sealapi.Decryptor(context.seal, self._key).decrypt(ciphertext, plaintext)
         return np.array(context.encoder.decode_complex(plaintext))
 
+    def polynomial(self, ciphertext: sealapi.Ciphertext) -> np.ndarray:
+        """All of c0 + c1 s, int64 [N] in (-q/2, q/2], of a ciphertext of one prime, in full precision: for the key's
+        owner only, who must flood it before anyone else sees it."""
+        plaintext = sealapi.Plaintext()
+        sealapi.Decryptor(self.context.seal, self._key).decrypt(ciphertext, plaintext)
+        (values,) = self.context.ntt_values(plaintext)
+        values, q = self.context.inverse_ntt(values).astype(np.int64), self.context.moduli[0]
+        return np.where(values > q // 2, values - q, values)
+
 
 def generator_public(generator: sealapi.KeyGenerator) -> sealapi.PublicKey:
     out = sealapi.PublicKey()

@@ -59,20 +59,26 @@ class FixedPoint:
         out = np.empty(len(values), np.int32)
         for start in range(0, len(values), _CHUNK):
             part = values[start : start + _CHUNK].astype(np.float64)
-            if not (largest := np.abs(part).max()) <= self.clip:
-                raise UserError(
-                    "the update has values that aren't finite: lower learning_rate"
-                    if not np.isfinite(part).all()
-                    else f"the update has a value of {largest:.3g}, above the declared clip of {self.clip:g}: declare "
-                    "a larger clip for all hospitals, or lower learning_rate"
-                )
+            check_clip(part, self.clip)
             part *= weight * self.scale
             out[start : start + _CHUNK] = np.rint(part, out=part)
         return out.view(np.uint32)
 
     def mean(self, total: np.ndarray, weight: float) -> np.ndarray:
         """float32 [L]: a sum (int32 [L]) over the weight of those who took part."""
-        return (total * (1.0 / (weight * self.scale))).astype(np.float32)
+        # In float64, and rounded as it goes: no copy in between.
+        return np.multiply(total, 1.0 / (weight * self.scale), out=np.empty(len(total), np.float32))
+
+
+def check_clip(values: np.ndarray, clip: float) -> None:
+    """Raise UserError for a value that isn't finite, or whose absolute value is above the clip."""
+    if not (largest := np.abs(values).max()) <= clip:
+        raise UserError(
+            "the update has values that aren't finite: lower learning_rate"
+            if not np.isfinite(values).all()
+            else f"the update has a value of {largest:.3g}, above the declared clip of {clip:g}: declare a larger clip "
+            "for all hospitals, or lower learning_rate"
+        )
 
 
 def integers(values: np.ndarray) -> np.ndarray:

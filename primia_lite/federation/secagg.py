@@ -248,7 +248,7 @@ class Reply:
 
     def to_bytes(self) -> bytes:
         head, tail = self.split()
-        return struct.pack("<I", len(head)) + head + (b"" if tail is None else tail.tobytes())
+        return b"".join([struct.pack("<I", len(head)), head, b"" if tail is None else memoryview(tail).cast("B")])
 
     def split(self) -> tuple[bytes, np.ndarray | None]:
         """All but the vector, and the vector: for transports that carry arrays as they are."""
@@ -302,7 +302,7 @@ class Reply:
 
 
 def _texts(values: Iterable) -> bool:
-    return all(isinstance(value, str) for value in values)
+    return set(map(type, values)) <= {str}
 
 
 def _request(step: str, session: int, **body) -> bytes:
@@ -367,6 +367,7 @@ class _Round:
     share_key: bytes
     own_seed: bytes = b""
     advertised: dict[str, list[str]] = field(default_factory=dict)
+    neighbours: list[str] = field(default_factory=list)
     shares: dict[str, str] = field(default_factory=dict)  # by whose secrets they are parts of, both, hexadecimal
     survivors: list[str] = field(default_factory=list)
 
@@ -473,10 +474,11 @@ class Client:
         if mine.advertised.get(self.name) != own:
             raise ProtocolError(f"{self.name}'s own keys aren't among those that the server gave")
         mine.own_seed = os.urandom(32)
-        others = agreement.neighbours(mine.advertised)[self.name]
-        points = [agreement.point[name] for name in (*others, self.name)]
+        mine.neighbours = list(agreement.neighbours(mine.advertised)[self.name])
+        everyone = (*mine.neighbours, self.name)
+        points = [agreement.point[name] for name in everyone]
         parts = [shamir.split(secret, agreement.share_threshold, points) for secret in (mine.mask_key, mine.own_seed)]
-        both = {name: b"".join(part[agreement.point[name]] for part in parts) for name in (*others, self.name)}
+        both = {name: b"".join(part[agreement.point[name]] for part in parts) for name in everyone}
         mine.shares[self.name] = both.pop(self.name).hex()
         sealed = {
             other: _encode(self._cipher(self.name, other).encrypt(bytes(12), shares, None))
@@ -495,8 +497,7 @@ class Client:
 
     def _open(self, session: int, shares: dict[str, str]) -> dict:
         mine, agreement = self._round, self.agreement
-        others = set(agreement.neighbours(mine.advertised)[self.name])
-        if not shares.keys() <= others:
+        if not shares.keys() <= set(mine.neighbours):
             raise ProtocolError(f"{self.name} got shares of hospitals that aren't its neighbours")
         if len(shares) + 1 < agreement.share_threshold:
             raise ProtocolError(
@@ -551,8 +552,7 @@ class Client:
             raise ProtocolError(
                 f"{self.name} got {len(survivors)} survivors, fewer than the threshold of {agreement.threshold}"
             )
-        others = set(agreement.neighbours(mine.advertised)[self.name])
-        if not others & set(survivors) <= mine.shares.keys():
+        if not set(mine.neighbours) & set(survivors) <= mine.shares.keys():
             raise ProtocolError(f"{self.name} got survivors that it shares no mask with")
         mine.survivors = sorted(survivors)
         return _confirmation(mine.survivors, mine.advertised)
@@ -622,8 +622,9 @@ class Client:
 def _confirmation(survivors: Iterable[str], advertised: Mapping[str, list[str]]) -> dict:
     """What is signed before secrets are shared out. The round's fresh keys are in it, so that no other round's will do,
     and that all know the same ones."""
-    keys = hashlib.sha256(json.dumps(sorted(advertised.items())).encode()).hexdigest()
-    return {"survivors": sorted(survivors), "keys": keys}
+    # Digests, for each hospital gets what all the others signed.
+    lists = {"survivors": sorted(survivors), "keys": sorted(advertised.items())}
+    return {what: hashlib.sha256(json.dumps(content).encode()).hexdigest() for what, content in lists.items()}
 
 
 def _hexadecimal(content: dict) -> dict:
@@ -692,6 +693,7 @@ class Server:
         self.survivors: tuple[str, ...] = ()
         self._replies: dict[str, dict[str, Reply]] = {step: {} for step in STEPS}
         self._sum: np.ndarray | None = None
+        self._public: set[str] = set()  # keys that came
 
     def requests(self) -> dict[str, bytes]:
         """What to ask each hospital that is still in the round."""
@@ -702,11 +704,12 @@ class Server:
             relayed = [reply.split()[0].decode() for reply in self._replies["advertise"].values()]
             return dict.fromkeys(self._replies["advertise"], _request(step, session, advertised=relayed))
         if step == "mask":
-            sent = {name: reply.body["shares"] for name, reply in self._replies["share"].items()}
-            return {
-                name: _request(step, session, shares={o: s[name] for o, s in sent.items() if name in s})
-                for name in sent
-            }
+            sent: dict[str, dict[str, str]] = {name: {} for name in self._replies["share"]}
+            for sender, reply in self._replies["share"].items():
+                for name, sealed in reply.body["shares"].items():
+                    if name in sent:
+                        sent[name][sender] = sealed
+            return {name: _request(step, session, shares=shares) for name, shares in sent.items()}
         names = list(self.survivors)
         if step == "confirm":
             return dict.fromkeys(names, _request(step, session, survivors=names))
@@ -744,14 +747,14 @@ class Server:
 
     def _take_advertise(self, reply: Reply) -> None:
         mine = set(_public_keys(reply))
-        others = {key for other in self._replies["advertise"].values() for key in other.body["keys"]}
-        if len(mine) < 2 or mine & others:
+        if len(mine) < 2 or mine & self._public:
             raise ProtocolError(f"{reply.sender} advertises a key that another one has")
         for key in mine:  # all the others would end the round for a bad one
             try:
                 _derive(X25519PrivateKey.generate(), bytes.fromhex(key), "trial")
             except ProtocolError as error:
                 raise ProtocolError(f"{reply.sender} advertises {error}") from error
+        self._public |= mine
 
     def _take_share(self, reply: Reply) -> None:
         shares, others = reply.body.get("shares"), self._neighbours[reply.sender]
@@ -773,11 +776,12 @@ class Server:
 
     def _take_mask(self, reply: Reply) -> None:
         if self._sum is None:
-            self._sum = np.zeros(self.agreement.length, np.uint32)
-        self._sum += reply.vector
+            self._sum = reply.vector.copy()
+        else:
+            self._sum += reply.vector
 
     def _take_confirm(self, reply: Reply) -> None:
-        if reply.body != _confirmation(self.survivors, self._keys):
+        if reply.body != self._confirmation:
             raise ProtocolError(f"{reply.sender} confirms other survivors, or other keys")
 
     def _take_unmask(self, reply: Reply) -> None:
@@ -794,6 +798,10 @@ class Server:
     @property
     def _keys(self) -> dict[str, list[str]]:
         return {name: reply.body["keys"] for name, reply in self._replies["advertise"].items()}
+
+    @cached_property
+    def _confirmation(self) -> dict:
+        return _confirmation(self.survivors, self._keys)
 
     @cached_property
     def _neighbours(self) -> dict[str, tuple[str, ...]]:
@@ -835,12 +843,10 @@ class Server:
         self._replies = {step: {} for step in STEPS}
 
     def _secret(self, kind: str, name: str) -> bytes:
-        point = self.agreement.point
-        shares = {
-            point[reply.sender]: bytes.fromhex(reply.body[kind][name])
-            for reply in self._replies["unmask"].values()
-            if name in reply.body[kind]
-        }
+        point, replies = self.agreement.point, self._replies["unmask"]
+        holders = replies.keys() & {name, *self._neighbours[name]}
+        held = {point[holder]: replies[holder].body[kind] for holder in holders}
+        shares = {at: bytes.fromhex(secrets[name]) for at, secrets in held.items() if name in secrets}
         try:
             return shamir.combine(shares, self.agreement.share_threshold)
         except ValueError as error:

@@ -32,7 +32,6 @@ from syft_job.job import JobInfo
 from syft_job.job_runner import SyftJobRunner
 from syft_job.job_storage import JobRef
 from syft_job.models import JobStatus
-from syft_perms import SyftPermContext
 from syft_rds import SyftRDSClient
 
 from primia_lite.config import UserError
@@ -181,8 +180,16 @@ class Site:
     # What a person does
 
     def sync(self) -> None:
+        """Send what is new here, fetch what is new elsewhere."""
         with quiet():
             self.client.sync()
+
+    def fetch(self) -> None:
+        """Fetch what researchers sent, without looking for changes here."""
+        engine = self.client.sync_engine
+        with quiet(), engine.sync_file_lock():
+            peers = [peer.email for peer in engine.peer_manager.approved_peers]
+            engine.datasite_owner_syncer.sync(peers, recompute_hashes=False)
 
     def pending(self) -> list[str]:
         """Names of the proposals that wait for a person."""
@@ -425,11 +432,7 @@ class HospitalRunner(SyftJobRunner):
         return True
 
     def _release(self, ref: JobRef, reply: bytes) -> None:
-        """Give the researcher one file, and the right to read it."""
+        """Put one file where the researcher reads; the runner puts nothing else there but the job's state."""
         outputs = self.manager.review_dir(ref) / "outputs"
         outputs.mkdir(parents=True, exist_ok=True)
-        datasite = self.config.syftbox_folder / self.config.current_user_email
         (outputs / REPLY).write_bytes(base64.b64encode(reply))
-        folder = SyftPermContext(datasite=datasite).open(f"{outputs.relative_to(datasite)}/")
-        folder.grant_read_access(self.config.current_user_email)
-        folder.grant_read_access(ref.ds_email)

@@ -7,8 +7,8 @@ code on the private films, in a process of its own. The researcher is the protoc
 A person at a hospital reviews a study once; rounds with the same code and settings need no second review.
 
 :func:`in_memory` sets hospitals and a researcher up on syft's in-memory drive, in one process, for teaching and tests.
-On machines of their own each party makes its client with ``syft_rds``, hospitals run :meth:`Site.sync` and
-:meth:`Site.process` again and again, and the researcher's ``turn`` waits for them.
+On machines of their own each party makes its client with ``syft_rds``, hospitals run :meth:`Site.fetch`,
+:meth:`Site.process` and :meth:`Site.sync` again and again, and the researcher's ``turn`` waits for them.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 from syft.sync.connections.drive.gdrive_transport import GDriveConnection
 from syft.sync.connections.drive.mock_drive_service import MockDriveBackingStore, MockDriveService
+from syft.sync.sync.caches.persisted_dict import PersistedDict
 from syft_job.client import JobClient
 from syft_job.job import JobInfo
 from syft_rds import SyftRDSClient, SyftRDSClientConfig
@@ -38,7 +39,7 @@ from primia_lite.federation.rounds import Result, Schedule, Server, serve
 from primia_lite.federation.syft_approval import DEPENDENCY_FILES
 from primia_lite.federation.syft_hospital import REPLY, Site, quiet
 from primia_lite.federation.syft_process import run_job
-from primia_lite.federation.syft_study import REQUEST, ROUND, RUN, RUN_SH, Files, Study, films_from, round_file
+from primia_lite.federation.syft_study import CODE, REQUEST, ROUND, RUN, RUN_SH, Files, Study, films_from, round_file
 from primia_lite.models import Films
 
 
@@ -83,6 +84,8 @@ class Researcher:
     Attributes
     ----------
     refused : why hospitals refused jobs, in their words; a job that failed says no more than that
+    spans : where the seconds went
+    listen : called with each reply; None does nothing
     """
 
     def __init__(self, client: SyftRDSClient, emails: Mapping[str, str], turn: Callable[[], None], folder: Path):
@@ -91,6 +94,7 @@ class Researcher:
         client.job_client = AgreedJobClient.from_config(client.job_client.config)
         self.refused: list[str] = []
         self.spans: list[Span] = []
+        self.listen: Callable[[secagg.Reply], None] | None = None
         self._at = (0, "")
         # Numbers of sessions go up for ever: hospitals answer none twice.
         manager = client.job_client.manager
@@ -237,8 +241,12 @@ class Researcher:
 
     def _code(self, study: str) -> bytes | None:
         """Of the job that proposed a study."""
-        proposed = [job for job in self._jobs() if job.name == study]
-        return (proposed[0].code_dir / "main.py").read_bytes() if proposed else None
+        manager = self.client.job_client.manager
+        for email in self.emails.values():
+            for ref in manager.iter_submission_refs(email):
+                if ref.job_name == study:
+                    return (manager.submission_dir(ref) / CODE).read_bytes()
+        return None
 
     def _collect(self, name: str) -> list[secagg.Reply]:
         replies, manager = [], self.client.job_client.manager
@@ -248,6 +256,8 @@ class Researcher:
                 path = manager.review_dir(ref) / "outputs" / REPLY
                 if path.exists():
                     replies.append(secagg.Reply.from_bytes(base64.b64decode(path.read_bytes())))
+                    if self.listen:
+                        self.listen(replies[-1])
                     continue
                 state = manager.read_state(ref)
                 why = state.review_reason if state.status == "rejected" else f"no answer ({state.status.value})"
@@ -364,15 +374,19 @@ class Federation:
 
     def sync(self) -> None:
         """All parties, one after the other: the drive isn't made for threads."""
+        self._sync_sites()
+        self.researcher.sync()
+
+    def _sync_sites(self, fetch: bool = False) -> None:
         for site in self.sites.values():
-            self.researcher.timed(site.name, "sync", site.sync)
+            self.researcher.timed(site.name, "sync", site.fetch if fetch else site.sync)
 
     def turn(self) -> None:
         """Hospitals fetch what is new, answer side by side, and send."""
-        self.sync()
+        self._sync_sites(fetch=True)
         with quiet(), ThreadPoolExecutor(self.workers) as pool:
             list(pool.map(lambda s: self.researcher.timed(s.name, "answer", s.work), self.sites.values()))
-        self.sync()
+        self._sync_sites()
 
 
 def in_memory(
@@ -433,4 +447,6 @@ def _client(store: MockDriveBackingStore, email: str, folder: Path, *, owner: bo
     client = SyftRDSClient.from_config(config)
     client.sync_engine._add_connection(GDriveConnection.from_service(email, MockDriveService(store, email)))
     client.sync_engine.peer_manager.write_own_version()
+    if owner:  # one process a party: what it knows of its files need not be read from the disk for each of them
+        client.sync_engine.datasite_owner_syncer.event_cache.file_hashes = PersistedDict(None)
     return client

@@ -18,6 +18,7 @@ NOTEBOOKS = [
     "03_privacy_accounting",
     "04_model_inversion_attacks",
     "05_encrypted_inference",
+    "06_secure_aggregation",
 ]
 RUN_S = 600  # a notebook of the smoke profile, on two busy cores
 

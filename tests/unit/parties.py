@@ -7,7 +7,10 @@ from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
+from primia_lite.federation import secagg, shamir
+from primia_lite.federation.masks import add_masks
 from primia_lite.federation.secagg import Agreement, Client, Reply, Server, run
 
 
@@ -129,3 +132,37 @@ def fork(party: Round) -> Round:
     vars(other.server).update(server | copies)
     other.gone = set(party.gone)
     return other
+
+
+def strip(party, secrets=None):
+    """All hospitals' masked vectors less every mask that the server can compute, from the transcript and from
+    ``secrets``: (kind, whose) -> 32 bytes, that it has from elsewhere."""
+    agreement, shares, keys, known = party.agreement, {}, {}, dict(secrets or {})
+    for step, name, _, content in party.seen:
+        body = Reply.from_bytes(content).body
+        if step == "advertise":
+            keys[name] = bytes.fromhex(body["keys"][0])
+        if step == "unmask":
+            for kind in ("keys", "seeds"):
+                for whose, share in body[kind].items():
+                    shares.setdefault((kind, whose), {})[agreement.point[name]] = bytes.fromhex(share)
+    for what, parts in shares.items():
+        if len(parts) >= agreement.share_threshold:
+            known[what] = shamir.combine(parts, agreement.share_threshold)
+    out = party.masked()
+    for name, vector in out.items():
+        out[name] = vector = vector.copy()
+        if ("seeds", name) in known:
+            add_masks(vector, [(known["seeds", name], -1)])
+        for other in keys.keys() - {name}:
+            for mine, yours in ((name, other), (other, name)):
+                if ("keys", mine) in known:
+                    secret = X25519PrivateKey.from_private_bytes(known["keys", mine])
+                    seed = secagg._mask_seed(agreement, party.server.session, name, other, secret, keys[yours])
+                    add_masks(vector, [(seed, -secagg._sign(name, other))])
+                    break
+    return out
+
+
+def is_update(party, name, vector):
+    return np.array_equal(vector, party.quantised(name).astype(np.uint32))

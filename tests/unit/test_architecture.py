@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -103,3 +105,53 @@ def test_the_check_sees_lazy_relative_and_named_imports(tmp_path):
     assert imports("import_module('primia_lite.attacks.audit')", "data.x") == {"attacks"}
     (tmp_path / "metrics.py").write_text("def f():\n    from primia_lite.training import evaluate\n")
     assert violations(graph(tmp_path)) == ["metrics imports training, which comes after it"]
+
+
+# --- the aggregator's code holds no films and no unmasked update ------------------------------------------------------
+
+SECURE = {"secagg", "fixed_point", "masks", "neighbours", "shamir"}  # of federation
+
+
+def modules(source: str) -> set[str]:
+    """All modules that a module's text imports by their whole names, wherever in the text."""
+    nodes = list(ast.walk(ast.parse(source)))
+    found = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, "whole names only"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_secure_aggregation_knows_neither_films_nor_models_nor_training(root):
+    allowed = ("primia_lite.config.UserError", *(f"primia_lite.federation.{name}" for name in SECURE))
+    for name in SECURE:
+        for module in modules((root / f"primia_lite/federation/{name}.py").read_text("utf-8")):
+            assert not module.startswith("primia_lite") or module.startswith(allowed), (name, module)
+            assert module.split(".")[0] not in ("torch", "importlib"), (name, module)
+
+
+def test_secure_aggregation_loads_without_films_models_or_torch():
+    code = (
+        "import sys, primia_lite.federation.secagg as _; "
+        "print(sorted(m for m in sys.modules if m == 'torch' or m.startswith('primia_lite.')))"
+    )
+    loaded = ast.literal_eval(
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout.decode()
+    )
+    assert set(loaded) == {
+        "primia_lite.config",
+        "primia_lite.federation",
+        *(f"primia_lite.federation.{m}" for m in SECURE),
+    }
+
+
+def test_the_server_neither_quantises_nor_asks_for_an_update(root):
+    tree = ast.parse((root / "primia_lite/federation/secagg.py").read_text("utf-8"))
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    used = {
+        kind: {getattr(node, "id", None) or getattr(node, "attr", None) for node in ast.walk(classes[kind])}
+        for kind in ("Server", "Client")
+    }
+    assert {"quantise", "integers", "update"} <= used["Client"]
+    assert not {"quantise", "integers", "update", "Client", "_masked"} & used["Server"]

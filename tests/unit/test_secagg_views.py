@@ -1,7 +1,7 @@
 """What each party sees of a round, from transcripts: tests that hold, and the same tests failing where they must.
 
-``strip`` takes off all masks that the server was given the secrets of. What is left of each hospital's vector must look
-like noise; of all vectors together only the sum is left. A test fails by chance once in about 10^8 times.
+``parties.strip`` takes off all masks that the server was given the secrets of. What is left of each hospital's vector
+must look like noise; of all vectors together only the sum is left. A test fails by chance once in about 10^8 times.
 """
 
 import json
@@ -9,8 +9,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
-from parties import Round, altered, fork, relayed
+from parties import Round, altered, fork, is_update, relayed, strip
 from scipy import stats
 
 from primia_lite.federation import secagg, shamir
@@ -18,7 +17,7 @@ from primia_lite.federation.aggregation import SecureAggregation
 from primia_lite.federation.hospital import Hospital
 from primia_lite.federation.masks import add_masks
 from primia_lite.federation.rounds import Schedule, federate
-from primia_lite.federation.secagg import ProtocolError, Reply
+from primia_lite.federation.secagg import ProtocolError
 from primia_lite.models import Films
 from primia_lite.training import Training
 
@@ -40,40 +39,6 @@ def are_alike(a, b):
     return (
         min(stats.ks_2samp(x.astype(float), y.astype(float)).pvalue for x, y in ((a, b), (a >> 28, b >> 28))) > CHANCE
     )
-
-
-def strip(party, secrets=None):
-    """All hospitals' masked vectors less every mask that the server can compute, from the transcript and from
-    ``secrets``: (kind, whose) -> 32 bytes, that it has from elsewhere."""
-    agreement, shares, keys, known = party.agreement, {}, {}, dict(secrets or {})
-    for step, name, _, content in party.seen:
-        body = Reply.from_bytes(content).body
-        if step == "advertise":
-            keys[name] = bytes.fromhex(body["keys"][0])
-        if step == "unmask":
-            for kind in ("keys", "seeds"):
-                for whose, share in body[kind].items():
-                    shares.setdefault((kind, whose), {})[agreement.point[name]] = bytes.fromhex(share)
-    for what, parts in shares.items():
-        if len(parts) >= agreement.share_threshold:
-            known[what] = shamir.combine(parts, agreement.share_threshold)
-    out = party.masked()
-    for name, vector in out.items():
-        out[name] = vector = vector.copy()
-        if ("seeds", name) in known:
-            add_masks(vector, [(known["seeds", name], -1)])
-        for other in keys.keys() - {name}:
-            for mine, yours in ((name, other), (other, name)):
-                if ("keys", mine) in known:
-                    secret = X25519PrivateKey.from_private_bytes(known["keys", mine])
-                    seed = secagg._mask_seed(agreement, party.server.session, name, other, secret, keys[yours])
-                    add_masks(vector, [(seed, -secagg._sign(name, other))])
-                    break
-    return out
-
-
-def is_update(party, name, vector):
-    return np.array_equal(vector, party.quantised(name).astype(np.uint32))
 
 
 def big(n=3, **options):
