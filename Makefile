@@ -5,6 +5,7 @@
 #   make run ONLY=00,02 OUT=somewhere      some notebooks, written elsewhere
 #   make test                              the tests, then every notebook checked against its committed outputs
 #   make test-browser                      the notebooks' widgets in a real JupyterLab and chromium
+#   make test-flower                       Flower as the transport, in an environment of its own (make flower)
 #   make lab                               JupyterLab, opened at the first notebook
 #   make refresh                           runs the notebooks and keeps their outputs, to commit
 #   make setup | doctor | lint | format | clean
@@ -30,6 +31,11 @@ PIP := $(BIN)/python -m pip
 # What .venv was made from, and where: scripts in a .venv name its folder, so a moved checkout is set up afresh.
 KEY := $(shell (cat requirements.lock pyproject.toml; pwd) | cksum)
 
+# Flower asks for older versions of some packages: its environment lies over .venv and holds only what differs.
+FLOWER := .venv-flower
+FLOWER_BIN := $(FLOWER)/$(notdir $(BIN))
+FLOWER_KEY := $(shell (cat requirements-flower.lock requirements.lock pyproject.toml; pwd) | cksum)
+
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_USER := no
 export CHROMIUM
@@ -41,7 +47,7 @@ export PYTHONDONTWRITEBYTECODE :=
 TEST_ENV := OMP_NUM_THREADS=1 MPLBACKEND= PRIMIA_LITE_HEADLESS=1 \
 	PRIMIA_LITE_DATA="$${PRIMIA_LITE_DATA:+$$(cd "$$PRIMIA_LITE_DATA" 2>/dev/null && pwd || echo "$$PRIMIA_LITE_DATA")}"
 
-.PHONY: run test test-unit test-notebooks test-browser chromium refresh lab doctor setup install lint format clean help
+.PHONY: run test test-unit test-notebooks test-browser test-flower flower chromium refresh lab doctor setup install install-flower lint format clean help
 
 run: setup
 	@$(BIN)/primia-lite run --profile $(PROFILE) $(if $(DATA),--data $(DATA)) $(if $(ONLY),--only $(ONLY)) $(if $(OUT),--out "$(OUT)")
@@ -64,6 +70,22 @@ test-notebooks: setup
 
 test-browser: setup chromium
 	@$(TEST_ENV) $(BIN)/python -m pytest -m browser -n 2 --dist worksteal $(if $(filter tests,$(TESTS)),tests/browser,$(TESTS))
+
+test-flower: flower
+	@$(TEST_ENV) $(FLOWER_BIN)/python -m pytest -m flower $(if $(filter tests,$(TESTS)),tests/flower,$(TESTS))
+
+flower: setup
+	@[ "$$(cat $(FLOWER)/.stamp 2>/dev/null)" = "$(FLOWER_KEY)" ] && $(FLOWER_BIN)/python -c "" 2>/dev/null \
+	|| $(MAKE) --no-print-directory install-flower
+
+install-flower:
+	@echo "Setting up $(FLOWER), over $(VENV)"
+	@$(BIN)/python -m venv --clear $(FLOWER)
+	@$(FLOWER_BIN)/python -m pip install --quiet --no-deps --only-binary :all: -r requirements-flower.lock
+	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+	  > "$$($(FLOWER_BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth"
+	@$(FLOWER_BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@echo "$(FLOWER_KEY)" > $(FLOWER)/.stamp
 
 # Playwright drives the system's browser; it downloads none of its own.
 chromium:
@@ -128,7 +150,7 @@ endif
 	@echo "$(KEY)" > $(VENV)/.stamp
 
 clean:
-	rm -rf $(VENV) runs .cache
+	rm -rf $(VENV) $(FLOWER) runs .cache
 
 help:
 	@sed -n '3,/^$$/s/^# \{0,1\}//p' Makefile

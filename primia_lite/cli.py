@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from primia_lite import __version__
 from primia_lite.config import DATA_SOURCES, UserError
+from primia_lite.deploy import add_arguments as deploy_arguments
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -76,6 +77,10 @@ def _parser() -> argparse.ArgumentParser:
     diagnose.add_argument("--ca-file", metavar="PEM", help="certificate to trust, for https")
     diagnose.set_defaults(call=_diagnose)
 
+    deploy = commands.add_parser("deploy", help="a federation over Flower, as processes over TLS")
+    deploy_arguments(deploy)
+    deploy.set_defaults(call=_deploy)
+
     bench = commands.add_parser("bench", help="list the benchmarks, or run one")
     bench.add_argument("name", nargs="?")
     bench.add_argument("arguments", nargs=argparse.REMAINDER, help="given to the benchmark")
@@ -130,6 +135,11 @@ def _diagnose(args: argparse.Namespace) -> int:
     from primia_lite import serve
 
     print(serve.diagnose(args.film, args.url, args.model, args.ca_file))
+    return 0
+
+
+def _deploy(args: argparse.Namespace) -> int:
+    args.deploy(args)
     return 0
 
 

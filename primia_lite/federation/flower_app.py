@@ -3,14 +3,15 @@
 Flower (flwr 1.41, Message API) only carries messages. What they hold is ours: requests and replies of secure
 aggregation (:mod:`primia_lite.federation.secagg`), the global weights, and masked updates as plain uint32 arrays.
 
-A message to a hospital has ``request`` (``study``, its fingerprint; ``requests``, bytes; ``round``) and in step ``mask``
-``weights``; its reply has ``reply`` (``heads``, bytes) and then ``masked``.
+A message to a hospital has ``request`` (``study``, its fingerprint; ``requests``, bytes; ``round``) and in step
+``mask`` ``weights``; its reply has ``reply`` (``heads``, bytes) and then ``masked``.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ except ImportError as error:
 from primia_lite.federation.flower_hospital import OtherStudy, Site, SiteInFolder
 from primia_lite.federation.secagg import Reply
 
+LOG = "hospital.log"
 SERVER_VARIABLE = "PRIMIA_LITE_SERVER"  # the server's folder, in the environment of its SuperLink
 _REFUSED = 100  # code of an error reply; Flower's own are below
 log = logging.getLogger("primia_lite")
@@ -39,12 +41,22 @@ server_app = ServerApp()
 
 @client_app.train()
 def _train(message: Message, context: Context) -> Message:
+    folder = Path(context.node_config["folder"])
+    _log_to(folder / LOG)
     try:
-        site = SiteInFolder(context.node_config["folder"])
+        site = SiteInFolder(folder)
     except Exception as error:
         log.warning("this hospital can't answer: %s", error)
-        return refusal(message, "not ready")
+        return refusal(message)
     return respond(site, message)
+
+
+def _log_to(path: Path) -> None:
+    """What this process has to say, which Flower would throw away; the hospital's log is for the hospital alone."""
+    handler = RotatingFileHandler(path, maxBytes=1_000_000, backupCount=1)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
 
 
 @server_app.main()

@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from filelock import FileLock
 
+from primia_lite import __version__
 from primia_lite.config import UserError
 from primia_lite.federation import secagg
 from primia_lite.runtime import write_atomic
@@ -32,6 +33,7 @@ from primia_lite.runtime import write_atomic
 if TYPE_CHECKING:
     from primia_lite.federation.hospital import Hospital
     from primia_lite.federation.syft_study import Study
+    from primia_lite.models import Films
 
 CONFIG, STUDY, IDENTITY, ROUNDS, LEDGER = "hospital.toml", "study.json", "identity.pem", "rounds.json", "ledger.sqlite"
 log = logging.getLogger("primia_lite")
@@ -125,6 +127,7 @@ class Site:
                 session = json.loads(request)["session"]
                 client = clients[session % 2]
                 replies.append(client.answer(request, lambda: self._update(number, weights)))
+                log.info("round %d: answered %s (session %d)", number, replies[-1].step, session)
             except Exception as error:  # the others mustn't learn why: it may tell of films
                 log.warning("hospital %s refuses a request: %s: %s", self.name, type(error).__name__, error)
         # Before a reply leaves: what is kept never says less than what others have been told.
@@ -176,6 +179,7 @@ class SiteInFolder(Site):
         root = "/where/they/lie"
         size = 224
 
+    The prepared films are kept in the folder from the first round on; delete ``films-*.npz`` to read them again.
     ``part = [0, 3]`` under ``[films]`` takes the first of three parts of the source, for trials on one machine.
 
     Raises
@@ -208,7 +212,6 @@ class SiteInFolder(Site):
         from primia_lite.federation.hospital import Hospital
         from primia_lite.privacy.ledger import Ledger
 
-        films = load_films(self._films)
         declared, privacy = self.agreement.sizes[self.name], study.privacy
         options = {"declared_size": declared}
         if privacy:
@@ -216,10 +219,25 @@ class SiteInFolder(Site):
             options["lasting_ledger"] = Ledger(*plan)
             if privacy.unit == "patient":
                 options = {"declared_patients": declared, "lasting_ledger": options["lasting_ledger"]}
+        return Hospital(self.name, self._prepared(study), **options)
+
+    def _prepared(self, study: Study) -> Films:
+        """The films as the model takes them, kept from the first round on: a cohort doesn't change in a study."""
+        from primia_lite.federation.syft_study import films_from
         from primia_lite.models import prepare
 
-        prepared = prepare(study.training.model, films, augmentation=study.training.augmentation)
-        return Hospital(self.name, prepared, **options)
+        training = study.training
+        settings = json.dumps([__version__, self._films, training.model, training.augmentation], sort_keys=True)
+        path = self.folder / f"films-{hashlib.sha256(settings.encode()).hexdigest()[:12]}.npz"
+        if not path.exists():
+            films = prepare(training.model, load_films(self._films), augmentation=training.augmentation)
+            parts = {
+                "inputs": films.inputs.numpy(), "labels": films.labels.numpy(),
+                "patient_id": films.patient_id.astype(str), "normalisation": np.array(films.normalisation),
+                "model": np.array(films.model),
+            }  # fmt: skip
+            write_atomic(path, lambda file: np.savez(file, **parts), private=True)
+        return films_from(path)
 
     def _kept(self) -> bytes | None:
         path = self.folder / ROUNDS

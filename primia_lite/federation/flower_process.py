@@ -7,7 +7,7 @@ are dropped.
 
 ``superlink`` answers requests from other machines only where SuperNodes need it, below ``/v1/fleet``. Stock Flower has
 its control API, which asks for no credential and runs what it is sent, on the same port. Whoever works on the server's
-machine, or reaches it through a tunnel or proxy that ends there, counts as local.
+machine, or comes through a tunnel or proxy that ends there, counts as local.
 
 Both guards hold on to what isn't Flower's public interface: hence the exact pin of flwr.
 """
@@ -94,8 +94,10 @@ class FleetOnly:
 
 
 def is_local(scope) -> bool:
+    """Whether a request comes from this machine: from loopback, or from the very address that it came to."""
+    client, server = scope.get("client"), scope.get("server")
     try:
-        return ipaddress.ip_address((scope.get("client") or ("",))[0]).is_loopback
+        return bool(client) and (ipaddress.ip_address(client[0]).is_loopback or bool(server) and client[0] == server[0])
     except ValueError:
         return False
 
@@ -110,7 +112,7 @@ def guard_superlink() -> None:
 
 def main() -> None:
     which = sys.argv.pop(1)
-    logging.basicConfig(format="%(levelname)s: %(message)s")
+    log.addHandler(logging.StreamHandler())  # Flower's logger has a handler of its own
     if which == "supernode":
         from flwr.supernode.cli import flower_supernode
 

@@ -296,26 +296,36 @@ def train_in_folder(grid: Grid, folder: Path, rounds: int, *, fresh: bool = Fals
         See :func:`train`; also a folder in which another run trains.
     """
     config = tomllib.loads((folder / CONFIG).read_text("utf-8"))
-    started, seconds = time.monotonic(), []
     run = folder / "run"
+    run.mkdir(exist_ok=True)
+    started = time.monotonic()
+    found: dict = {"rounds": [], "ended_s": []}  # of this run alone: when each round ended, in seconds since its start
 
     def show(record: dict) -> None:
-        seconds.append(round(time.monotonic() - started, 2))
-        without = f", without {', '.join(record['absent'])}" if "absent" in record else ""
-        print(f"round {record['round']} of {rounds} after {seconds[-1]} s{without}", flush=True)
+        found["rounds"].append(record)
+        found["ended_s"].append(round(time.monotonic() - started, 2))
+        note()
 
-    run.mkdir(exist_ok=True)
+    def note() -> None:
+        write_atomic(run / HISTORY, (json.dumps(found, indent=1) + "\n").encode())
+
     try:
         with FileLock(run / "run.lock", timeout=0):
             for path in (run / name for name in ("checkpoint.pt", "run.json", MODEL) if fresh):
                 path.unlink(missing_ok=True)
-            server = train(
-                grid, (folder / STUDY).read_bytes(), Schedule(rounds, **config.get("schedule", {})),
-                tuple(config["in_shape"]), folder=run, show=show, **config.get("timeouts", {}),
-            )  # fmt: skip
-            write_atomic(run / MODEL, lambda file: torch.save(server.final(), file))
-            # Of this run: when each round ended, in seconds since its start.
-            found = {"rounds": server.history, "ended_s": seconds}
-            write_atomic(run / HISTORY, (json.dumps(found, indent=1) + "\n").encode())
+            note()
+            try:
+                server = train(
+                    grid, (folder / STUDY).read_bytes(), Schedule(rounds, **config.get("schedule", {})),
+                    tuple(config["in_shape"]), folder=run, show=show, **config.get("timeouts", {}),
+                )  # fmt: skip
+            except Exception as error:
+                found["error"] = f"{type(error).__name__}: {error}"
+                raise
+            else:
+                write_atomic(run / MODEL, lambda file: torch.save(server.final(), file))
+                found["done"] = server.round
+            finally:
+                note()
     except Timeout as error:
         raise UserError(f"another run trains in {run}: wait for it, or stop it") from error

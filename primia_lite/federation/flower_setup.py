@@ -28,13 +28,15 @@ from primia_lite.federation.flower_hospital import CONFIG, IDENTITY, STUDY, load
 from primia_lite.federation.flower_server import CONFIG as SERVER_CONFIG
 from primia_lite.federation.hospital import declare_size
 from primia_lite.federation.rounds import Schedule, Server
-from primia_lite.federation.secagg import Agreement
+from primia_lite.federation.secagg import Agreement, default_threshold
 from primia_lite.federation.syft_study import Study
 from primia_lite.privacy.dpsgd import Privacy
+from primia_lite.privacy.shared import SharedNoise
 from primia_lite.training import Training
 
 SERVER, CARD, SUPERNODE, CA = "server", "card.json", "supernode", "ca.crt"
 VALID_DAYS = 365
+SPARE = 20  # the budget has room for a twentieth of the rounds, and one, that are charged but end without a sum
 # Those of notebook 02. Whatever [training] and [privacy] of a settings file say comes before.
 TRAINING = {"learning_rate": 4.0, "sample_rate": 0.5, "local_steps": 1, "weight_decay": 1e-4, "label_smoothing": 0.1}
 PRIVACY = {"max_grad_norm": 0.25, "target_delta": 1e-4, "unit": "patient"}
@@ -82,7 +84,7 @@ def toml(content: Mapping[str, object]) -> str:
 
 
 def make_authority(folder: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
-    """A certificate authority for this federation alone: ``ca.key`` (private) and ``ca.crt``, which SuperNodes trust."""
+    """A certificate authority for this federation alone: ``ca.key`` (private), and ``ca.crt`` for the SuperNodes."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "primia_lite federation CA")])
     usage = _usage(key_cert_sign=True, crl_sign=True)
@@ -244,7 +246,8 @@ def settle(
     target_epsilon
         Budget of each hospital over all rounds; None trains without DP.
     settings
-        ``training`` and ``privacy``: what is to differ from ``TRAINING`` and ``PRIVACY``.
+        ``training`` and ``privacy``: what is to differ from ``TRAINING`` and ``PRIVACY``. ``colluding`` in ``privacy``
+        has hospitals share the noise (:class:`~primia_lite.privacy.shared.SharedNoise`).
 
     Raises
     ------
@@ -259,26 +262,33 @@ def settle(
         raise UserError(f"two cards have one name: {', '.join(names)}")
     try:
         training = Training(model=model, **{"n_classes": len(CLASSES_3), **TRAINING, **settings.get("training", {})})
-        wanted = {**PRIVACY, **settings.get("privacy", {})}
-        privacy = None
-        if target_epsilon is not None:
-            steps = rounds * training.steps_per_round
-            privacy = Privacy.for_budget(target_epsilon, sample_rate=training.sample_rate, steps=steps, **wanted)
     except TypeError as error:
-        raise UserError(f"the settings file can't be used: {error}") from error
+        raise UserError(f"[training] of the settings can't be used: {error}") from error
+    shape = prepare(training.model, load("phantom", cards[0]["size"], n_films=12), cache=False).inputs.shape
+    in_shape = tuple(shape[2:])
+    entries = length(Server.start(training, Schedule(1), in_shape, 0).parameters(training, in_shape))
+    sizes = {card["name"]: card["declared"] for card in cards}
+    privacy, wanted = None, {**PRIVACY, **settings.get("privacy", {})}
+    colluding = wanted.pop("colluding", None)
+    if target_epsilon is not None:
+        shared = None
+        if colluding is not None:
+            shared = SharedNoise(default_threshold(len(sizes)), colluding, entries, tuple(sizes.values()))
+        try:
+            privacy = Privacy.for_budget(
+                target_epsilon, sample_rate=training.sample_rate, steps=rounds * training.steps_per_round,
+                spare_steps=(rounds // SPARE + 1) * training.steps_per_round, shared=shared, **wanted,
+            )  # fmt: skip
+        except TypeError as error:
+            raise UserError(f"[privacy] of the settings can't be used: {error}") from error
     unit = privacy.unit if privacy else "film"
     for what, value in (("unit", unit), ("size", cards[0]["size"])):
         if odd := [card for card in cards if card[what] != value]:
             raise UserError(
                 f"hospital {odd[0]['name']}'s card has {what} {odd[0][what]}, but {value} is needed: make the card anew"
             )
-    shape = prepare(training.model, load("phantom", cards[0]["size"], n_films=12), cache=False).inputs.shape
-    in_shape = tuple(shape[2:])
-    like = Server.start(training, Schedule(1), in_shape, 0).parameters(training, in_shape)
-    agreement = Agreement(
-        {card["name"]: bytes.fromhex(card["identity"]) for card in cards},
-        {card["name"]: card["declared"] for card in cards}, length(like),
-    )  # fmt: skip
+    identities = {card["name"]: bytes.fromhex(card["identity"]) for card in cards}
+    agreement = Agreement(identities, sizes, entries, weighted=not (privacy and privacy.shared))
     return Study("federation", "films", training, privacy, rounds, agreement), in_shape
 
 
@@ -318,16 +328,20 @@ def make_server(
 
 
 def make_all(
-    folder: Path, names: Sequence[str], films: Mapping[str, object], *, port: int, target_epsilon: float | None, **server
+    folder: Path,
+    names: Sequence[str],
+    films: Mapping[str, object],
+    *,
+    port: int,
+    target_epsilon: float | None,
+    **server,
 ) -> Study:
     """Server and hospitals in one folder, for a trial on one machine; hospitals get equal parts of the films."""
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} isn't empty, and keys are never overwritten: choose another folder")
     unit = (server.get("settings") or {}).get("privacy", {}).get("unit", PRIVACY["unit"]) if target_epsilon else "film"
     try:
-        cards = [
-            make_hospital(folder / name, {**films, "part": [i, len(names)]}, unit) for i, name in enumerate(names)
-        ]
+        cards = [make_hospital(folder / name, {**films, "part": [i, len(names)]}, unit) for i, name in enumerate(names)]
         study = make_server(
             folder / SERVER, cards, hosts=["127.0.0.1"], port=port, target_epsilon=target_epsilon, **server
         )

@@ -18,6 +18,7 @@ import sqlite3
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
+from functools import cached_property
 from pathlib import Path
 
 from primia_lite import __version__
@@ -92,8 +93,6 @@ class Ledger:
         with self._database() as db:
             row = self._read(db)
         self.target_epsilon, self.target_delta, self.unit, self.order, self.plan = row
-        # Whether the plan needs the tight ε. A matter of the plan alone, so it is settled before any data is seen.
-        self.by_plan = bool(self.plan) and self._filter(self.plan) > self.target_epsilon
         if wanted and wanted != row[:3]:
             raise UserError(
                 f"{self.path} was opened for epsilon {row[0]:g}, delta {row[1]:g}, unit {row[2]}; now epsilon "
@@ -105,6 +104,11 @@ class Ledger:
                 f"{self.path} was opened for the plan {_words(self.plan)}; now {_words(plan)} is asked for. A plan "
                 "counts only if it is made before the first charge: use the same one, or another folder"
             )
+
+    @cached_property
+    def by_plan(self) -> bool:
+        """Whether the plan needs the tight ε. A matter of the plan alone, so it is settled before any data is seen."""
+        return bool(self.plan) and self._filter(self.plan) > self.target_epsilon
 
     def _connect(self) -> sqlite3.Connection:
         # Read and write, never create: a ledger that was deleted must not come back empty.
@@ -285,7 +289,9 @@ class Ledger:
 
     def _allow(self, what: str, spent: list[Release], release: Release) -> None:
         after = [*spent, release]
-        if self.by_plan and self.within_plan(after):
+        # What the plan allows it allows by either rule: the filter's ε of a part is at most that of the whole. So the
+        # accountant, slow to import, is asked only about what lies outside.
+        if self.plan and self.within_plan(after):
             return
         if not self.by_plan and self._filter(after) <= self.target_epsilon:
             return

@@ -16,7 +16,7 @@ LAYERS = (
     {"data", "augmentation", "networks", "models", "metrics", "plotting"},
     {"training", "privacy"},
     {"federation", "attacks", "encrypted"},
-    {"widgets", "notebook", "reproduce", "describe", "doctor", "bench", "serve", "cli", "__main__"},
+    {"widgets", "notebook", "reproduce", "describe", "doctor", "bench", "serve", "deploy", "cli", "__main__"},
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 # (importer, imported): why

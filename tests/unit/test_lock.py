@@ -11,7 +11,11 @@ import yaml
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
+# What flwr 1.41.0 asks to be older than the lock has it: the only packages on which the two locks differ. Of these,
+# pyproject.toml gives ranges for what we use ourselves, so that pip can install the extra.
+HELD_BACK = {"packaging", "protobuf", "rich", "starlette", "uvicorn"}
 # What a pinned package asks for and we leave out, on purpose.
 LEFT_OUT = {("medmnist", "torchvision"): "never imported; would bring another torch of several GB"}
 # torch is installed first, with its dependencies: a CUDA build brings these itself, at versions of its own.
@@ -28,9 +32,8 @@ def pin(requirement: Requirement) -> str:
     return specifier.version
 
 
-@pytest.fixture(scope="module")
-def lock(root) -> dict[str, Requirement]:
-    lines = [line.partition("#")[0].strip() for line in (root / "requirements.lock").read_text().splitlines()]
+def read_lock(path) -> dict[str, Requirement]:
+    lines = [line.partition("#")[0].strip() for line in path.read_text().splitlines()]
     requirements = [Requirement(line) for line in lines if line]
     names = [canonicalize_name(r.name) for r in requirements]
     assert len(set(names)) == len(names), "a package is pinned twice"
@@ -39,10 +42,30 @@ def lock(root) -> dict[str, Requirement]:
 
 
 @pytest.fixture(scope="module")
-def project(root) -> dict[str, str]:
-    content = tomllib.loads((root / "pyproject.toml").read_text())["project"]
-    groups = [content["dependencies"], *content["optional-dependencies"].values()]
-    return {canonicalize_name(r.name): pin(r) for group in groups for r in map(Requirement, group)}
+def lock(root) -> dict[str, Requirement]:
+    return read_lock(root / "requirements.lock")
+
+
+@pytest.fixture(scope="module")
+def flower_lock(root) -> dict[str, Requirement]:
+    return read_lock(root / "requirements-flower.lock")
+
+
+@pytest.fixture(scope="module")
+def pyproject(root) -> dict:
+    return tomllib.loads((root / "pyproject.toml").read_text())["project"]
+
+
+@pytest.fixture(scope="module")
+def project(pyproject, lock) -> dict[str, str]:
+    """What pyproject.toml pins, but for Flower; of what it gives a range for, the lock's."""
+    extras = pyproject["optional-dependencies"]
+    groups = [pyproject["dependencies"], *(extras[name] for name in extras if not name.startswith("flower"))]
+    found = {}
+    for requirement in (Requirement(text) for group in groups for text in group):
+        name = canonicalize_name(requirement.name)
+        found[name] = pin(lock[name]) if name in HELD_BACK else pin(requirement)
+    return found
 
 
 def test_every_pin_is_exact(lock):
@@ -52,6 +75,38 @@ def test_every_pin_is_exact(lock):
 def test_pyproject_agrees_with_the_lock(project, lock):
     assert project == {name: pin(lock[name]) for name in project}
     assert not [name for name in project if lock[name].marker], "what we ask for is needed everywhere"
+
+
+def test_flower_s_lock_differs_from_the_lock_only_where_it_must(lock, flower_lock):
+    assert all(pin(r) for r in flower_lock.values())
+    assert lock.keys() & flower_lock.keys() == HELD_BACK
+    assert [name for name in HELD_BACK if Version(pin(flower_lock[name])) >= Version(pin(lock[name]))] == []
+
+
+def test_the_extras_pin_flower_and_pip_can_install_them(pyproject, lock, flower_lock):
+    extras = {name: Requirement(*pyproject["optional-dependencies"][name]) for name in ("flower", "flower-simulation")}
+    assert all(r.name == "flwr" and pin(r) == pin(flower_lock["flwr"]) for r in extras.values())
+    assert extras["flower"].extras == set() and extras["flower-simulation"].extras == {"simulation"}
+    ranges = {canonicalize_name(r.name): r.specifier for r in map(Requirement, pyproject["dependencies"])}
+    for name in HELD_BACK & ranges.keys():
+        assert ranges[name].contains(pin(lock[name])) and ranges[name].contains(pin(flower_lock[name])), name
+
+
+@pytest.mark.flower
+def test_flower_s_lock_is_what_is_installed_and_has_all_that_its_packages_ask_for(lock, flower_lock):
+    both = {n: pin(r) for n, r in {**lock, **flower_lock}.items() if r.marker is None or r.marker.evaluate()}
+    assert {name: metadata.version(name) for name in flower_lock if name in both} == {
+        name: both[name] for name in flower_lock if name in both
+    }
+    wrong = []
+    for name in flower_lock.keys() & both.keys():
+        wanted = {"uvicorn": "standard", "sqlalchemy": "asyncio"}.get(name, "")
+        for requirement in map(Requirement, metadata.requires(name) or []):
+            if requirement.marker is None or requirement.marker.evaluate({"extra": wanted}):
+                found = both.get(canonicalize_name(requirement.name))
+                if found is None or not requirement.specifier.contains(found, prereleases=True):
+                    wrong.append(f"{name} asks for {requirement}; the locks have {found}")
+    assert wrong == []
 
 
 def test_environment_yml_agrees_with_pyproject(root, project):
