@@ -197,11 +197,12 @@ class Researcher:
     def status(self, name: str) -> dict[str, str]:
         """How a job stands, by hospital, with the reason where a person gave one. Sync first."""
         jobs = {job.datasite_owner_email: job for job in self._jobs() if job.name == name}
-        return {
-            h: f"{jobs[email].status}{f': {jobs[email].review_reason}' if jobs[email].review_reason else ''}"
-            for h, email in self.emails.items()
-            if email in jobs
-        }
+
+        def words(job: JobInfo) -> str:
+            decided = job.status in ("approved", "rejected") and job.review_reason
+            return f"{job.status}: {job.review_reason}" if decided else job.status
+
+        return {h: words(jobs[email]) for h, email in self.emails.items() if email in jobs}
 
     # A round
 
