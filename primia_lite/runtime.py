@@ -84,9 +84,7 @@ def in_notebook() -> bool:
     return get_ipython() is not None
 
 
-def write_atomic(
-    path: str | Path, content: bytes | Callable[[IO[bytes]], object], *, private: bool = False
-) -> Path:
+def write_atomic(path: str | Path, content: bytes | Callable[[IO[bytes]], object], *, private: bool = False) -> Path:
     """Write a file so that a reader sees the old content or the new, never a part, whatever kills the process.
 
     Parameters

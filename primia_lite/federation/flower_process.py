@@ -97,7 +97,9 @@ def is_local(scope) -> bool:
     """Whether a request comes from this machine: from loopback, or from the very address that it came to."""
     client, server = scope.get("client"), scope.get("server")
     try:
-        return bool(client) and (ipaddress.ip_address(client[0]).is_loopback or bool(server) and client[0] == server[0])
+        return bool(client) and (
+            ipaddress.ip_address(client[0]).is_loopback or (bool(server) and client[0] == server[0])
+        )
     except ValueError:
         return False
 
