@@ -19,6 +19,7 @@ NOTEBOOKS = [
     "04_model_inversion_attacks",
     "05_encrypted_inference",
     "06_secure_aggregation",
+    "07_governed_federation",
 ]
 RUN_S = 600  # a notebook of the smoke profile, on two busy cores
 
