@@ -57,7 +57,11 @@ def _settings(old: object, new: object, name: str = "") -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         parts = sorted(old.keys() | new.keys())
         return [line for k in parts for line in _settings(old.get(k), new.get(k), f"{name}.{k}".lstrip("."))]
-    return [] if old == new else [f"{name} is {json.dumps(new)}, not {json.dumps(old)}"]
+    if old == new:
+        return []
+    if old is None or new is None:
+        return [f"{name} is {'left out' if new is None else 'new'}"]
+    return [f"{name} is {json.dumps(new)}, not {json.dumps(old)}"]
 
 
 def difference(before: Files, after: Files) -> str:

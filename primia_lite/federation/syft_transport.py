@@ -250,7 +250,7 @@ class Researcher:
         return None
 
     def _collect(self, name: str) -> list[secagg.Reply]:
-        replies, manager = [], self.client.job_client.manager
+        replies, said, manager = [], {}, self.client.job_client.manager
         for hospital, email in self.emails.items():
             try:
                 ref = manager.find_submission_ref(email, name, self.client.email)
@@ -261,12 +261,13 @@ class Researcher:
                         self.listen(replies[-1])
                     continue
                 state = manager.read_state(ref)
-                why = state.review_reason if state.status == "rejected" else f"no answer ({state.status.value})"
-                self.refused.append(f"{hospital}, {name}: {why}")
+                why = state.review_reason if state.status == "rejected" else f"no answer (job {state.status.value})"
             except FileNotFoundError:
                 continue  # it wasn't asked, or hasn't looked
             except (ValueError, secagg.ProtocolError) as error:
-                self.refused.append(f"{hospital}, {name}: a reply that can't be read ({error})")
+                why = f"a reply that can't be read ({error})"
+            said.setdefault(why, []).append(hospital)
+        self.refused += [f"{name}: {', '.join(hospitals)}: {why}" for why, hospitals in said.items()]
         return replies
 
 

@@ -449,9 +449,9 @@ def test_the_unit_sets_the_declared_number_the_weights_and_the_ledger(tmp_path):
     class Watch:
         name = "watch"
 
-        def aggregate(self, ask, sizes, *rest):
+        def aggregate(self, ask, sizes, *rest, **more):
             weights.append({h: size / sum(sizes.values()) for h, size in sizes.items()})
-            return WeightedMean().aggregate(ask, sizes, *rest)
+            return WeightedMean().aggregate(ask, sizes, *rest, **more)
 
     for privacy in (by_patient, by_film, None):
         where = tmp_path / (privacy.unit if privacy else "plain")
@@ -523,7 +523,9 @@ def test_a_spent_budget_stops_the_run_and_keeps_what_was_reached(tmp_path):
 
 def test_an_exploding_loss_names_hospital_and_round():
     with pytest.raises(TrainingError, match="hospital [ABC], round .*lower learning_rate"):
-        federate(hospitals(), TRAINING.changed(learning_rate=1e38), Schedule(20), progress=None)
+        federate(
+            hospitals(), TRAINING.changed(learning_rate=1e38), Schedule(20), aggregator=WeightedMean(), progress=None
+        )
 
 
 def test_a_hospital_without_films_or_with_one_class_is_refused():
