@@ -95,11 +95,9 @@ class FleetOnly:
 
 def is_local(scope) -> bool:
     """Whether a request comes from this machine: from loopback, or from the very address that it came to."""
-    client, server = scope.get("client"), scope.get("server")
+    client, server = ((scope.get(side) or ("",))[0] for side in ("client", "server"))
     try:
-        return bool(client) and (
-            ipaddress.ip_address(client[0]).is_loopback or (bool(server) and client[0] == server[0])
-        )
+        return ipaddress.ip_address(client).is_loopback or client == server
     except ValueError:
         return False
 

@@ -13,7 +13,7 @@ import json
 import logging
 import time
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -53,8 +53,6 @@ class FlowerAggregation:
         How long the first round waits for all hospitals to be connected.
     poll_s
         Between two looks for replies.
-    absent
-        Simulates drop-outs: called with round and step, gives those who are gone from there on in this round.
     """
 
     def __init__(
@@ -68,12 +66,11 @@ class FlowerAggregation:
         mask_timeout_s: float = 600.0,
         start_timeout_s: float = 60.0,
         poll_s: float = 0.2,
-        absent: Callable[[int, str], Iterable[str]] | None = None,
     ):
         self.agreement = Study.from_bytes(study).agreement
         self.fingerprint = fingerprint(study)
         self.refused: list[str] = []
-        self._grid, self._weights, self._rounds, self._absent = grid, weights, rounds, absent
+        self._grid, self._weights, self._rounds = grid, weights, rounds
         self._timeout_s = {"mask": mask_timeout_s}
         self._step_timeout_s, self._start_timeout_s, self._poll_s = step_timeout_s, start_timeout_s, poll_s
         self._nodes: dict[str, int] = {}  # by hospital
@@ -94,15 +91,12 @@ class FlowerAggregation:
         if summed == self.agreement.weighted or dict(sizes) != dict(self.agreement.sizes):
             raise UserError("the round's sizes, or what is summed, aren't those of the agreement: start from one study")
         server, self._next = self._next or self._begin(), None
-        gone: set[str] = set()
 
         def exchange(step: str, requests: Mapping[str, bytes]) -> Iterator[secagg.Reply]:
-            gone.update(self._absent(number, step) if self._absent else ())
-            asked = {name: [text] for name, text in requests.items() if name not in gone}
+            asked = {name: [text] for name, text in requests.items()}
             ahead = self._ahead(step) if number < self._rounds else {}
             for name, text in ahead.items():
-                if name not in gone:
-                    asked.setdefault(name, []).append(text)
+                asked.setdefault(name, []).append(text)
             weights = self._record() if step == "mask" else None
             broadcast = step == "advertise" or (step == "confirm" and bool(ahead))
             for message in self._exchange(step, asked, number, weights, broadcast):
