@@ -44,7 +44,8 @@ mark = ""
 from flwr.app import Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
-client, server = ClientApp(), ServerApp()
+client = ClientApp()
+server = ServerApp()
 
 @client.train()
 def train(message, context):
@@ -55,7 +56,7 @@ def train(message, context):
 def main(grid, context):
     Path(context.run_config["mark"] + "-asked").touch()
     messages = [Message(RecordDict(), node, "train") for node in grid.get_node_ids()]
-    list(grid.send_and_receive(messages, timeout=12))
+    list(grid.send_and_receive(messages, timeout=8))
 """,
 }
 
