@@ -101,15 +101,18 @@ def running(folder: Path) -> dict[str, psutil.Process]:
 def _launch(folder: Path, name: str, arguments: Sequence[str]) -> psutil.Process:
     run = folder / ".run"
     run.mkdir(mode=0o700, exist_ok=True)
-    command = [sys.executable, "-m", "primia_lite.federation.flower_process", *arguments]
     with (run / f"{name}.log").open("ab") as output:
         started = subprocess.Popen(
-            command, cwd=folder, env=environment(folder), stdin=subprocess.DEVNULL, stdout=output,
+            _command(arguments), cwd=folder, env=environment(folder), stdin=subprocess.DEVNULL, stdout=output,
             stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
     process = psutil.Process(started.pid)
     (run / f"{name}.pid").write_text(f"{started.pid} {process.create_time()}")
     return process
+
+
+def _command(arguments: Sequence[str]) -> list[str]:
+    return [sys.executable, "-m", "primia_lite.federation.flower_process", *arguments]
 
 
 def _require_port(host: str, port: int, what: str) -> None:
