@@ -316,6 +316,13 @@ def run_status(folder: Path, run: int) -> tuple[str, str]:
     return row["status"], str(row.get("status-details") or row.get("details") or "")
 
 
+def _rounds(folder: Path, rounds: int | None) -> int:
+    agreed = json.loads((folder / SERVER / "study.json").read_text())["rounds"]
+    if rounds is not None and not 1 <= rounds <= agreed:
+        raise UserError(f"rounds is {rounds}: the hospitals agreed to 1 to {agreed}")
+    return agreed if rounds is None else rounds
+
+
 def run(folder: Path, rounds: int | None, *, fresh: bool = False, ask_s: float = 15.0, show=print) -> dict:
     """Train, and wait for the end.
 
@@ -337,10 +344,7 @@ def run(folder: Path, rounds: int | None, *, fresh: bool = False, ask_s: float =
     server, _ = parts(folder)
     if not server:
         raise UserError(f"{folder} holds no server: runs begin on the server's machine")
-    study = json.loads((folder / SERVER / "study.json").read_text())
-    rounds = study["rounds"] if rounds is None else rounds
-    if not 1 <= rounds <= study["rounds"]:
-        raise UserError(f"rounds is {rounds}: the hospitals agreed to 1 to {study['rounds']}")
+    rounds = _rounds(folder, rounds)
     history = folder / SERVER / "run" / "history.json"
     history.unlink(missing_ok=True)
     number = submit(folder, {"rounds": rounds, "fresh": fresh})
@@ -367,3 +371,48 @@ def run(folder: Path, rounds: int | None, *, fresh: bool = False, ask_s: float =
         why = found.get("error") or details or f"`flwr log {number} here` may tell"
         raise UserError(f"run {number} failed ({state}). {why}")
     return found
+
+
+def simulate(folder: Path, rounds: int | None, *, fresh: bool = False) -> dict:
+    """As :func:`run`, on Flower's simulation (Ray) in place of processes over TLS: no port is opened.
+
+    Raises
+    ------
+    UserError
+        The folder lacks the server or hospitals, Ray isn't installed, or the run failed.
+    """
+    require_flower()
+    if find_spec("ray") is None:
+        raise UserError("Ray isn't installed: pip install 'primia-lite[flower-simulation]'")
+    server, hospitals = parts(folder)
+    if not (server and hospitals):
+        raise UserError(f"{folder} must hold the server and hospitals: primia-lite deploy init")
+    os.environ.update(environment(folder) | {"RAY_USAGE_STATS_ENABLED": "0"})
+    from flwr.clientapp import ClientApp
+    from flwr.serverapp import ServerApp
+    from flwr.simulation import run_simulation
+
+    from primia_lite.federation import flower_app, flower_server
+
+    client_app, server_app = ClientApp(), ServerApp()
+    folders = [(folder / name).resolve() for name in hospitals]
+    home = (folder / SERVER).resolve()
+    rounds = _rounds(folder, rounds)
+
+    @client_app.train()
+    def _train(message, context):
+        return flower_app.answer_in(folders[context.node_config["partition-id"]], message)
+
+    @server_app.main()
+    def _main(grid, context):
+        flower_server.train_in_folder(grid, home, rounds, fresh=fresh)
+
+    history = home / "run" / "history.json"
+    history.unlink(missing_ok=True)
+    resources = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
+    try:
+        run_simulation(server_app, client_app, len(folders), backend_config=resources)
+    except RuntimeError as error:
+        why = json.loads(history.read_text()).get("error", error) if history.exists() else error
+        raise UserError(f"the simulation failed: {why}") from error
+    return json.loads(history.read_text())
