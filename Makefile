@@ -78,12 +78,13 @@ flower: setup
 	@[ "$$(cat $(FLOWER)/.stamp 2>/dev/null)" = "$(FLOWER_KEY)" ] && $(FLOWER_BIN)/python -c "" 2>/dev/null \
 	|| $(MAKE) --no-print-directory install-flower
 
+# The .pth file is read after the others, so that what lies in this environment comes first.
 install-flower:
 	@echo "Setting up $(FLOWER), over $(VENV)"
 	@$(BIN)/python -m venv --clear $(FLOWER)
 	@$(FLOWER_BIN)/python -m pip install --quiet --no-deps --only-binary :all: -r requirements-flower.lock
 	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
-	  > "$$($(FLOWER_BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth"
+	  > "$$($(FLOWER_BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_below.pth"
 	@$(FLOWER_BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@echo "$(FLOWER_KEY)" > $(FLOWER)/.stamp
 

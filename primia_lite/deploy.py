@@ -55,9 +55,13 @@ def add_arguments(parser) -> None:
     join.add_argument("--yes", action="store_true", help="don't ask")
 
     action("start", "start what the folder holds", _start)
-    begin = action("run", "train", _train)
-    begin.add_argument("--rounds", type=int, help="in all (those of the study)")
-    begin.add_argument("--fresh", action="store_true", help="start anew; what was charged to ledgers stays charged")
+    for name, what, function in (
+        ("run", "train", _train),
+        ("simulate", "train on Flower's simulation (Ray): no processes to start", _simulate),
+    ):
+        begin = action(name, what, function)
+        begin.add_argument("--rounds", type=int, help="in all (those of the study)")
+        begin.add_argument("--fresh", action="store_true", help="start anew; what was charged to ledgers stays charged")
     action("status", "what runs", _status)
     action("stop", "end what runs", _stop)
 
@@ -149,5 +153,14 @@ def _stop(args) -> None:
 def _train(args) -> None:
     from primia_lite.federation import flower_deploy
 
-    found = flower_deploy.run(args.folder, args.rounds, fresh=args.fresh)
+    _done(args, flower_deploy.run(args.folder, args.rounds, fresh=args.fresh))
+
+
+def _simulate(args) -> None:
+    from primia_lite.federation import flower_deploy
+
+    _done(args, flower_deploy.simulate(args.folder, args.rounds, fresh=args.fresh))
+
+
+def _done(args, found: dict) -> None:
     print(f"{found['done']} rounds are done: the model is {args.folder / 'server' / 'run' / 'model.pt'}")

@@ -41,7 +41,11 @@ server_app = ServerApp()
 
 @client_app.train()
 def _train(message: Message, context: Context) -> Message:
-    folder = Path(context.node_config["folder"])
+    return answer_in(Path(context.node_config["folder"]), message)
+
+
+def answer_in(folder: Path, message: Message) -> Message:
+    """The reply of the hospital whose folder it is."""
     _log_to(folder / LOG)
     try:
         site = SiteInFolder(folder)
@@ -53,6 +57,10 @@ def _train(message: Message, context: Context) -> Message:
 
 def _log_to(path: Path) -> None:
     """What this process has to say, which Flower would throw away; the hospital's log is for the hospital alone."""
+    for handler in list(log.handlers):
+        if isinstance(handler, RotatingFileHandler):  # of another hospital, in a simulation
+            log.removeHandler(handler)
+            handler.close()
     handler = RotatingFileHandler(path, maxBytes=1_000_000, backupCount=1)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)

@@ -70,6 +70,7 @@ def environment(folder: Path) -> dict[str, str]:
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",  # seconds until a message's process is started; 1 if left out
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         # For the process that runs the app: it starts in another folder.
         "PYTHONPATH": os.pathsep.join(filter(None, [str(repo_root()), os.environ.get("PYTHONPATH")])),
@@ -100,15 +101,18 @@ def running(folder: Path) -> dict[str, psutil.Process]:
 def _launch(folder: Path, name: str, arguments: Sequence[str]) -> psutil.Process:
     run = folder / ".run"
     run.mkdir(mode=0o700, exist_ok=True)
-    command = [sys.executable, "-m", "primia_lite.federation.flower_process", *arguments]
     with (run / f"{name}.log").open("ab") as output:
         started = subprocess.Popen(
-            command, cwd=folder, env=environment(folder), stdin=subprocess.DEVNULL, stdout=output,
+            _command(arguments), cwd=folder, env=environment(folder), stdin=subprocess.DEVNULL, stdout=output,
             stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
     process = psutil.Process(started.pid)
     (run / f"{name}.pid").write_text(f"{started.pid} {process.create_time()}")
     return process
+
+
+def _command(arguments: Sequence[str]) -> list[str]:
+    return [sys.executable, "-m", "primia_lite.federation.flower_process", *arguments]
 
 
 def _require_port(host: str, port: int, what: str) -> None:
@@ -268,12 +272,14 @@ def flwr(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=120)
 
 
-def _json(folder: Path, *arguments: str) -> dict:
+def _json(folder: Path, *arguments: str, tries: int = 1) -> dict:
     done = flwr(folder, *arguments, "--format", "json")
     try:
         content = json.loads(done.stdout[done.stdout.index("{") :])
     except ValueError as error:
-        what = (done.stderr or done.stdout).strip()
+        if tries > 1:
+            return _json(folder, *arguments, tries=tries - 1)
+        what = (done.stderr or done.stdout).strip() or f"exit status {done.returncode}"
         raise UserError(f"the server doesn't answer `flwr {' '.join(arguments)}`: {what}") from error
     if content.get("success") is False:
         raise UserError(f"flwr {' '.join(arguments)}: {content.get('error-message', content)}")
@@ -304,9 +310,17 @@ def submit(folder: Path, settings: Mapping[str, object], app: Path | None = None
 
 
 def run_status(folder: Path, run: int) -> tuple[str, str]:
-    """Status and details of a run, as ``flwr list`` has them; ``flwr run --stream`` ends well whatever happened."""
-    (row,) = [r for r in _json(folder, "list", "here", "--run-id", str(run))["runs"] if int(r["run-id"]) == run]
+    """Status and details of a run by ``flwr list``: ``flwr run --stream`` reports success whatever happened."""
+    rows = _json(folder, "list", "here", "--run-id", str(run), tries=3)["runs"]
+    (row,) = [row for row in rows if int(row["run-id"]) == run]
     return row["status"], str(row.get("status-details") or row.get("details") or "")
+
+
+def _rounds(folder: Path, rounds: int | None) -> int:
+    agreed = json.loads((folder / SERVER / "study.json").read_text())["rounds"]
+    if rounds is not None and not 1 <= rounds <= agreed:
+        raise UserError(f"rounds is {rounds}: the hospitals agreed to 1 to {agreed}")
+    return agreed if rounds is None else rounds
 
 
 def run(folder: Path, rounds: int | None, *, fresh: bool = False, ask_s: float = 15.0, show=print) -> dict:
@@ -330,10 +344,7 @@ def run(folder: Path, rounds: int | None, *, fresh: bool = False, ask_s: float =
     server, _ = parts(folder)
     if not server:
         raise UserError(f"{folder} holds no server: runs begin on the server's machine")
-    study = json.loads((folder / SERVER / "study.json").read_text())
-    rounds = study["rounds"] if rounds is None else rounds
-    if not 1 <= rounds <= study["rounds"]:
-        raise UserError(f"rounds is {rounds}: the hospitals agreed to 1 to {study['rounds']}")
+    rounds = _rounds(folder, rounds)
     history = folder / SERVER / "run" / "history.json"
     history.unlink(missing_ok=True)
     number = submit(folder, {"rounds": rounds, "fresh": fresh})
@@ -360,3 +371,48 @@ def run(folder: Path, rounds: int | None, *, fresh: bool = False, ask_s: float =
         why = found.get("error") or details or f"`flwr log {number} here` may tell"
         raise UserError(f"run {number} failed ({state}). {why}")
     return found
+
+
+def simulate(folder: Path, rounds: int | None, *, fresh: bool = False) -> dict:
+    """As :func:`run`, on Flower's simulation (Ray) in place of processes over TLS: no port is opened.
+
+    Raises
+    ------
+    UserError
+        The folder lacks the server or hospitals, Ray isn't installed, or the run failed.
+    """
+    require_flower()
+    if find_spec("ray") is None:
+        raise UserError("Ray isn't installed: pip install 'primia-lite[flower-simulation]'")
+    server, hospitals = parts(folder)
+    if not (server and hospitals):
+        raise UserError(f"{folder} must hold the server and hospitals: primia-lite deploy init")
+    os.environ.update(environment(folder) | {"RAY_USAGE_STATS_ENABLED": "0"})
+    from flwr.clientapp import ClientApp
+    from flwr.serverapp import ServerApp
+    from flwr.simulation import run_simulation
+
+    from primia_lite.federation import flower_app, flower_server
+
+    client_app, server_app = ClientApp(), ServerApp()
+    folders = [(folder / name).resolve() for name in hospitals]
+    home = (folder / SERVER).resolve()
+    rounds = _rounds(folder, rounds)
+
+    @client_app.train()
+    def _train(message, context):
+        return flower_app.answer_in(folders[context.node_config["partition-id"]], message)
+
+    @server_app.main()
+    def _main(grid, context):
+        flower_server.train_in_folder(grid, home, rounds, fresh=fresh)
+
+    history = home / "run" / "history.json"
+    history.unlink(missing_ok=True)
+    resources = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
+    try:
+        run_simulation(server_app, client_app, len(folders), backend_config=resources)
+    except RuntimeError as error:
+        why = json.loads(history.read_text()).get("error", error) if history.exists() else error
+        raise UserError(f"the simulation failed: {why}") from error
+    return json.loads(history.read_text())
