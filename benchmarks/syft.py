@@ -23,7 +23,7 @@ from primia_lite import models, runtime  # noqa: E402
 from primia_lite.federation.hospital import Hospital  # noqa: E402
 from primia_lite.federation.rounds import Schedule, Server  # noqa: E402
 from primia_lite.federation.secagg import Agreement  # noqa: E402
-from primia_lite.federation.syft_study import Study  # noqa: E402
+from primia_lite.federation.study import Study  # noqa: E402
 from primia_lite.federation.syft_transport import in_memory  # noqa: E402
 from primia_lite.privacy.dpsgd import Privacy  # noqa: E402
 from primia_lite.privacy.ledger import Ledger  # noqa: E402

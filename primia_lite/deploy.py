@@ -119,7 +119,7 @@ def _server(args) -> None:
 
 def _join(args) -> None:
     flower_setup = _setup()
-    from primia_lite.federation.syft_study import Study
+    from primia_lite.federation.study import Study
 
     try:
         study, ca = args.study.read_bytes(), args.ca.read_bytes()

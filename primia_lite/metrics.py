@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -17,24 +18,11 @@ def pneumonia_score(probabilities: np.ndarray) -> np.ndarray:
 
 
 def auroc(probabilities: np.ndarray, labels: np.ndarray) -> float:
-    """Area under the ROC curve, normal versus pneumonia of any kind; nan where only one of them is present.
-
-    By ranks (Mann and Whitney 1947): a bootstrap asks thousands of times, and scikit-learn takes fifty times as long.
-
-    Raises
-    ------
-    ValueError
-        A probability is not finite.
-    """
-    score, positive = pneumonia_score(probabilities), np.asarray(labels) > 0
-    if not np.isfinite(score).all():
-        raise ValueError("AUROC of probabilities that are not finite")
-    n_sick, n_well = int(positive.sum()), int((~positive).sum())
-    if not n_sick or not n_well:
+    """Area under the ROC curve, normal versus pneumonia of any kind; nan where only one of them is present."""
+    positive = labels > 0
+    if positive.all() or not positive.any():
         return float("nan")
-    _, place, count = np.unique(score, return_inverse=True, return_counts=True)
-    rank = (count.cumsum() - (count - 1) / 2)[place]  # from 1; ties share their mean
-    return float((rank[positive].sum() - n_sick * (n_sick + 1) / 2) / (n_sick * n_well))
+    return float(sk.roc_auc_score(positive, pneumonia_score(probabilities)))
 
 
 def accuracy(probabilities: np.ndarray, labels: np.ndarray) -> float:
@@ -44,10 +32,9 @@ def accuracy(probabilities: np.ndarray, labels: np.ndarray) -> float:
 
 def mcc(probabilities: np.ndarray, labels: np.ndarray) -> float:
     """Matthews correlation coefficient over all classes (Gorodkin 2004); 0 where only one is called or present."""
-    count = confusion(probabilities, labels)
-    true, called, n = count.sum(1), count.sum(0), count.sum()
-    spread = float(n**2 - (true**2).sum()) * float(n**2 - (called**2).sum())
-    return float((np.trace(count) * n - (true * called).sum()) / np.sqrt(spread)) if spread else 0.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return float(sk.matthews_corrcoef(labels, probabilities.argmax(1)))
 
 
 def scores(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -83,8 +70,7 @@ def sensitivity_specificity(
 
 def confusion(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Counts, int [K, K]: true class by row, called class by column."""
-    k = probabilities.shape[1]
-    return np.bincount(np.asarray(labels) * k + probabilities.argmax(1), minlength=k * k).reshape(k, k)
+    return sk.confusion_matrix(labels, probabilities.argmax(1), labels=range(probabilities.shape[1]))
 
 
 def calibration(probabilities: np.ndarray, labels: np.ndarray, bins: int = 10) -> tuple[np.ndarray, np.ndarray]:

@@ -127,7 +127,9 @@ def train(
     shuffle = _shuffle(rng)
     weight = _class_weights(training, films.labels)
     model.train()
-    optimizer = Descent(model.parameters(), training.learning_rate, training.momentum, training.weight_decay)
+    optimizer = torch.optim.SGD(
+        model.parameters(), training.learning_rate, momentum=training.momentum, weight_decay=training.weight_decay
+    )
     if privacy:
         step = PrivateStep(model, optimizer, privacy, expected_batch, rng.child("noise"), films)
         batches = _private_batches(films, training, privacy, rng)
@@ -209,38 +211,10 @@ _PART_FILMS = 256
 _CACHE_BYTES = 8 * 2**20
 
 
-class Descent:
-    """SGD with momentum and weight decay, as ``torch.optim.SGD`` has it, number for number.
-
-    That one imports the compiler of torch when it is made: for a short job, most of the time that it takes.
-    """
-
-    def __init__(self, parameters, learning_rate: float, momentum: float = 0.0, weight_decay: float = 0.0):
-        self.parameters = [p for p in parameters if p.requires_grad]
-        self.learning_rate, self.momentum, self.weight_decay = learning_rate, momentum, weight_decay
-        self.velocity: dict[int, torch.Tensor] = {}
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for number, p in enumerate(self.parameters):
-            if p.grad is None:
-                continue
-            change = p.grad.add(p, alpha=self.weight_decay) if self.weight_decay else p.grad
-            if self.momentum:
-                before = self.velocity.get(number)
-                change = change.clone() if before is None else before.mul_(self.momentum).add_(change)
-                self.velocity[number] = change
-            p.add_(change, alpha=-self.learning_rate)
-
-    def zero_grad(self) -> None:
-        for p in self.parameters:
-            p.grad = None
-
-
 class _PlainStep:
     """One step of SGD on the mean loss of a batch."""
 
-    def __init__(self, model: nn.Module, optimizer: Descent):
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer):
         self.model, self.optimizer = model, optimizer
 
     def __call__(self, losses_of, index: torch.Tensor) -> float:

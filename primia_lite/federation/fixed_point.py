@@ -90,7 +90,10 @@ def integers(values: np.ndarray) -> np.ndarray:
         A value that 32 bits can't hold.
     """
     if len(values) and not (values.min() >= -(2**31) and values.max() < 2**31):
-        raise UserError(f"the update has the value {values[np.abs(values).argmax()]}, which 32 bits can't hold")
+        raise UserError(
+            f"the update has the value {values[np.abs(values).argmax()]}, which 32 bits can't hold: agree on a coarser "
+            "scale (SharedNoise chooses one from the declared sizes)"
+        )
     return values.astype(np.int32).view(np.uint32)
 
 

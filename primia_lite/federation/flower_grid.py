@@ -25,7 +25,7 @@ from primia_lite.federation.aggregation import length
 from primia_lite.federation.flower_hospital import Site
 from primia_lite.federation.hospital import Hospital
 from primia_lite.federation.rounds import Result, Schedule, Server
-from primia_lite.federation.syft_study import Study
+from primia_lite.federation.study import Study
 from primia_lite.models import Films
 from primia_lite.privacy.dpsgd import Privacy
 from primia_lite.training import Training

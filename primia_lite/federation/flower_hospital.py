@@ -32,7 +32,7 @@ from primia_lite.runtime import write_atomic
 
 if TYPE_CHECKING:
     from primia_lite.federation.hospital import Hospital
-    from primia_lite.federation.syft_study import Study
+    from primia_lite.federation.study import Study
     from primia_lite.models import Films
 
 CONFIG, STUDY, IDENTITY, ROUNDS, LEDGER = "hospital.toml", "study.json", "identity.pem", "rounds.json", "ledger.sqlite"
@@ -85,7 +85,7 @@ class Site:
 
     @cached_property
     def study(self) -> Study:
-        from primia_lite.federation.syft_study import Study
+        from primia_lite.federation.study import Study
 
         return Study.from_bytes(self._study_text)
 
@@ -223,7 +223,7 @@ class SiteInFolder(Site):
 
     def _prepared(self, study: Study) -> Films:
         """The films as the model takes them, kept from the first round on: a cohort doesn't change in a study."""
-        from primia_lite.federation.syft_study import films_from
+        from primia_lite.federation.study import films_from
         from primia_lite.models import prepare
 
         training = study.training

@@ -29,7 +29,7 @@ from primia_lite.federation.aggregation import Aggregate, check, unflat
 from primia_lite.federation.flower_hospital import STUDY, fingerprint
 from primia_lite.federation.hospital import State
 from primia_lite.federation.rounds import Schedule, Server, serve
-from primia_lite.federation.syft_study import Study
+from primia_lite.federation.study import Study
 from primia_lite.runtime import write_atomic
 
 CONFIG, MODEL, HISTORY = "server.toml", "model.pt", "history.json"

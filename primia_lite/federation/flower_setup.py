@@ -29,7 +29,7 @@ from primia_lite.federation.flower_server import CONFIG as SERVER_CONFIG
 from primia_lite.federation.hospital import declare_size
 from primia_lite.federation.rounds import Schedule, Server
 from primia_lite.federation.secagg import Agreement, default_threshold
-from primia_lite.federation.syft_study import Study
+from primia_lite.federation.study import Study
 from primia_lite.privacy.dpsgd import Privacy
 from primia_lite.privacy.shared import SharedNoise
 from primia_lite.training import Training

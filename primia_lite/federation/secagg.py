@@ -171,6 +171,7 @@ class Agreement:
         return FixedPoint(self.clip, len(self.identities))
 
     def weight(self, *names: str) -> float:
+        """The share of some hospitals in all declared sizes, in (0, 1]."""
         return sum(self.sizes[name] for name in names) / sum(self.sizes.values())
 
     @cached_property
@@ -242,11 +243,13 @@ class Reply:
     vector: np.ndarray | None = None
 
     def signed(self, agreement: Agreement) -> bytes:
+        """What the signature is over."""
         vector = "" if self.vector is None else hashlib.sha256(np.ascontiguousarray(self.vector).view("u1")).hexdigest()
         content = [_PROTOCOL, agreement.digest, self.session, self.step, self.sender, self.body, vector]
         return json.dumps(content, sort_keys=True).encode()
 
     def to_bytes(self) -> bytes:
+        """The head's length (4 bytes), the head, and the vector in little-endian words."""
         head, tail = self.split()
         return b"".join([struct.pack("<I", len(head)), head, b"" if tail is None else memoryview(tail).cast("B")])
 
@@ -257,6 +260,13 @@ class Reply:
 
     @classmethod
     def from_bytes(cls, content: bytes) -> Reply:
+        """The inverse of :meth:`to_bytes`.
+
+        Raises
+        ------
+        ProtocolError
+            The bytes are cut short or can't be read.
+        """
         if len(content) < 4 or len(content) < 4 + (size := struct.unpack_from("<I", content)[0]):
             raise ProtocolError("a message that was cut short")
         vector = None
@@ -268,7 +278,13 @@ class Reply:
 
     @classmethod
     def joined(cls, head: bytes, vector: np.ndarray | None) -> Reply:
-        """The inverse of :meth:`split`."""
+        """The inverse of :meth:`split`.
+
+        Raises
+        ------
+        ProtocolError
+            The head can't be read.
+        """
         try:
             sender, session, step, body, signature = json.loads(head)
             if type(session) is not int or not (_texts([sender, step]) and isinstance(body, dict)):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from primia_lite.config import UserError
-from primia_lite.federation.syft_study import REQUEST, ROUND, RUN, RUN_SH, STUDY, Files, Study
+from primia_lite.federation.study import REQUEST, ROUND, RUN, RUN_SH, STUDY, Files, Study
 
 # What asks for packages, by name.
 DEPENDENCY_FILES = ("pyproject.toml", "requirements.txt", "setup.py", "setup.cfg", "uv.lock", "environment.yml")
@@ -109,7 +109,7 @@ def verdict(files: Files, approvals: Mapping[str, Approval]) -> str:
     files
         The job, by path.
     approvals
-        What the hospital has approved, by :func:`~primia_lite.federation.syft_study.digest`.
+        What the hospital has approved, by :func:`digest`.
     """
     if why := asks_for_packages(files):
         return why

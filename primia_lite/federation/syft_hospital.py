@@ -37,6 +37,7 @@ from syft_rds import SyftRDSClient
 from primia_lite.config import UserError
 from primia_lite.federation import secagg
 from primia_lite.federation.hospital import Hospital
+from primia_lite.federation.study import REQUEST, STUDY, Files, Study, films_to_bytes
 from primia_lite.federation.syft_approval import (
     Approval,
     Refused,
@@ -49,7 +50,6 @@ from primia_lite.federation.syft_approval import (
     verdict,
 )
 from primia_lite.federation.syft_process import run_job
-from primia_lite.federation.syft_study import REQUEST, STUDY, Files, Study, films_to_bytes
 from primia_lite.models import Films
 from primia_lite.runtime import write_atomic
 from primia_lite.training import check_options

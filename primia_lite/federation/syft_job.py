@@ -1,7 +1,7 @@
 """A hospital's part of a round: train on its films, from the global weights. Runs there, as a job of its own."""
 
 from primia_lite.federation.hospital import local_update
-from primia_lite.federation.syft_study import Round
+from primia_lite.federation.study import Round
 
 if __name__ == "__main__":
     here = Round.here()

@@ -18,7 +18,7 @@ import numpy as np
 
 import primia_lite
 from primia_lite.config import UserError
-from primia_lite.federation.syft_study import FILMS_VARIABLE, NAME_VARIABLE, OUTPUT, RUN, Files
+from primia_lite.federation.study import FILMS_VARIABLE, NAME_VARIABLE, OUTPUT, RUN, Files
 
 
 class JobError(UserError):

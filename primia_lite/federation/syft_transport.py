@@ -36,10 +36,10 @@ from primia_lite.federation.aggregation import Aggregate, check, length, unflat
 from primia_lite.federation.hospital import Hospital, State
 from primia_lite.federation.progress import RoundProgress
 from primia_lite.federation.rounds import Result, Schedule, Server, serve
+from primia_lite.federation.study import CODE, REQUEST, ROUND, RUN, RUN_SH, Files, Study, films_from, round_file
 from primia_lite.federation.syft_approval import DEPENDENCY_FILES
 from primia_lite.federation.syft_hospital import REPLY, Site, quiet
 from primia_lite.federation.syft_process import run_job
-from primia_lite.federation.syft_study import CODE, REQUEST, ROUND, RUN, RUN_SH, Files, Study, films_from, round_file
 from primia_lite.models import Films
 
 

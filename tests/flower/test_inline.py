@@ -15,7 +15,7 @@ from primia_lite.federation.aggregation import SecureAggregation
 from primia_lite.federation.flower_hospital import OtherStudy, Site, fingerprint
 from primia_lite.federation.hospital import Hospital
 from primia_lite.federation.rounds import Schedule, federate
-from primia_lite.federation.syft_study import Study
+from primia_lite.federation.study import Study
 from primia_lite.models import Films
 from primia_lite.privacy.dpsgd import Privacy
 from primia_lite.privacy.ledger import Ledger

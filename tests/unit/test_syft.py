@@ -17,9 +17,9 @@ from primia_lite.config import UserError
 from primia_lite.federation.hospital import Hospital
 from primia_lite.federation.rounds import Schedule, Server, federate
 from primia_lite.federation.secagg import Agreement, ProtocolError, Reply, TooFewSurvivors
+from primia_lite.federation.study import CODE, REQUEST, STUDY, Study, job_code
 from primia_lite.federation.syft_approval import Refused
 from primia_lite.federation.syft_hospital import REPLY, Site, quiet
-from primia_lite.federation.syft_study import CODE, REQUEST, STUDY, Study, job_code
 from primia_lite.federation.syft_transport import Federation, federate_with_syft, in_memory
 from primia_lite.privacy.accounting import Release
 from primia_lite.privacy.dpsgd import Privacy
@@ -120,7 +120,7 @@ def left(federation) -> bytes:
 LEAKY = """
 import os, shutil
 from pathlib import Path
-from primia_lite.federation.syft_study import Round
+from primia_lite.federation.study import Round
 here = Round.here()
 print("LEAK", here.films.patient_id[0])
 print(os.environ, file=__import__("sys").stderr)

@@ -13,7 +13,7 @@ from primia_lite import training as product
 from primia_lite.config import UserError
 from primia_lite.models import Films, build
 from primia_lite.privacy.rng import SecureGenerator
-from primia_lite.training import Descent, Training, augment, predict, shuffled_batches, train
+from primia_lite.training import Training, augment, predict, shuffled_batches, train
 
 
 def tabular(n=40, d=6, classes=3, seed=0, views=1):
@@ -60,27 +60,6 @@ def test_full_batches_are_plain_sgd(weights, smoothing):
         want.append(float(loss.detach()))
     same(model, plain, atol=1e-6, rtol=1e-5)
     np.testing.assert_allclose(losses, want, rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "options", [{}, {"momentum": 0.8}, {"weight_decay": 0.01}, {"momentum": 0.9, "weight_decay": 0.1}]
-)
-def test_descent_is_torchs_sgd_number_for_number(options):
-    generator = torch.Generator().manual_seed(0)
-    start = [torch.randn(4, 5, generator=generator), torch.randn(7, generator=generator), torch.randn(2)]
-    ours, theirs = ([nn.Parameter(value.clone()) for value in start] for _ in range(2))
-    ours[2].requires_grad_(False)
-    steps = Descent(ours, 0.3, **options), torch.optim.SGD(theirs[:2], 0.3, **options)
-    for number in range(4):
-        grads = [torch.randn(value.shape, generator=generator) for value in start[:2]]
-        for parameters, step in zip((ours, theirs), steps, strict=True):
-            for p, grad in zip(parameters, grads, strict=False):
-                p.grad = None if number == 2 and p.dim() == 1 else grad.clone()
-            step.step()
-            step.zero_grad()
-            assert all(p.grad is None for p in parameters)
-    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-    assert not torch.equal(ours[0], start[0])
 
 
 def test_training_repeats_by_seed():

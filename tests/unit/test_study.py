@@ -11,9 +11,9 @@ import pytest
 
 from primia_lite.config import UserError
 from primia_lite.federation.secagg import Agreement
+from primia_lite.federation.study import CODE, REQUEST, ROUND, RUN, STUDY, Study, job_code
 from primia_lite.federation.syft_approval import Approval, changes, difference, digest, verdict
 from primia_lite.federation.syft_process import JobError, run_job
-from primia_lite.federation.syft_study import CODE, REQUEST, ROUND, RUN, STUDY, Study, job_code
 from primia_lite.privacy.accounting import Release
 from primia_lite.privacy.dpsgd import Privacy
 from primia_lite.privacy.shared import SharedNoise
