@@ -121,8 +121,8 @@ def flower_s(folder: Path, rounds: int = TLS_ROUNDS) -> dict[str, list[float]]:
         (app / name).write_text(text)
 
     def stock(arguments):  # ours lets no other app in
-        which, *others = arguments
-        module = {"supernode": "supernode", "superlink": "superlink"}[which]
+        module, *others = arguments
+        others = others[module == "supernode" :]  # the hospital's folder
         return [sys.executable, "-c", f"from flwr.{module}.cli import flower_{module} as f; f()", *others]
 
     with mock.patch.object(flower_deploy, "_command", stock):

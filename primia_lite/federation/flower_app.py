@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import os
-from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +26,10 @@ except ImportError as error:
         "Flower isn't installed: `make flower` sets it up in a checkout, `pip install 'primia-lite[flower]'` elsewhere"
     ) from error
 
-from primia_lite.federation.flower_hospital import OtherStudy, Site, SiteInFolder
+from primia_lite.federation.flower_hospital import OtherStudy, Site, SiteInFolder, log_to
+from primia_lite.federation.flower_worker import Relay
 from primia_lite.federation.secagg import Reply
 
-LOG = "hospital.log"
 SERVER_VARIABLE = "PRIMIA_LITE_SERVER"  # the server's folder, in the environment of its SuperLink
 _REFUSED = 100  # code of an error reply; Flower's own are below
 log = logging.getLogger("primia_lite")
@@ -46,25 +45,13 @@ def _train(message: Message, context: Context) -> Message:
 
 def answer_in(folder: Path, message: Message) -> Message:
     """The reply of the hospital whose folder it is."""
-    _log_to(folder / LOG)
+    log_to(folder)
     try:
-        site = SiteInFolder(folder)
+        site = Relay.to(folder) or SiteInFolder(folder)
     except Exception as error:
         log.warning("this hospital can't answer: %s", error)
         return refusal(message)
     return respond(site, message)
-
-
-def _log_to(path: Path) -> None:
-    """What this process has to say, which Flower would throw away; the hospital's log is for the hospital alone."""
-    for handler in list(log.handlers):
-        if isinstance(handler, RotatingFileHandler):  # of another hospital, in a simulation
-            log.removeHandler(handler)
-            handler.close()
-    handler = RotatingFileHandler(path, maxBytes=1_000_000, backupCount=1)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
 
 
 @server_app.main()
@@ -78,7 +65,7 @@ def _main(grid: Grid, context: Context) -> None:
 # --- at a hospital ----------------------------------------------------------------------------------------------------
 
 
-def respond(site: Site, message: Message) -> Message:
+def respond(site: Site | Relay, message: Message) -> Message:
     """A hospital's reply. It never raises: Flower would send the error's text, which may tell of films."""
     try:
         request = message.content["request"]

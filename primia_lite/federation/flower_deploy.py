@@ -214,9 +214,9 @@ def _start_supernode(folder: Path, name: str, port: int) -> None:
     _require_port("127.0.0.1", port, f"hospital {name}'s local port")
     place = json.dumps(str((folder / name).resolve()))
     process = _launch(folder, name, [
-        "supernode", "--superlink", config["superlink"], "--root-certificates", f"{name}/ca.crt",
-        "--auth-supernode-private-key", f"{name}/supernode", "--host", "127.0.0.1", "--port", str(port),
-        "--node-config", f"folder={place}",
+        "supernode", str((folder / name).resolve()), "--superlink", config["superlink"], "--root-certificates",
+        f"{name}/ca.crt", "--auth-supernode-private-key", f"{name}/supernode", "--host", "127.0.0.1",
+        "--port", str(port), "--node-config", f"folder={place}",
     ])  # fmt: skip
     _wait(process, folder, name, lambda: _listens("127.0.0.1", port))
 

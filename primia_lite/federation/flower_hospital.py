@@ -1,6 +1,6 @@
 """A hospital behind Flower: its folder, and how it answers the server's messages.
 
-Each message is answered by a new process, so what a round needs is kept between messages, in the hospital's own folder
+A process may end between two messages, so what a round needs is kept between messages, in the hospital's own folder
 and readable by its owner alone: Flower's ``Context.state`` would lie in the SuperNode's memory, pass through its local
 port, and be gone when it restarts, and with it the number of the last round, which keeps an update from being summed
 twice. Nothing that the server sends decides how films are used: training, privacy and the agreement on secure
@@ -17,6 +17,7 @@ import logging
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from primia_lite.models import Films
 
 CONFIG, STUDY, IDENTITY, ROUNDS, LEDGER = "hospital.toml", "study.json", "identity.pem", "rounds.json", "ledger.sqlite"
+LOG = "hospital.log"
 log = logging.getLogger("primia_lite")
 
 
@@ -273,3 +275,15 @@ def read_identity(path: Path) -> Ed25519PrivateKey:
     if not isinstance(key, Ed25519PrivateKey):
         raise UserError(f"{path} holds no Ed25519 key: take the one that primia-lite deploy made")
     return key
+
+
+def log_to(folder: Path) -> None:
+    """Write what this process has to say to a hospital's log: Flower would throw it away. For the hospital alone."""
+    for handler in list(log.handlers):
+        if isinstance(handler, RotatingFileHandler):  # of another hospital, in a simulation
+            log.removeHandler(handler)
+            handler.close()
+    handler = RotatingFileHandler(folder / LOG, maxBytes=1_000_000, backupCount=1)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)

@@ -3,7 +3,7 @@
 ``supernode`` takes no code from the server. Stock Flower runs at a hospital whatever app the server's operator (or
 whoever else reaches its control API) submits; here the app must be, byte for byte, the one file that this module
 writes, which names the installed package's own :mod:`~primia_lite.federation.flower_app`. Messages of any other app
-are dropped.
+are dropped. It starts the hospital's own process (:mod:`~primia_lite.federation.flower_worker`).
 
 ``superlink`` answers requests from other machines only where SuperNodes need it, below ``/v1/fleet``. Stock Flower has
 its control API, which asks for no credential and runs what it is sent, on the same port. Whoever works on the server's
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import subprocess
 import sys
 from contextlib import contextmanager
 
@@ -117,7 +118,11 @@ def main() -> None:
         from flwr.supernode.cli import flower_supernode
 
         guard_supernode()
+        command = [sys.executable, "-m", "primia_lite.federation.flower_worker", sys.argv.pop(1)]
+        # It ends when its standard input closes, with this process; so the pipe must be held.
+        worker = None if sys.platform == "win32" else subprocess.Popen(command, stdin=subprocess.PIPE)
         flower_supernode()
+        del worker
     else:
         from flwr.superlink.cli import flower_superlink
 

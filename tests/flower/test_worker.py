@@ -1,0 +1,124 @@
+"""The hospital's own process: it answers as its folder would, and gives nothing away when it can't."""
+
+import os
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from primia_lite.federation import flower_setup, secagg
+from primia_lite.federation.flower_hospital import OtherStudy, SiteInFolder
+from primia_lite.federation.flower_worker import SOCKET, Relay
+from primia_lite.federation.rounds import Schedule, Server
+from primia_lite.federation.study import Study
+
+pytestmark = [pytest.mark.flower, pytest.mark.skipif(sys.platform == "win32", reason="no Unix sockets")]
+FILMS = {"source": "phantom", "size": 28, "n_films": 60}
+
+
+@pytest.fixture
+def worker(tmp_path):
+    """A study of three, and the process of hospital A."""
+    folder = tmp_path / "federation"
+    flower_setup.make_all(folder, ["A", "B", "C"], FILMS, port=9300, target_epsilon=None, rounds=2, model="mlp")
+    command = [sys.executable, "-m", "primia_lite.federation.flower_worker", str(folder / "A")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+        try:
+            wait_for(lambda: (folder / "A" / SOCKET).exists())
+            yield folder, process
+        finally:
+            process.kill()
+
+
+def wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def weights_of(folder: Path, agreed: Study) -> dict[str, np.ndarray]:
+    config = tomllib.loads((folder / "server" / "server.toml").read_text())
+    state = Server.start(agreed.training, Schedule(2), tuple(config["in_shape"]), agreed.seed).state
+    return {name: value.numpy() for name, value in state.items()}
+
+
+def test_a_round_through_it_ends_with_the_sum(worker):
+    folder, _ = worker
+    agreed = Study.from_bytes((folder / "server" / "study.json").read_bytes())
+    sites = {name: SiteInFolder(folder / name) for name in "ABC"}
+    weights = weights_of(folder, agreed)
+    server = secagg.Server(agreed.agreement, 2)
+
+    def exchange(step, requests):
+        for name, request in requests.items():
+            site = Relay.to(folder / "A") if name == "A" else sites[name]
+            (reply,) = site.answer(sites[name].fingerprint, [request], 1, weights if step == "mask" else None)
+            assert (reply.sender, reply.step) == (name, step)
+            yield reply
+
+    assert secagg.run(server, exchange) == []
+    assert list(server.survivors) == ["A", "B", "C"]
+    expected = np.zeros(agreed.agreement.length, np.uint32)
+    for name, site in sites.items():  # without DP a round's update is drawn from the study's seed
+        update = site._update(1, weights)
+        expected += agreed.agreement.fixed_point.quantise(update, agreed.agreement.weight(name))
+    assert np.array_equal(server.total, expected.view(np.int32))
+    # Its memory holds nothing that the folder doesn't: another process goes on where it was.
+    request = secagg.Server(agreed.agreement, 2).requests()["A"]
+    assert sites["A"].answer(sites["A"].fingerprint, [request]) == []
+
+
+def test_nobody_else_can_reach_it(worker):
+    folder, _ = worker
+    place = Path((folder / "A" / SOCKET).read_text()).parent
+    assert place.stat().st_mode & 0o777 == 0o700
+    assert (folder / "A" / SOCKET).stat().st_mode & 0o777 == 0o600
+
+
+def test_why_it_refuses_stays_in_the_hospitals_log(worker):
+    folder, _ = worker
+    relay = lambda: Relay.to(folder / "A")  # noqa: E731
+    with pytest.raises(OtherStudy, match="need the same study.json"):
+        relay().answer("0" * 64, [])
+    own = SiteInFolder(folder / "A").fingerprint
+    assert relay().answer(own, [b"not a request"]) == []
+    identity = folder / "A" / "identity.pem"
+    identity.chmod(0o644)
+    os.utime(identity)
+    with pytest.raises(EOFError) as caught:
+        relay().answer(own, [])
+    assert str(caught.value) == ""
+    assert "can be read by others" in (folder / "A" / "hospital.log").read_text()
+    identity.chmod(0o600)
+    os.utime(identity)
+    assert relay().answer(own, []) == []
+
+
+def test_a_study_joined_meanwhile_counts(worker):
+    folder, _ = worker
+    own = SiteInFolder(folder / "A").fingerprint
+    assert Relay.to(folder / "A").answer(own, []) == []
+    study = folder / "A" / "study.json"
+    study.write_bytes(study.read_bytes() + b"\n")
+    with pytest.raises(OtherStudy):
+        Relay.to(folder / "A").answer(own, [])
+
+
+@pytest.mark.parametrize("how", ["kill", "terminate", "closed"])
+def test_when_it_ends_flowers_process_answers_by_itself(worker, how):
+    folder, process = worker
+    process.stdin.close() if how == "closed" else getattr(process, how)()
+    process.wait(20)
+    assert Relay.to(folder / "A") is None
+    if how != "kill":
+        assert not (folder / "A" / SOCKET).exists()
+
+
+def test_flowers_process_imports_no_torch():
+    code = "import sys; import primia_lite.federation.flower_app; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
