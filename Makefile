@@ -72,7 +72,7 @@ test-browser: setup chromium
 	@$(TEST_ENV) $(BIN)/python -m pytest -m browser -n 2 --dist worksteal $(if $(filter tests,$(TESTS)),tests/browser,$(TESTS))
 
 test-flower: flower
-	@$(TEST_ENV) $(FLOWER_BIN)/python -m pytest -m flower $(if $(filter tests,$(TESTS)),tests/flower tests/unit/test_lock.py,$(TESTS))
+	@$(TEST_ENV) $(FLOWER_BIN)/python -m pytest -m flower -n 2 --dist loadfile $(if $(filter tests,$(TESTS)),tests/flower tests/unit/test_lock.py,$(TESTS))
 
 flower: setup
 	@[ "$$(cat $(FLOWER)/.stamp 2>/dev/null)" = "$(FLOWER_KEY)" ] && $(FLOWER_BIN)/python -c "" 2>/dev/null \
@@ -102,9 +102,10 @@ chromium:
 	  exit 1; \
 	fi
 
-# Run the smoke profile and commit what it shows: outputs kept, whatever changes from run to run dropped.
+# Run the smoke profile and commit what it shows: outputs kept, whatever changes from run to run dropped. One at a time,
+# as outputs show times.
 refresh: setup
-	@$(BIN)/primia-lite run $(if $(ONLY),--only $(ONLY)) --out runs/refresh --fresh && \
+	@$(BIN)/primia-lite run --jobs 1 $(if $(ONLY),--only $(ONLY)) --out runs/refresh --fresh && \
 	for name in $$(sed -n 's/.*"notebook": "\(.*\)",/\1/p' runs/refresh/summary.json); do \
 	  cp runs/refresh/$$name.ipynb notebooks/ && \
 	  $(BIN)/nbstripout --keep-output --keep-count --extra-keys "metadata.papermill cell.metadata.papermill" notebooks/$$name.ipynb; \

@@ -34,12 +34,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"primia-lite {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    run = commands.add_parser("run", help="run the notebooks in order")
+    run = commands.add_parser("run", help="run the notebooks")
     run.add_argument("--profile", default="smoke", help="configs/<profile>.yaml (default: smoke)")
     run.add_argument("--data", metavar="SOURCE", help=f"{', '.join(DATA_SOURCES)} (default: what the profile says)")
     run.add_argument("--only", metavar="NN,NN", help="some notebooks, by number or name: 00,02")
     run.add_argument("--out", metavar="DIR", help="where everything goes (default: runs/<profile>-<data>)")
     run.add_argument("--skip-bad", action="store_true", help="leave out films that can't be read")
+    run.add_argument("--jobs", type=int, metavar="N", help="run N side by side (default: 2 in profile smoke, else 1)")
     run.add_argument("--fresh", action="store_true", help="don't resume what a killed run left")
     run.set_defaults(call=_run)
 
@@ -92,8 +93,9 @@ def _run(args: argparse.Namespace) -> int:
     from primia_lite.reproduce import run_notebooks
 
     return run_notebooks(
-        args.profile, source=args.data, only=args.only, out=args.out, skip_bad=args.skip_bad, fresh=args.fresh
-    )
+        args.profile, source=args.data, only=args.only, out=args.out, skip_bad=args.skip_bad, fresh=args.fresh,
+        jobs=args.jobs,
+    )  # fmt: skip
 
 
 def _doctor(args: argparse.Namespace) -> int:

@@ -1,26 +1,30 @@
-"""``primia-lite run``: every notebook in order, by a profile, with a summary of how each went."""
+"""``primia-lite run``: every notebook, by a profile, with a summary of how each went."""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, TextIO
 
 from primia_lite.config import DATA_SOURCES, UserError, data_root, load_profile, repo_root
 from primia_lite.notebook import Outcome, execute, parameter_names
-from primia_lite.runtime import write_atomic
+from primia_lite.runtime import cores, write_atomic
 
 SOURCE, SKIP_BAD = "source", "skip_bad"  # the notebooks' parameters that the command line sets
 CELL_TIMEOUT_S = {"smoke": 300}  # other profiles train for longer
 LONG_CELL_TIMEOUT_S = 3 * 3600
 CLEAR = "\r\x1b[K"  # back to the start of a terminal's line, and empty it
+STOP_S = 20  # for the kernels of an interrupted run to end
 
 
 @dataclass(frozen=True)
@@ -41,10 +45,14 @@ def run_notebooks(
     skip_bad: bool = False,
     fresh: bool = False,
     notebooks: Path | None = None,
+    jobs: int | None = None,
     cell_timeout_s: int | None = None,
     stream: TextIO | None = None,
 ) -> int:
     """Run notebooks and return 0, or 1 if one failed. A failing notebook doesn't stop the others.
+
+    ``jobs`` is how many run side by side. Default: two in profile ``smoke`` where there are two cores; one in others,
+    whose timings are published.
 
     ``out`` (default ``runs/<profile>-<source>``) gets the executed notebooks, ``summary.json`` and ``summary.md``,
     ``figures/``, ``results/`` and ``state/`` (checkpoints; a killed run resumes from them). One exception: profile
@@ -53,12 +61,15 @@ def run_notebooks(
     Raises
     ------
     UserError
-        Unknown profile, notebook, data source or parameter. Nothing has run then.
+        Unknown profile, notebook, data source or parameter, or ``jobs`` below 1. Nothing has run then.
     KeyboardInterrupt
         After the summary of what ran so far has been written.
     """
     stream = stream or sys.stdout
     plans = plan(profile, source=source, only=only, skip_bad=skip_bad, notebooks=notebooks, publish=out is None)
+    jobs = min(default_jobs(profile) if jobs is None else jobs, len(plans))
+    if jobs < 1:
+        raise UserError("--jobs must be at least 1")
     label = source or next((p.parameters[SOURCE] for p in plans if SOURCE in p.parameters), "phantom")
     folder = Path(out).expanduser().resolve() if out else repo_root() / "runs" / f"{profile}-{label}"
     try:
@@ -68,34 +79,123 @@ def run_notebooks(
     forget_finished(folder, [p.path.stem for p in plans], everything=fresh)
     timeout = cell_timeout_s or CELL_TIMEOUT_S.get(profile, LONG_CELL_TIMEOUT_S)
 
-    print(f"profile {profile}, data {label}, notebooks: {len(plans)} -> {folder}", file=stream, flush=True)
-    outcomes: list[Outcome] = []
+    at_a_time = f", {jobs} at a time" if jobs > 1 else ""
+    print(f"profile {profile}, data {label}, notebooks: {len(plans)}{at_a_time} -> {folder}", file=stream, flush=True)
+    outcomes: dict[int, Outcome] = {}
     progress = Progress(stream, len(plans))
-    for number, todo in enumerate(plans, 1):
-        progress.start(number, todo.path.stem)
-        started = time.perf_counter()
-        try:
-            command = f"primia-lite run --profile {profile} --data {label} --only {todo.path.stem}"
-            with environment(folder, profile if todo.publish else None, command):
-                outcome = execute(
-                    todo.path,
-                    folder / todo.path.name,
-                    todo.parameters,
-                    cell_timeout_s=timeout,
-                    kernels=folder / "state" / "jupyter",
-                    on_cell=progress.cell,
-                )
-        except KeyboardInterrupt:
-            outcomes.append(
-                Outcome(todo.path.stem, "interrupted", time.perf_counter() - started, 0.0, progress.n_cells)
+    tasks = [Task(todo, folder, profile, label, timeout, _threads(jobs)) for todo in plans]
+
+    def save() -> None:
+        save_summary(folder, profile, label, [outcomes[number] for number in sorted(outcomes)])
+
+    try:
+        with closing((_one_by_one if jobs == 1 else _side_by_side)(tasks, progress, jobs)) as ran:
+            for number, outcome in ran:
+                outcomes[number] = outcome
+                progress.end(number, outcome)
+                save()
+    except KeyboardInterrupt:
+        for number, running in progress.running.items():
+            took = time.perf_counter() - running.started
+            outcomes[number] = Outcome(running.name, "interrupted", took, 0.0, running.n_cells)
+        save()
+        raise
+    found = [outcomes[number] for number in sorted(outcomes)]
+    print(f"\n{summary_table(found)}\n\nexecuted notebooks and summary: {folder}", file=stream, flush=True)
+    return 0 if all(o.status == "ok" for o in found) else 1
+
+
+def default_jobs(profile: str) -> int:
+    # SIGTERM, by which a run is stopped, kills a process on Windows before it can end its kernel.
+    return 2 if profile == "smoke" and cores() > 1 and os.name == "posix" else 1
+
+
+def _threads(jobs: int) -> int | None:
+    """Of each kernel: no more of all together than there are cores. None leaves it to torch."""
+    return max(1, cores() // jobs) if jobs > 1 else None
+
+
+@dataclass(frozen=True)
+class Task:
+    """A notebook to run, with all that a process of its own must know."""
+
+    plan: Plan
+    folder: Path
+    profile: str
+    label: str
+    cell_timeout_s: int
+    threads: int | None
+
+    def run(self, on_cell: Callable[[int, int], None]) -> Outcome:
+        todo, name = self.plan, self.plan.path.stem
+        command = f"primia-lite run --profile {self.profile} --data {self.label} --only {name}"
+        with environment(self.folder, self.profile if todo.publish else None, command, self.threads):
+            return execute(
+                todo.path,
+                self.folder / todo.path.name,
+                todo.parameters,
+                cell_timeout_s=self.cell_timeout_s,
+                kernels=self.folder / "state" / "jupyter" / name,
+                on_cell=on_cell,
             )
-            save_summary(folder, profile, label, outcomes)
-            raise
-        outcomes.append(outcome)
-        progress.end(outcome)
-        save_summary(folder, profile, label, outcomes)
-    print(f"\n{summary_table(outcomes)}\n\nexecuted notebooks and summary: {folder}", file=stream, flush=True)
-    return 0 if all(o.status == "ok" for o in outcomes) else 1
+
+
+def _one_by_one(tasks: list[Task], progress: Progress, jobs: int) -> Iterator[tuple[int, Outcome]]:
+    for number, task in enumerate(tasks, 1):
+        progress.start(number, task.plan.path.stem)
+        yield number, task.run(lambda cell, n_cells, number=number: progress.cell(number, cell, n_cells))
+
+
+def _side_by_side(tasks: list[Task], progress: Progress, jobs: int) -> Iterator[tuple[int, Outcome]]:
+    """Outcomes as they come, each from a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    waiting = list(enumerate(tasks, 1))
+    running: dict[Connection, tuple[int, multiprocessing.Process]] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                number, task = waiting.pop(0)
+                ours, theirs = context.Pipe(duplex=False)
+                process = context.Process(target=_apart, args=(task, theirs))
+                progress.start(number, task.plan.path.stem)
+                process.start()
+                theirs.close()  # so that the end of the process ends the pipe
+                running[ours] = number, process
+            for pipe in wait(list(running), timeout=1):
+                number, process = running[pipe]
+                try:
+                    found = pipe.recv()
+                except EOFError:
+                    process.join()
+                    what = f"its process ended with status {process.exitcode}"
+                    found = Outcome(tasks[number - 1].plan.path.stem, "failed", 0.0, 0.0, 0, error=what)
+                if not isinstance(found, Outcome):
+                    progress.cell(number, *found)
+                    continue
+                process.join()
+                del running[pipe]
+                yield number, found
+            progress.tick()
+    finally:
+        for _, process in running.values():
+            process.terminate()
+        for _, process in running.values():
+            process.join(STOP_S)
+            process.kill()
+
+
+def _apart(task: Task, pipe: Connection) -> None:
+    """In a process of its own, which only the run's process stops: Ctrl-C reaches both."""
+
+    def stop(*_) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        pipe.send(task.run(lambda cell, n_cells: pipe.send((cell, n_cells))))
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def plan(
@@ -174,7 +274,7 @@ def forget_finished(folder: Path, stems: list[str], *, everything: bool = False)
 
 
 @contextmanager
-def environment(folder: Path, publish_profile: str | None, command: str) -> Iterator[None]:
+def environment(folder: Path, publish_profile: str | None, command: str, threads: int | None = None) -> Iterator[None]:
     """What a notebook's kernel inherits: where it writes, where films are, that nobody is watching."""
     figures, results = folder / "figures", folder / "results"
     if publish_profile is not None:
@@ -188,6 +288,8 @@ def environment(folder: Path, publish_profile: str | None, command: str) -> Iter
         "PRIMIA_LITE_COMMAND": command,
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",  # a user's Agg would leave cells without pictures
     }
+    if threads is not None:
+        values["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -200,32 +302,56 @@ def environment(folder: Path, publish_profile: str | None, command: str) -> Iter
                 os.environ[name] = value
 
 
+@dataclass
+class Running:
+    """A notebook that runs: at which of its cells."""
+
+    name: str
+    started: float
+    cell: int = 0
+    n_cells: int = 0
+
+
 class Progress:
-    """One line a notebook: counting cells on a terminal, plain in a log."""
+    """A line for each notebook's start and end; on a terminal one that counts cells, for all that run."""
 
     def __init__(self, stream: TextIO, n_notebooks: int) -> None:
         self.stream, self.n_notebooks = stream, n_notebooks
         self.live = stream.isatty()
-        self.n_cells = 0
-        self.head = ""
-        self.started = 0.0
+        self.running: dict[int, Running] = {}
 
     def start(self, number: int, name: str) -> None:
-        self.head, self.started = f"[{number}/{self.n_notebooks}] {name}", time.perf_counter()
-        self._write(f"{self.head} ...", end="" if self.live else "\n")
-
-    def cell(self, cell: int, n_cells: int) -> None:
-        self.n_cells = n_cells
+        self.running[number] = Running(name, time.perf_counter())
         if self.live:
-            self._write(
-                f"{CLEAR}{self.head}  cell {cell}/{n_cells}  {time.perf_counter() - self.started:.0f} s", end=""
-            )
+            self.tick()
+        else:
+            self._write(f"{self._head(number, name)} ...")
 
-    def end(self, outcome: Outcome) -> None:
+    def cell(self, number: int, cell: int, n_cells: int) -> None:
+        self.running[number].cell, self.running[number].n_cells = cell, n_cells
+        self.tick()
+
+    def tick(self) -> None:
+        if not self.live:
+            return
+        now = time.perf_counter()
+        parts = [
+            f"{self._head(number, one.name)}  cell {one.cell}/{one.n_cells}  {now - one.started:.0f} s"
+            for number, one in self.running.items()
+        ]
+        self._write(CLEAR + "; ".join(parts)[: shutil.get_terminal_size().columns - 1], end="")
+
+    def end(self, number: int, outcome: Outcome) -> None:
+        self.running.pop(number, None)
         took = f"{outcome.seconds:.1f} s, {outcome.peak_memory_mib:,.0f} MiB"
-        self._write(f"{CLEAR if self.live else ''}{self.head}  {outcome.status}  {took}")
+        self._write(f"{CLEAR if self.live else ''}{self._head(number, outcome.notebook)}  {outcome.status}  {took}")
         if outcome.status == "failed":
             self._write(f"    {blame(outcome)}")
+        if self.running:
+            self.tick()
+
+    def _head(self, number: int, name: str) -> str:
+        return f"[{number}/{self.n_notebooks}] {name}"
 
     def _write(self, text: str, end: str = "\n") -> None:
         self.stream.write(text + end)

@@ -30,6 +30,8 @@ _STOP_S = 10.0
 
 
 def require_flower() -> None:
+    if os.name != "posix":
+        raise UserError("rounds over Flower need Linux or macOS: file modes protect keys, and Windows has none")
     if find_spec("flwr") is None:
         raise UserError(
             "Flower isn't installed: `make flower` sets it up in a checkout (then use .venv-flower/bin/primia-lite), "

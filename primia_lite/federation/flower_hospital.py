@@ -5,8 +5,6 @@ and readable by its owner alone: Flower's ``Context.state`` would lie in the Sup
 port, and be gone when it restarts, and with it the number of the last round, which keeps an update from being summed
 twice. Nothing that the server sends decides how films are used: training, privacy and the agreement on secure
 aggregation are those of the hospital's own ``study.json``, and a server that goes by another is refused.
-
-The steps without films import no torch, so that their processes end soon.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ import logging
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from logging.handlers import RotatingFileHandler
+from logging.handlers import RotatingFileHandler, WatchedFileHandler
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -181,7 +179,8 @@ class SiteInFolder(Site):
         root = "/where/they/lie"
         size = 224
 
-    The prepared films are kept in the folder from the first round on; delete ``films-*.npz`` to read them again.
+    The prepared films are kept in the folder from the first round on; delete ``films-*.npz`` and the next round reads
+    them again.
     ``part = [0, 3]`` under ``[films]`` takes the first of three parts of the source, for trials on one machine.
 
     Raises
@@ -208,6 +207,8 @@ class SiteInFolder(Site):
     def answer(self, *args, **options) -> list[secagg.Reply]:
         # Two processes that answered at once would both go by what was kept before.
         with FileLock(self.folder / "lock"):
+            for left in self.folder.glob(f".{ROUNDS}.*"):  # by a process that was killed while it wrote: secrets
+                left.unlink()
             return super().answer(*args, **options)
 
     def _hospital(self, study: Study) -> Hospital:
@@ -277,13 +278,17 @@ def read_identity(path: Path) -> Ed25519PrivateKey:
     return key
 
 
-def log_to(folder: Path) -> None:
-    """Write what this process has to say to a hospital's log: Flower would throw it away. For the hospital alone."""
+def log_to(folder: Path, *, rotate: bool = False) -> None:
+    """Write what this process has to say to a hospital's log: Flower would throw it away. For the hospital alone.
+
+    One process may rotate the file; the others notice when it has.
+    """
     for handler in list(log.handlers):
-        if isinstance(handler, RotatingFileHandler):  # of another hospital, in a simulation
+        if isinstance(handler, WatchedFileHandler | RotatingFileHandler):  # of another hospital, in a simulation
             log.removeHandler(handler)
             handler.close()
-    handler = RotatingFileHandler(folder / LOG, maxBytes=1_000_000, backupCount=1)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    path = folder / LOG
+    handler = RotatingFileHandler(path, maxBytes=1_000_000, backupCount=1) if rotate else WatchedFileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s [%(process)d] %(levelname)s %(message)s"))
     log.addHandler(handler)
     log.setLevel(logging.INFO)

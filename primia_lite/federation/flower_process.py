@@ -3,7 +3,8 @@
 ``supernode`` takes no code from the server. Stock Flower runs at a hospital whatever app the server's operator (or
 whoever else reaches its control API) submits; here the app must be, byte for byte, the one file that this module
 writes, which names the installed package's own :mod:`~primia_lite.federation.flower_app`. Messages of any other app
-are dropped. It starts the hospital's own process (:mod:`~primia_lite.federation.flower_worker`).
+are dropped. It starts the hospital's own process (:mod:`~primia_lite.federation.flower_worker`), and starts it again
+when it has died.
 
 ``superlink`` answers requests from other machines only where SuperNodes need it, below ``/v1/fleet``. Stock Flower has
 its control API, which asks for no credential and runs what it is sent, on the same port. Whoever works on the server's
@@ -16,8 +17,12 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import os
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Sequence
 from contextlib import contextmanager
 
 from primia_lite import __version__
@@ -109,6 +114,21 @@ def guard_superlink() -> None:
     from starlette.middleware import Middleware
 
     extensions.get_middleware = lambda: (Middleware(FleetOnly),)
+    # uvicorn would take a client's address from a header, and so believe that it is local.
+    os.environ["FORWARDED_ALLOW_IPS"] = ""
+
+
+def keep_alive(command: Sequence[str], pause_s: float = 1.0, longest_pause_s: float = 60.0) -> None:
+    """Run a command, again whenever it ends; later each time that it ends at once. Its standard input is a pipe from
+    this process, and closes with it."""
+    pause = pause_s
+    while True:
+        started = time.monotonic()
+        with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+            status = process.wait()
+        pause = pause_s if time.monotonic() - started > longest_pause_s else min(2 * pause, longest_pause_s)
+        log.warning("the hospital's process ended with status %s; it is started again in %.0f s", status, pause)
+        time.sleep(pause)
 
 
 def main() -> None:
@@ -119,10 +139,8 @@ def main() -> None:
 
         guard_supernode()
         command = [sys.executable, "-m", "primia_lite.federation.flower_worker", sys.argv.pop(1)]
-        # It ends when its standard input closes, with this process; so the pipe must be held.
-        worker = None if sys.platform == "win32" else subprocess.Popen(command, stdin=subprocess.PIPE)
+        threading.Thread(target=keep_alive, args=(command,), daemon=True).start()
         flower_supernode()
-        del worker
     else:
         from flwr.superlink.cli import flower_superlink
 

@@ -1,10 +1,10 @@
-"""A hospital's own process, which stays: it has torch imported, films loaded and the round's secrets at hand.
+"""A hospital's own process, which stays: it has torch imported and films loaded.
 
 Flower starts a new process for each message. Were that one to import torch and load films, each round would take
 seconds longer. So the SuperNode's process (:mod:`~primia_lite.federation.flower_process`) starts this one, which
 answers as :class:`~primia_lite.federation.flower_hospital.SiteInFolder`, and Flower's only passes messages on: over a
-Unix socket in a folder that none but the owner may enter, no pickles. It ends with the SuperNode. Where there is none,
-as on Windows, Flower's process answers by itself.
+Unix socket in a folder that none but the owner may enter, no pickles. It ends with the SuperNode. While there is none,
+as when it has just been killed, Flower's process answers by itself: all that counts is in the hospital's folder.
 """
 
 from __future__ import annotations
@@ -42,7 +42,12 @@ class Relay:
     def to(cls, folder: Path) -> Relay | None:
         """None where there is no such process."""
         try:
-            return cls(Client((folder / SOCKET).read_text(), "AF_UNIX"), folder.name)
+            address = (folder / SOCKET).read_text()
+            place = Path(address).parent.stat()
+            # What a killed one left names a folder that, once gone, anybody may make anew.
+            if place.st_uid != os.getuid() or place.st_mode & 0o077:
+                return None
+            return cls(Client(address, "AF_UNIX"), folder.name)
         except (OSError, ValueError):
             return None
 
@@ -87,8 +92,7 @@ def _answer(site: SiteInFolder, parts: list[bytes]) -> list[bytes]:
         }
     try:
         replies = site.answer(head["study"], requests, head["round"], weights)
-    except OtherStudy as error:
-        log.warning("%s", error)
+    except OtherStudy as error:  # Flower's process writes it to the log
         return [json.dumps({"other": str(error)}).encode()]
     except Exception as error:  # nothing of it may reach the server
         log.warning("this hospital can't answer: %s: %s", type(error).__name__, error)
@@ -96,10 +100,15 @@ def _answer(site: SiteInFolder, parts: list[bytes]) -> list[bytes]:
     return [b"{}", *(reply.to_bytes() for reply in replies)]
 
 
+def _films(folder: Path) -> list[tuple[str, int]]:
+    return sorted((path.name, path.stat().st_ctime_ns) for path in folder.glob("films-*.npz"))
+
+
 def serve(folder: Path) -> None:
     """Answer until the process that started this one ends, which closes our standard input."""
-    place = Path(tempfile.mkdtemp(prefix="primia-lite-"))  # mode 700; a socket's path must be short
     path = folder / SOCKET
+    path.unlink(missing_ok=True)
+    place = Path(tempfile.mkdtemp(prefix="primia-lite-"))  # mode 700; a socket's path must be short
 
     def leave(*_) -> None:
         path.unlink(missing_ok=True)
@@ -118,16 +127,17 @@ def serve(folder: Path) -> None:
             with suppress(OSError), listener.accept() as connection:
                 try:
                     parts = _receive(connection)
-                    # A study that the hospital has joined since then counts.
-                    now = [(folder / name).stat().st_mtime_ns for name in (CONFIG, STUDY, IDENTITY)]
-                    if read != now:
-                        site, read = SiteInFolder(folder), now
+                    # A study that the hospital has joined since then counts, and films that it has deleted.
+                    now = [(folder / name).stat().st_ctime_ns for name in (CONFIG, STUDY, IDENTITY)]
+                    if read != (now, _films(folder)):
+                        site, read = SiteInFolder(folder), None
                     _send(connection, _answer(site, parts))
+                    read = now, _films(folder)
                 except Exception as error:  # the connection closes, and Flower's process refuses
                     log.warning("this hospital can't answer: %s: %s", type(error).__name__, error)
 
 
 if __name__ == "__main__":
     own = Path(sys.argv[1])
-    log_to(own)
+    log_to(own, rotate=True)
     serve(own)

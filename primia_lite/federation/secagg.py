@@ -55,7 +55,7 @@ from primia_lite.federation.fixed_point import FixedPoint, centred, integers
 from primia_lite.federation.masks import MAX_WORDS, add_masks
 
 STEPS = ("advertise", "share", "mask", "confirm", "unmask")
-_PROTOCOL = "primia_lite secure aggregation 1"
+_PROTOCOL = "primia_lite secure aggregation 2"  # signed: who masks otherwise is refused, not summed
 
 
 class ProtocolError(UserError):

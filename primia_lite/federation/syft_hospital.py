@@ -126,7 +126,7 @@ class Site:
     def _own_identity(self) -> Ed25519PrivateKey:
         path = self.folder / "identity.key"
         if not path.exists():
-            write_atomic(path, Ed25519PrivateKey.generate().private_bytes_raw())
+            write_atomic(path, Ed25519PrivateKey.generate().private_bytes_raw(), private=True)
         return Ed25519PrivateKey.from_private_bytes(path.read_bytes())
 
     def _kept(self, name: str, default):
@@ -134,7 +134,7 @@ class Site:
         return json.loads(path.read_bytes()) if path.exists() else default
 
     def _keep(self, name: str, content) -> None:
-        write_atomic(self.folder / f"{name}.json", json.dumps(content).encode())
+        write_atomic(self.folder / f"{name}.json", json.dumps(content).encode(), private=True)
 
     def note(self, line: str) -> None:
         """For the hospital's own journal."""

@@ -193,3 +193,74 @@ def test_readme_quotes_the_targets_of_encrypted_inference():
         "service, 8 clients"
     )
     assert found["service_errors"] == 0
+
+
+def readme_row(start: str) -> str:
+    (line,) = [line for line in README.splitlines() if line.startswith(f"| {start}")]
+    return line
+
+
+@pytest.mark.parametrize(
+    ("start", "name", "digits", "unit", "target"),
+    [
+        ("3 hospitals, 11 million parameters: CPU", "hospital_cpu_s_11m", 2, " s", 1.0),
+        ("the same, server |", "server_cpu_s_11m", 2, " s", 0.5),
+        ("the same, CPU of all parties: Flower", "speedup_over_flower_secaggplus", 2, "x", -5.0),
+        ("100 hospitals, 1 million parameters", "round_100x1m_s", 0, " s", 60.0),
+        ("a round of PySyft", "syft_round_s", 1, " s", 30.0),
+        ("a round over Flower and TLS", "flower_tls_round_s", 1, " s", None),
+        ("a round over Flower and TLS", "flower_own_s", 1, " s", None),
+        ("a round over Flower and TLS", "flower_tls_on_top_s", 1, " s", 3.0),
+        ("Flower's apps in one process", "flower_inline_ratio", 2, "x", 1.2),
+    ],
+)
+def test_readme_quotes_the_targets_of_secure_aggregation(start, name, digits, unit, target):
+    entry, row = metrics("bench/secagg.json")[name], readme_row(start)
+    least, most = (f"{entry[key]:.{digits}f}" for key in ("min", "max"))
+    assert f" {entry['median']:.{digits}f}{unit} ({least} to {most})" in row
+    if target is not None:  # at most; below 0: at least
+        missed = entry["median"] > target if target > 0 else entry["median"] < -target
+        assert ("missed" in row) == missed
+
+
+def test_readme_quotes_the_bytes_and_growth_of_secure_aggregation():
+    found = {name: entry["median"] for name, entry in metrics("bench/secagg.json").items()}
+    assert f"| {found['bytes_ratio_to_float32']:.4f}x |" in readme_row("the same, bytes a hospital sends")
+    assert found["bytes_ratio_to_float32"] <= 1.1
+    assert f"| {found['speedup_over_ckks']:.0f}x (" in readme_row("the same: CKKS with a shared key")
+    hospital, server = (
+        [found[f"growth_{party}_cpu_s_{n}"] for n in (3, 100, 1000)] for party in ("hospital", "server")
+    )
+    assert "takes {:.3f}, {:.2f} and {:.2f} CPU s".format(*hospital) in README
+    assert "the server {:.2f}, {:.1f} and {:.0f} (".format(*server) in README
+    law = [value for name, value in found.items() if name.startswith("law_over_measured_")]
+    assert f"is within {min(law):.2f} to {max(law):.2f} of that" in README
+    assert f"{found['law_hospital_cpu_s_10000']:.1f} and {found['law_server_cpu_s_10000']:.0f} CPU s for" in README
+
+
+def test_readme_quotes_what_secure_aggregation_costs_in_accuracy():
+    found = metrics("paper/06_secure_aggregation.json")
+    difference = found["auroc_difference_secagg"]["max"]
+    assert f"largest difference {difference:.6f} (" in README and difference <= 0.0005
+    for start, name in (
+        ("each hospital adds all of it", "local_noise"), ("shared, t = 2, c = 1", "shared_noise_t2_c1"),
+        ("shared, t = 3, c = 1", "shared_noise"), ("shared, t = 3, c = 0", "shared_noise_t3_c0"),
+    ):  # fmt: skip
+        assert quoted(found[f"auroc_{name}_eps1"]) in readme_row(start)
+    assert ("missed" in readme_row("shared, t = 3, c = 1")) == (found["auroc_shared_noise_eps1"]["mean"] < 0.95)
+    assert f"({found['epsilon_shared_noise_eps1']['mean']:.3f} spent), δ = 1e-4, 40 rounds" in README
+    gain = found["auroc_shared_minus_local_eps1"]
+    assert f"{gain['mean']:+.4f} [{gain['ci95_low']:+.4f}, {gain['ci95_high']:+.4f}]" in README
+
+
+def test_nothing_says_that_sums_are_in_the_clear():
+    assert "no secure aggregation" not in README and "**Sees:** every update" not in README
+
+
+def test_docs_quote_what_rounds_over_flower_take():
+    found, text = metrics("bench/secagg.json"), (ROOT / "docs" / "flower.md").read_text()
+    for name, digits, unit in (("flower_tls_round_s", 1, " s"), ("flower_own_s", 1, " s"),
+                               ("flower_tls_on_top_s", 1, " s"), ("flower_inline_ratio", 2, "x")):  # fmt: skip
+        e = found[name]
+        row = f"| {e['median']:.{digits}f}{unit} ({e['min']:.{digits}f} to {e['max']:.{digits}f}) |"
+        assert row in text

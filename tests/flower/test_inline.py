@@ -46,6 +46,16 @@ def close(a, b, atol=1e-6):
     return a.keys() == b.keys() and all(torch.allclose(a[key], b[key], atol=atol) for key in a)
 
 
+def study_of(names, rounds):
+    """``study.json`` without DP, and a site for each hospital."""
+    keys = {name: Ed25519PrivateKey.generate() for name in names}
+    group = {h.name: h for h in hospitals(names)}
+    identities = {name: key.public_key().public_bytes_raw() for name, key in keys.items()}
+    agreement = secagg.Agreement(identities, {name: h.declared(None) for name, h in group.items()}, 24)
+    study = Study("trial", "films", TRAINING, None, rounds, agreement).to_bytes()
+    return study, [Site(name, keys[name], study, lambda _, n=name: group[n]) for name in names]
+
+
 # --- the same as in one process ---------------------------------------------------------------------------------------
 
 
@@ -131,11 +141,35 @@ def test_one_that_misses_the_next_round_s_keys_misses_that_round_alone():
     assert result.history == [{"round": 1}, {"round": 2, "absent": ["C"]}, {"round": 3}, {"round": 4}]
 
 
-def test_too_few_hospitals_end_the_run_without_a_sum():
+def test_too_few_hospitals_end_the_run_without_a_sum_and_ledgers_stay_charged(tmp_path):
     with pytest.raises(secagg.TooFewSurvivors, match="missing: B, C"):
         flower_grid.run_inline(
-            hospitals(), TRAINING, Schedule(2), lost=lambda node, m: node > 1 and steps_of(m) == ["mask"]
-        )
+            hospitals(), TRAINING, Schedule(2), PRIVACY, folder=tmp_path,
+            lost=lambda node, m: node > 1 and steps_of(m) == ["mask"],
+        )  # fmt: skip
+    assert sum(r.steps for r in Ledger(tmp_path / "ledger-A.sqlite").charges()) == 1
+
+
+def test_a_late_reply_is_not_summed_and_its_hospital_comes_back():
+    """B's masked update arrives when the server has gone on; it isn't waited for until it has answered."""
+    study, sites = study_of("ABC", 3)
+
+    class Slow(flower_grid.InlineGrid):
+        held = None
+
+        def push_messages(self, messages):
+            messages = list(messages)
+            ids = super().push_messages(messages)
+            for key, message in zip(ids, messages, strict=True):
+                if message.metadata.dst_node_id == 2 and steps_of(message) == ["mask"] and self.held is None:
+                    self.held = key, self._replies.pop(key)
+            if "unmask" in steps_of(messages[0]) and self.held[1]:
+                self._replies[self.held[0]], self.held = self.held[1], (self.held[0], None)
+            return ids
+
+    grid = Slow([flower_grid.app_of(site) for site in sites])
+    server = flower_server.train(grid, study, Schedule(3), (8,), mask_timeout_s=0.3, poll_s=0.05)
+    assert server.history == [{"round": 1, "absent": ["B"]}, {"round": 2}, {"round": 3}]
 
 
 # --- privacy ----------------------------------------------------------------------------------------------------------
@@ -283,12 +317,7 @@ def test_more_rounds_than_agreed_are_refused(site):
 
 
 def test_a_run_goes_on_from_its_checkpoint(tmp_path):
-    keys = {name: Ed25519PrivateKey.generate() for name in "AB"}
-    group = {h.name: h for h in hospitals("AB")}
-    identities = {name: key.public_key().public_bytes_raw() for name, key in keys.items()}
-    agreement = secagg.Agreement(identities, {name: h.declared(None) for name, h in group.items()}, 24)
-    study = Study("trial", "films", TRAINING, None, 4, agreement).to_bytes()
-    sites = [Site(name, keys[name], study, lambda _, n=name: group[n]) for name in "AB"]
+    study, sites = study_of("AB", 4)
     grid = flower_grid.InlineGrid([flower_grid.app_of(site) for site in sites])
     folder = tmp_path / "run"
     folder.mkdir()

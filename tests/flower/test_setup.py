@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import shutil
 import socket
 import ssl
 import stat
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 
 import psutil
 import pytest
+import uvicorn
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 
@@ -251,7 +253,11 @@ def test_the_superlink_is_built_with_the_fence(monkeypatch):
     from flwr.superlink import extensions, main
 
     monkeypatch.setattr(extensions, "get_middleware", extensions.get_middleware)
+    monkeypatch.setenv("FORWARDED_ALLOW_IPS", "*")
     flower_process.guard_superlink()
+    # By a header any client could say that it is this machine.
+    config = uvicorn.Config(lambda: None, headers=[])
+    assert config.forwarded_allow_ips == ""
     assert main._get_middleware()[0].cls is flower_process.FleetOnly
 
 
@@ -280,6 +286,46 @@ def test_mistakes_are_named(federation, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(flower_deploy, "find_spec", lambda name: None)
     code, said = deploy(capsys, "start", federation)
     assert code == 2 and "pip install 'primia-lite[flower]'" in said.err
+
+
+def test_the_steps_of_three_machines(tmp_path, capsys, monkeypatch):
+    """Each party's commands in a folder of its own; the server sees cards only, a hospital its study only."""
+    options = ("--data", "phantom", "--size", 28, "--n-films", 60)
+    cards = []
+    for name in "AB":
+        place = tmp_path / f"hospital-{name}" / name
+        code, said = deploy(capsys, "hospital", place, *options, "--unit", "film")
+        assert code == 0 and f"hospital {name} declares" in said.out
+        cards.append(place / "card.json")
+    operator = tmp_path / "operator"
+    code, said = deploy(capsys, "server", operator, "--cards", *cards, "--host", "127.0.0.1", "fl.example.org",
+                        "--rounds", 2, "--no-dp", "--model", "mlp", "--port", 9377)  # fmt: skip
+    assert code == 0 and "at least 2 of 2" in said.out
+    given = ("--study", operator / "server" / "study.json", "--ca", operator / "server" / "ca.crt")
+    for name in "AB":
+        place = tmp_path / f"hospital-{name}" / name
+        monkeypatch.setattr("builtins.input", lambda _: "n")
+        code, said = deploy(capsys, "join", place, *given, "--superlink", "fl.example.org:9377")
+        assert code == 2 and "not joined" in said.err and not (place / "study.json").exists()
+        code, said = deploy(capsys, "join", place, *given, "--superlink", "fl.example.org:9377", "--yes")
+        assert code == 0 and SiteInFolder(place).agreement.identities[name].hex() in said.out
+    studies = {(tmp_path / f"hospital-{n}" / n / "study.json").read_bytes() for n in "AB"}
+    assert studies == {(operator / "server" / "study.json").read_bytes()}
+
+
+def test_init_makes_all_of_them(tmp_path, capsys):
+    options = ("--n-films", 60, "--size", 28, "--model", "mlp", "--no-dp", "--rounds", 2)
+    code, said = deploy(capsys, "init", tmp_path / "trial", "--hospitals", "X, Y", *options)
+    assert code == 0 and "primia-lite deploy start" in said.out
+    assert flower_deploy.parts(tmp_path / "trial") == (True, ["X", "Y"])
+
+
+@pytest.mark.slow
+def test_the_same_apps_on_flowers_simulation(federation, tmp_path, capsys):
+    pytest.importorskip("ray", reason="Ray isn't installed: pip install 'primia-lite[flower-simulation]'")
+    shutil.copytree(federation, tmp_path / "simulated")
+    code, said = deploy(capsys, "simulate", tmp_path / "simulated", "--rounds", 2)
+    assert code == 0 and "2 rounds are done" in said.out
 
 
 def test_a_pid_file_of_a_process_that_is_gone_or_another_is_no_process_of_ours(tmp_path):

@@ -122,6 +122,12 @@ def test_a_supernode_killed_in_a_round_leaves_the_sum_of_the_others(federation, 
     assert errors == [] and found["done"] == 2
     assert [record["absent"] for record in found["rounds"]] == [["C"], ["C"]]
     assert all(says(federation, name, "answered unmask") for name in "AB")
+    # It was the hospital's own process that trained and masked, and none of Flower's, which end with their message.
+    (worker,) = [
+        p for p in flower_deploy.running(federation)["A"].children() if "flower_worker" in " ".join(p.cmdline())
+    ]
+    masked = [line for line in (federation / "A" / "hospital.log").read_text().splitlines() if "answered mask" in line]
+    assert len(masked) == 2 and all(f"[{worker.pid}]" in line for line in masked)
 
     # What came out is what two hospitals give in one process: the sum of exactly their updates, all masks gone.
     study = flower_setup.Study.from_bytes((federation / "server" / "study.json").read_bytes())

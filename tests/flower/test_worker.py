@@ -1,22 +1,26 @@
 """The hospital's own process: it answers as its folder would, and gives nothing away when it can't."""
 
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
+from flwr.app import Message
+from flwr.clientapp import ClientApp
 
-from primia_lite.federation import flower_setup, secagg
+from primia_lite.federation import flower_app, flower_grid, flower_process, flower_setup, secagg
 from primia_lite.federation.flower_hospital import OtherStudy, SiteInFolder
 from primia_lite.federation.flower_worker import SOCKET, Relay
 from primia_lite.federation.rounds import Schedule, Server
 from primia_lite.federation.study import Study
 
-pytestmark = [pytest.mark.flower, pytest.mark.skipif(sys.platform == "win32", reason="no Unix sockets")]
+pytestmark = pytest.mark.flower
 FILMS = {"source": "phantom", "size": 28, "n_films": 60}
 
 
@@ -89,13 +93,11 @@ def test_why_it_refuses_stays_in_the_hospitals_log(worker):
     assert relay().answer(own, [b"not a request"]) == []
     identity = folder / "A" / "identity.pem"
     identity.chmod(0o644)
-    os.utime(identity)
     with pytest.raises(EOFError) as caught:
         relay().answer(own, [])
     assert str(caught.value) == ""
     assert "can be read by others" in (folder / "A" / "hospital.log").read_text()
     identity.chmod(0o600)
-    os.utime(identity)
     assert relay().answer(own, []) == []
 
 
@@ -107,6 +109,73 @@ def test_a_study_joined_meanwhile_counts(worker):
     study.write_bytes(study.read_bytes() + b"\n")
     with pytest.raises(OtherStudy):
         Relay.to(folder / "A").answer(own, [])
+
+
+def test_films_that_the_hospital_deletes_are_read_again(worker):
+    folder, _ = worker
+    agreed = Study.from_bytes((folder / "server" / "study.json").read_bytes())
+    weights = weights_of(folder, agreed)
+    sites = {name: SiteInFolder(folder / name) for name in "BC"}
+
+    def a_round(session):
+        server = secagg.Server(agreed.agreement, session)
+
+        def exchange(step, requests):
+            for name, request in requests.items():
+                site = Relay.to(folder / "A") if name == "A" else sites[name]
+                yield from site.answer(sites["B"].fingerprint, [request], 1, weights if step == "mask" else None)
+
+        assert secagg.run(server, exchange) == []
+        return server.total
+
+    first, again = a_round(2), a_round(4)
+    assert np.array_equal(first, again)
+    (kept,) = (folder / "A").glob("films-*.npz")
+    config = folder / "A" / "hospital.toml"
+    before = config.stat()
+    fewer = config.read_text().replace("n_films = 60", "n_films = 48")
+    with open(config, "r+") as file:
+        file.write(fewer)
+    os.utime(config, ns=(before.st_atime_ns, before.st_mtime_ns))
+    kept.unlink()
+    assert not np.array_equal(first, a_round(6))
+
+
+def test_a_socket_s_name_in_a_folder_of_others_is_not_trusted(worker, monkeypatch):
+    folder, _ = worker
+    place = Path((folder / "A" / SOCKET).read_text()).parent
+    place.chmod(0o755)
+    assert Relay.to(folder / "A") is None
+    place.chmod(0o700)
+    own = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: own + 1)
+    assert Relay.to(folder / "A") is None
+
+
+def test_one_that_dies_in_the_middle_of_a_message_leaves_a_refusal(worker):
+    folder, process = worker
+    own = SiteInFolder(folder / "A").fingerprint
+    process.send_signal(signal.SIGSTOP)
+    app, replies = ClientApp(), []
+    app.train()(lambda message, context: flower_app.answer_in(folder / "A", message))
+    grid = flower_grid.InlineGrid([app])
+    message = Message(flower_app.request(own, [b"{}"], 1, None), 1, "train")
+    thread = threading.Thread(target=lambda: replies.extend(grid.send_and_receive([message])))
+    thread.start()
+    time.sleep(0.5)
+    assert replies == []
+    process.kill()
+    thread.join(20)
+    (reply,) = replies
+    assert reply.has_error() and reply.error.reason == "refused: the hospital's log tells why"
+
+
+def test_it_is_started_again_when_it_dies(tmp_path):
+    mark = tmp_path / "mark"
+    code = f"import sys; open({str(mark)!r}, 'a').write('x'); sys.exit(3)"
+    command = [sys.executable, "-c", code]
+    threading.Thread(target=flower_process.keep_alive, args=(command, 0.05), daemon=True).start()
+    wait_for(lambda: mark.exists() and len(mark.read_text()) >= 3)
 
 
 @pytest.mark.parametrize("how", ["kill", "terminate", "closed"])

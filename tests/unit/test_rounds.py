@@ -1,5 +1,6 @@
 """Federated rounds: the algorithm, its checkpoints, and kills at any moment."""
 
+import ast
 import errno
 import multiprocessing
 import os
@@ -9,6 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 import torch
@@ -89,6 +91,33 @@ def test_local_epochs_count_their_steps():
     state = build("litenet", 3, (8,)).state_dict()
     update = local_update(state, tabular(40), training, None, SecureGenerator.from_seed(0))
     assert update.steps == 8
+
+
+@pytest.mark.parametrize(
+    ("names", "kind"), [("A", WeightedMean), ("AB", SecureAggregation), ("ABC", SecureAggregation)]
+)
+def test_two_hospitals_or_more_are_summed_securely_by_default(monkeypatch, names, kind):
+    used = []
+    for way in (WeightedMean, SecureAggregation):
+
+        def aggregate(self, *args, real=way.aggregate, **options):
+            used.append(type(self))
+            return real(self, *args, **options)
+
+        monkeypatch.setattr(way, "aggregate", aggregate)
+    federate(hospitals((60, 40, 100)[: len(names)]), TRAINING, Schedule(2), progress=None)
+    assert used == [kind] * 2
+
+
+@pytest.mark.parametrize("name", ["00_start_here", "02_federated_dp_training"])
+def test_the_first_notebooks_train_on_that_default(name):
+    path = Path(__file__).resolve().parents[2] / "notebooks" / f"{name}.ipynb"
+    cells = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    calls = [
+        node for source in cells for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "federate"
+    ]  # fmt: skip
+    assert calls and not any(keyword.arg == "aggregator" for call in calls for keyword in call.keywords)
 
 
 @pytest.mark.parametrize("aggregator", [WeightedMean(), SecureAggregation()], ids=["clear", "secure"])

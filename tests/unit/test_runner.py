@@ -15,6 +15,7 @@ import pytest
 
 from primia_lite import notebook, reproduce
 from primia_lite.config import UserError
+from primia_lite.runtime import cores
 
 
 @pytest.fixture
@@ -151,6 +152,7 @@ def test_command_line_options_reach_the_parameters(notebooks):
         ({"source": "nope"}, "unknown data source 'nope': choose one of phantom, kermany"),
         ({"only": "00,07"}, "no notebook '07': there are 00_first, 01_second, 02_third"),
         ({"only": ","}, "names no notebook"),
+        ({"jobs": 0}, "--jobs must be at least 1"),
     ],
 )
 def test_wrong_use_names_what_is_valid(notebooks, options, expected):
@@ -196,34 +198,84 @@ def test_state_is_kept_for_what_was_killed_and_deleted_for_what_ended_well(tmp_p
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
-def test_ctrl_c_stops_the_kernel_saves_the_summary_and_exits_130(notebooks, tmp_path, write_notebook):
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_ctrl_c_stops_the_kernels_saves_the_summary_and_exits_130(notebooks, tmp_path, write_notebook, jobs):
     folder, _ = notebooks
-    flag = tmp_path / "pid"
-    cell = f"import os, pathlib, time\npathlib.Path({str(flag)!r}).write_text(str(os.getpid()))\ntime.sleep(100)"
-    write_notebook(folder / "00_first.ipynb", "a = 1", cell)
+    flags = [tmp_path / f"pid{number}" for number in range(jobs)]
+    for flag, name in zip(flags, ("00_first", "01_second"), strict=False):
+        cell = f"import os, pathlib, time\npathlib.Path({str(flag)!r}).write_text(str(os.getpid()))\ntime.sleep(100)"
+        write_notebook(folder / f"{name}.ipynb", "a = 1", cell)
     out = tmp_path / "out"
     code = (
         "import sys, pathlib; from primia_lite import cli, reproduce\n"
         "reproduce.load_profile = lambda name: {}\n"
         f"reproduce.repo_root = lambda: pathlib.Path({str(tmp_path)!r})\n"
-        f"sys.exit(cli.main(['run', '--out', {str(out)!r}]))"
+        f"sys.exit(cli.main(['run', '--jobs', '{jobs}', '--out', {str(out)!r}]))"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
     )  # fmt: skip
     deadline = time.monotonic() + 60
-    while not (flag.exists() and flag.read_text()) and time.monotonic() < deadline:
+    while not all(flag.exists() and flag.read_text() for flag in flags) and time.monotonic() < deadline:
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)  # what a terminal does
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, (stdout, stderr)
     assert stderr.strip() == "interrupted"
-    row = json.loads((out / "summary.json").read_text())["notebooks"][-1]
-    assert (row["notebook"], row["status"]) == ("00_first", "interrupted")
+    rows = json.loads((out / "summary.json").read_text())["notebooks"]
+    assert [(row["notebook"], row["status"]) for row in rows] == [
+        (name, "interrupted") for name in ("00_first", "01_second")[:jobs]
+    ], "and none of the others begins"
     time.sleep(0.5)
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(flag.read_text()), 0)
+    for flag in flags:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(flag.read_text()), 0)
+
+
+def test_two_run_at_once_and_the_summary_keeps_their_order(notebooks, tmp_path, write_notebook):
+    folder, _ = notebooks
+    # Each waits for the other; the first ends last, and the third fails.
+    meet = (
+        f"import os, pathlib, time\nhere = pathlib.Path({str(tmp_path)!r})\n(here / mine).touch()\n"
+        "while not (here / other).exists(): time.sleep(0.05)\ntime.sleep(late)\n"
+        "print(os.environ['OMP_NUM_THREADS'], os.environ['PRIMIA_LITE_COMMAND'])"
+    )
+    write_notebook(folder / "00_first.ipynb", "mine, other, late = 'a', 'b', 2", meet)
+    write_notebook(folder / "01_second.ipynb", "mine, other, late = 'b', 'a', 0", meet)
+    write_notebook(folder / "02_third.ipynb", "a = 1", "1 / 0")
+    out, log = tmp_path / "out", io.StringIO()
+    status = reproduce.run_notebooks("smoke", out=out, notebooks=folder, stream=log, jobs=2, cell_timeout_s=60)
+    rows = json.loads((out / "summary.json").read_text())["notebooks"]
+    assert status == 1
+    assert [(r["notebook"], r["status"]) for r in rows] == [
+        ("00_first", "ok"), ("01_second", "ok"), ("02_third", "failed")
+    ]  # fmt: skip
+    assert all(r["peak_memory_mib"] > 20 for r in rows), "each its own"
+    assert "ZeroDivisionError" in log.getvalue() and "2 at a time" in log.getvalue()
+    threads, command = outputs(out / "00_first.ipynb").split(maxsplit=1)
+    assert int(threads) == max(1, cores() // 2)
+    assert command.strip() == "primia-lite run --profile smoke --data phantom --only 00_first"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="kills a process")
+def test_a_process_that_dies_is_named_and_the_next_runs(notebooks, tmp_path, write_notebook):
+    folder, _ = notebooks
+    kill = "import os, signal, psutil\nos.kill(psutil.Process().ppid(), signal.SIGKILL)"
+    write_notebook(folder / "00_first.ipynb", "a = 1", kill)
+    log = io.StringIO()
+    assert reproduce.run_notebooks("smoke", out=tmp_path / "out", notebooks=folder, stream=log, jobs=2) == 1
+    rows = json.loads((tmp_path / "out" / "summary.json").read_text())["notebooks"]
+    assert [r["status"] for r in rows] == ["failed", "ok", "ok"]
+    assert "ended with status -9" in rows[0]["error"]
+
+
+@pytest.mark.parametrize(("profile", "jobs"), [("smoke", 2), ("paper", 1)])
+def test_published_timings_are_of_one_notebook_at_a_time(monkeypatch, profile, jobs):
+    monkeypatch.setattr(reproduce, "cores", lambda: 4)
+    assert reproduce.default_jobs(profile) == (jobs if os.name == "posix" else 1)
+    monkeypatch.setattr(reproduce, "cores", lambda: 1)
+    assert reproduce.default_jobs(profile) == 1
 
 
 def test_live_progress_counts_cells_on_one_line():
@@ -234,9 +286,14 @@ def test_live_progress_counts_cells_on_one_line():
     stream = Terminal()
     progress = reproduce.Progress(stream, 2)
     progress.start(1, "00_first")
-    progress.cell(3, 9)
-    progress.end(notebook.Outcome("00_first", "ok", 1.5, 100.0, 9))
-    assert stream.getvalue().count("\n") == 1 and "cell 3/9" in stream.getvalue()
+    progress.start(2, "01_second")
+    progress.cell(1, 3, 9)
+    assert "cell 3/9" in stream.getvalue()
+    last = stream.getvalue().split(reproduce.CLEAR)[-1]
+    assert last.startswith("[1/2] 00_first  cell 3/9  0 s; [2/2] 01_second  cell 0/0")
+    progress.end(2, notebook.Outcome("01_second", "ok", 1.0, 90.0, 5))
+    progress.end(1, notebook.Outcome("00_first", "ok", 1.5, 100.0, 9))
+    assert stream.getvalue().count("\n") == 2
     assert stream.getvalue().endswith("[1/2] 00_first  ok  1.5 s, 100 MiB\n")
 
 

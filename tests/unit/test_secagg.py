@@ -94,7 +94,7 @@ def assert_as_many_as_may_vanish(n, threshold):
         assert np.array_equal(party.server.total, party.exact(party.server.survivors))
 
 
-@pytest.mark.parametrize(("n", "threshold"), [(4, 3), (5, 3), (9, None), (25, 13)])
+@pytest.mark.parametrize(("n", "threshold"), [(4, 3), (5, 3), (9, None), (25, 13), (100, 51)])
 def test_as_many_as_the_threshold_allows_may_vanish_at_each_step(n, threshold):
     assert_as_many_as_may_vanish(n, threshold)
 
@@ -107,6 +107,18 @@ def test_hospitals_may_vanish_at_different_steps(n, threshold):
     party.finish()
     assert set(names(n)) - set(party.server.survivors) == set().union(*(party.leave[step] for step in STEPS[:3]))
     assert np.array_equal(party.server.total, party.exact(party.server.survivors))
+
+
+def test_a_hospital_that_lies_within_the_clip_is_not_noticed():
+    """What the docs say of the protocol: it spoils the mean as far as the clip allows, and nobody can tell."""
+    honest = Round(3, 8).finish()
+    lie = {**honest.updates, "B": np.full(8, honest.agreement.clip, np.float32)}
+    spoilt = Round(3, 8, updates=lie).finish()  # finish: nothing was refused
+    assert spoilt.server.survivors == honest.server.survivors
+    assert np.array_equal(spoilt.server.total, spoilt.exact("ABC"))
+    share = honest.agreement.sizes["B"] / sum(honest.agreement.sizes.values())
+    moved = spoilt.server.mean - honest.server.mean
+    np.testing.assert_allclose(moved, share * (lie["B"] - honest.updates["B"]), atol=1e-5)
 
 
 @pytest.mark.parametrize("step", STEPS)
