@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 import tomllib
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +25,9 @@ pytestmark = pytest.mark.flower
 FILMS = {"source": "phantom", "size": 28, "n_films": 60}
 
 
-@pytest.fixture
-def worker(tmp_path):
+@contextmanager
+def running(folder):
     """A study of three, and the process of hospital A."""
-    folder = tmp_path / "federation"
     flower_setup.make_all(folder, ["A", "B", "C"], FILMS, port=9300, target_epsilon=None, rounds=2, model="mlp")
     command = [sys.executable, "-m", "primia_lite.federation.flower_worker", str(folder / "A")]
     with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
@@ -36,6 +36,19 @@ def worker(tmp_path):
             yield folder, process
         finally:
             process.kill()
+
+
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory):
+    with running(tmp_path_factory.mktemp("worker") / "federation") as found:
+        yield found
+
+
+@pytest.fixture
+def mortal(tmp_path):
+    """One for a test that ends it."""
+    with running(tmp_path / "federation") as found:
+        yield found
 
 
 def wait_for(condition, seconds=60):
@@ -101,8 +114,8 @@ def test_why_it_refuses_stays_in_the_hospitals_log(worker):
     assert relay().answer(own, []) == []
 
 
-def test_a_study_joined_meanwhile_counts(worker):
-    folder, _ = worker
+def test_a_study_joined_meanwhile_counts(mortal):
+    folder, _ = mortal
     own = SiteInFolder(folder / "A").fingerprint
     assert Relay.to(folder / "A").answer(own, []) == []
     study = folder / "A" / "study.json"
@@ -128,7 +141,7 @@ def test_films_that_the_hospital_deletes_are_read_again(worker):
         assert secagg.run(server, exchange) == []
         return server.total
 
-    first, again = a_round(2), a_round(4)
+    first, again = a_round(12), a_round(14)
     assert np.array_equal(first, again)
     (kept,) = (folder / "A").glob("films-*.npz")
     config = folder / "A" / "hospital.toml"
@@ -138,7 +151,7 @@ def test_films_that_the_hospital_deletes_are_read_again(worker):
         file.write(fewer)
     os.utime(config, ns=(before.st_atime_ns, before.st_mtime_ns))
     kept.unlink()
-    assert not np.array_equal(first, a_round(6))
+    assert not np.array_equal(first, a_round(16))
 
 
 def test_a_socket_s_name_in_a_folder_of_others_is_not_trusted(worker, monkeypatch):
@@ -152,8 +165,8 @@ def test_a_socket_s_name_in_a_folder_of_others_is_not_trusted(worker, monkeypatc
     assert Relay.to(folder / "A") is None
 
 
-def test_one_that_dies_in_the_middle_of_a_message_leaves_a_refusal(worker):
-    folder, process = worker
+def test_one_that_dies_in_the_middle_of_a_message_leaves_a_refusal(mortal):
+    folder, process = mortal
     own = SiteInFolder(folder / "A").fingerprint
     process.send_signal(signal.SIGSTOP)
     app, replies = ClientApp(), []
@@ -179,8 +192,8 @@ def test_it_is_started_again_when_it_dies(tmp_path):
 
 
 @pytest.mark.parametrize("how", ["kill", "terminate", "closed"])
-def test_when_it_ends_flowers_process_answers_by_itself(worker, how):
-    folder, process = worker
+def test_when_it_ends_flowers_process_answers_by_itself(mortal, how):
+    folder, process = mortal
     process.stdin.close() if how == "closed" else getattr(process, how)()
     process.wait(20)
     assert Relay.to(folder / "A") is None
