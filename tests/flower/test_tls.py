@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.flower, pytest.mark.slow]
 FILMS = {"source": "phantom", "size": 28, "n_films": 60}
 SETTINGS = {
     "training": {"learning_rate": 0.1},
-    "timeouts": {"step_timeout_s": 30.0, "mask_timeout_s": 30.0, "start_timeout_s": 60.0},
+    "timeouts": {"step_timeout_s": 60.0, "mask_timeout_s": 60.0, "start_timeout_s": 60.0},
 }
 # An app of the server's operator that would run its own code at the hospitals.
 THEIRS = {
