@@ -2,7 +2,7 @@
 
 The last commit is cloned into an empty folder, with an empty package cache: set-up, `make run`, a second set-up (what
 each later call adds), `make test`. Once each, so on a busy machine repeat it. Real films are used by the tests where
-PRIMIA_LITE_DATA names them. Takes a quarter of an hour and 2 GB of a temporary folder (TMPDIR).
+PRIMIA_LITE_DATA names them. Takes half an hour and 2 GB of a temporary folder (TMPDIR).
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from unittest import mock
 
@@ -423,6 +424,8 @@ class Law:
         self.verify = usual(lambda: secagg._relayed(self.text).check(self.agreement, 1, "advertise"))
         self.exchange = usual(lambda: client._cipher("h0000", "h0001").encrypt(bytes(12), bytes(132), None))
         self.graph = usual(lambda: self.agreement.neighbours(advertised)) / (n * k)
+        # Each timed once, so that one n has one law.
+        self._shares, self._split, self._combine = map(cache, (self._shares, self._split, self._combine))
 
     def _shares(self, k: int) -> float:
         """Seconds to take a message of k sealed shares."""
@@ -432,13 +435,12 @@ class Law:
         signed = secagg.Reply(reply.sender, 1, "share", reply.body, signature)
         return usual(lambda: signed.check(self.agreement, 1, "share"))
 
-    def hospital(self, n: int, length: int) -> float:
-        k, t = degree(n)
-        split = usual(lambda: shamir.split(bytes(32), t, range(1, k + 2)))
-        each = (k + 1) * self.mask + self.quantise + self.hash + self.copy
-        return length * each + 3 * k * self.exchange + 2 * split + 2 * n * self.verify + n * k * self.graph
+    def _split(self, k: int, t: int) -> float:
+        """Seconds to split a secret among k + 1."""
+        return usual(lambda: shamir.split(bytes(32), t, range(1, k + 2)))
 
-    def server(self, n: int, length: int, gone: int) -> float:
+    def _combine(self, n: int) -> float:
+        """Seconds to have a secret back."""
         k, t = degree(n)
         shares, turn = shamir.split(os.urandom(32), t, range(1, 2000)), itertools.count(1)
 
@@ -447,11 +449,20 @@ class Law:
             first = next(turn) if k < n - 1 else 1
             shamir.combine({point: shares[point] for point in range(first, first + t)}, t)
 
+        return usual(combine)
+
+    def hospital(self, n: int, length: int) -> float:
+        k, t = degree(n)
+        each = (k + 1) * self.mask + self.quantise + self.hash + self.copy
+        return length * each + 3 * k * self.exchange + 2 * self._split(k, t) + 2 * n * self.verify + n * k * self.graph
+
+    def server(self, n: int, length: int, gone: int) -> float:
+        k, _ = degree(n)
         stay = n - gone
         masks = stay + gone * k * stay / n
         return (
             length * (masks * self.mask + stay * (self.add + self.hash))
-            + 3 * n * self.verify + 2 * n * self._shares(k) + n * usual(combine)
+            + 3 * n * self.verify + 2 * n * self._shares(k) + n * self._combine(n)
             + (2 * n + gone * k) * self.exchange + n * k * self.graph
         )  # fmt: skip
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -156,16 +157,17 @@ def _side_by_side(tasks: list[Task], progress: Progress, jobs: int) -> Iterator[
             while waiting and len(running) < jobs:
                 number, task = waiting.pop(0)
                 ours, theirs = context.Pipe(duplex=False)
-                process = context.Process(target=_apart, args=(task, theirs))
+                process = context.Process(target=_apart, args=(task, theirs), daemon=True)
                 progress.start(number, task.plan.path.stem)
-                process.start()
+                with _deaf():  # the new process, too, from its first moment on
+                    process.start()
+                    running[ours] = number, process
                 theirs.close()  # so that the end of the process ends the pipe
-                running[ours] = number, process
             for pipe in wait(list(running), timeout=1):
                 number, process = running[pipe]
                 try:
                     found = pipe.recv()
-                except EOFError:
+                except (EOFError, OSError):  # OSError: in the middle of a message
                     process.join()
                     what = f"its process ended with status {process.exitcode}"
                     found = Outcome(tasks[number - 1].plan.path.stem, "failed", 0.0, 0.0, 0, error=what)
@@ -179,9 +181,25 @@ def _side_by_side(tasks: list[Task], progress: Progress, jobs: int) -> Iterator[
     finally:
         for _, process in running.values():
             process.terminate()
-        for _, process in running.values():
-            process.join(STOP_S)
-            process.kill()
+        try:
+            for _, process in running.values():
+                process.join(STOP_S)
+        finally:  # also at a second Ctrl-C
+            for _, process in running.values():
+                process.kill()
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Ctrl-C is ignored here, and in what is started here."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _apart(task: Task, pipe: Connection) -> None:
@@ -190,8 +208,16 @@ def _apart(task: Task, pipe: Connection) -> None:
     def stop(*_) -> None:
         raise KeyboardInterrupt
 
+    def end_with_the_run() -> None:
+        """However it ends: a later run goes on with this notebook's state, and must be the only one to."""
+        wait([multiprocessing.parent_process().sentinel])
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(STOP_S)
+        os._exit(1)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, stop)
+    threading.Thread(target=end_with_the_run, daemon=True).start()
     try:
         pipe.send(task.run(lambda cell, n_cells: pipe.send((cell, n_cells))))
     except KeyboardInterrupt:

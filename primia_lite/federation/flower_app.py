@@ -45,9 +45,10 @@ def _train(message: Message, context: Context) -> Message:
 
 def answer_in(folder: Path, message: Message) -> Message:
     """The reply of the hospital whose folder it is."""
-    log_to(folder)
+    relay = Relay.to(folder)
+    log_to(folder, rotate=relay is None)
     try:
-        site = Relay.to(folder) or SiteInFolder(folder)
+        site = relay or SiteInFolder(folder)
     except Exception as error:
         log.warning("this hospital can't answer: %s", error)
         return refusal(message)

@@ -124,8 +124,11 @@ def keep_alive(command: Sequence[str], pause_s: float = 1.0, longest_pause_s: fl
     pause = pause_s
     while True:
         started = time.monotonic()
-        with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
-            status = process.wait()
+        try:
+            with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+                status = process.wait()
+        except OSError as error:  # no memory, no process to spare
+            status = error
         pause = pause_s if time.monotonic() - started > longest_pause_s else min(2 * pause, longest_pause_s)
         log.warning("the hospital's process ended with status %s; it is started again in %.0f s", status, pause)
         time.sleep(pause)

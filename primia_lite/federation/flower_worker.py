@@ -55,7 +55,7 @@ class Relay:
         self, study: str, requests: Sequence[bytes], number: int = 0, weights: Mapping[str, np.ndarray] | None = None
     ) -> list[Reply]:
         """See :meth:`primia_lite.federation.flower_hospital.Site.answer`."""
-        arrays = weights and {name: np.ascontiguousarray(value) for name, value in weights.items()}
+        arrays = weights and {name: np.asarray(value) for name, value in weights.items()}
         head = {
             "study": study, "round": number, "requests": len(requests),
             "weights": arrays and [[name, str(a.dtype), list(a.shape)] for name, a in arrays.items()],
@@ -104,6 +104,25 @@ def _films(folder: Path) -> list[tuple[str, int]]:
     return sorted((path.name, path.stat().st_ctime_ns) for path in folder.glob("films-*.npz"))
 
 
+class Held:
+    """A hospital that keeps its films in memory, as long as its folder is as it was when they were read."""
+
+    def __init__(self, folder: Path):
+        self._folder, self._site, self._read = folder, None, None
+
+    def answer(self, parts: list[bytes]) -> list[bytes]:
+        # A study that the hospital has joined since then counts, and films that it has deleted.
+        now = [(self._folder / name).stat().st_ctime_ns for name in (CONFIG, STUDY, IDENTITY)]
+        before = _films(self._folder)
+        if self._read != (now, before):
+            self._site, self._read = SiteInFolder(self._folder), None
+        reply = _answer(self._site, parts)
+        after = _films(self._folder)
+        # Written meanwhile: it is what the site holds. Deleted meanwhile: what it holds is out of date.
+        self._read = (now, after) if after == before or not before else None
+        return reply
+
+
 def serve(folder: Path) -> None:
     """Answer until the process that started this one ends, which closes our standard input."""
     path = folder / SOCKET
@@ -111,7 +130,9 @@ def serve(folder: Path) -> None:
     place = Path(tempfile.mkdtemp(prefix="primia-lite-"))  # mode 700; a socket's path must be short
 
     def leave(*_) -> None:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            if Path(path.read_text()).parent == place:  # and not that of one that was started since
+                path.unlink()
         shutil.rmtree(place, ignore_errors=True)
         os._exit(0)
 
@@ -120,21 +141,18 @@ def serve(folder: Path) -> None:
     # Seconds that no message is to wait for; films are loaded when they are first asked for, which may take minutes.
     from primia_lite.federation import hospital, study  # noqa: F401
 
-    site, read = None, None
-    with Listener(str(place / "socket"), "AF_UNIX") as listener:
-        write_atomic(path, str(place / "socket").encode(), private=True)
-        while True:
-            with suppress(OSError), listener.accept() as connection:
-                try:
-                    parts = _receive(connection)
-                    # A study that the hospital has joined since then counts, and films that it has deleted.
-                    now = [(folder / name).stat().st_ctime_ns for name in (CONFIG, STUDY, IDENTITY)]
-                    if read != (now, _films(folder)):
-                        site, read = SiteInFolder(folder), None
-                    _send(connection, _answer(site, parts))
-                    read = now, _films(folder)
-                except Exception as error:  # the connection closes, and Flower's process refuses
-                    log.warning("this hospital can't answer: %s: %s", type(error).__name__, error)
+    held = Held(folder)
+    try:
+        with Listener(str(place / "socket"), "AF_UNIX") as listener:
+            write_atomic(path, str(place / "socket").encode(), private=True)
+            while True:
+                with suppress(OSError), listener.accept() as connection:
+                    try:
+                        _send(connection, held.answer(_receive(connection)))
+                    except Exception as error:  # the connection closes, and Flower's process refuses
+                        log.warning("this hospital can't answer: %s: %s", type(error).__name__, error)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
 
 
 if __name__ == "__main__":

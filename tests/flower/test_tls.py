@@ -13,6 +13,7 @@ import torch
 from primia_lite.federation import flower_deploy, flower_setup
 from primia_lite.federation.aggregation import SecureAggregation
 from primia_lite.federation.flower_hospital import load_films
+from primia_lite.federation.flower_worker import SOCKET
 from primia_lite.federation.hospital import Hospital
 from primia_lite.federation.rounds import Schedule, federate
 from primia_lite.models import prepare
@@ -96,6 +97,7 @@ def federation(tmp_path):
     flower_setup.make_all(folder, ["A", "B", "C"], FILMS, port=free_ports(4), **options)
     try:
         assert flower_deploy.start(folder) == ["superlink", "A", "B", "C"]
+        wait_for(lambda: all((folder / name / SOCKET).exists() for name in "ABC"), 120, "hospitals' own processes")
         yield folder
     finally:
         flower_deploy.stop(folder)

@@ -15,8 +15,8 @@ import pytest
 from flwr.app import Message
 from flwr.clientapp import ClientApp
 
-from primia_lite.federation import flower_app, flower_grid, flower_process, flower_setup, secagg
-from primia_lite.federation.flower_hospital import OtherStudy, SiteInFolder
+from primia_lite.federation import flower_app, flower_grid, flower_process, flower_setup, flower_worker, secagg
+from primia_lite.federation.flower_hospital import CONFIG, IDENTITY, STUDY, OtherStudy, SiteInFolder
 from primia_lite.federation.flower_worker import SOCKET, Relay
 from primia_lite.federation.rounds import Schedule, Server
 from primia_lite.federation.study import Study
@@ -144,14 +144,25 @@ def test_films_that_the_hospital_deletes_are_read_again(worker):
     first, again = a_round(12), a_round(14)
     assert np.array_equal(first, again)
     (kept,) = (folder / "A").glob("films-*.npz")
-    config = folder / "A" / "hospital.toml"
-    before = config.stat()
-    fewer = config.read_text().replace("n_films = 60", "n_films = 48")
-    with open(config, "r+") as file:
-        file.write(fewer)
-    os.utime(config, ns=(before.st_atime_ns, before.st_mtime_ns))
     kept.unlink()
-    assert not np.array_equal(first, a_round(16))
+    assert np.array_equal(first, a_round(16)) and kept.exists(), "films that stay in memory write no file"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "again"), [(["f"], ["f"], False), ([], ["f"], False), (["f"], [], True), (["f"], ["g"], True)]
+)
+def test_films_deleted_while_a_message_is_answered_are_read_again(monkeypatch, tmp_path, before, after, again):
+    made, seen = [], iter([before, after, after, after])
+    folder = tmp_path
+    for name in (CONFIG, STUDY, IDENTITY):
+        (folder / name).touch()
+    monkeypatch.setattr(flower_worker, "_films", lambda _: next(seen))
+    monkeypatch.setattr(flower_worker, "SiteInFolder", lambda _: made.append(1))
+    monkeypatch.setattr(flower_worker, "_answer", lambda site, parts: [b"{}"])
+    state = flower_worker.Held(folder)
+    state.answer([])
+    state.answer([])
+    assert len(made) == (2 if again else 1)
 
 
 def test_a_socket_s_name_in_a_folder_of_others_is_not_trusted(worker, monkeypatch):
@@ -169,11 +180,8 @@ def test_one_that_dies_in_the_middle_of_a_message_leaves_a_refusal(mortal):
     folder, process = mortal
     own = SiteInFolder(folder / "A").fingerprint
     process.send_signal(signal.SIGSTOP)
-    app, replies = ClientApp(), []
-    app.train()(lambda message, context: flower_app.answer_in(folder / "A", message))
-    grid = flower_grid.InlineGrid([app])
-    message = Message(flower_app.request(own, [b"{}"], 1, None), 1, "train")
-    thread = threading.Thread(target=lambda: replies.extend(grid.send_and_receive([message])))
+    content, replies = flower_app.request(own, [b"{}"], 1, None), []
+    thread = threading.Thread(target=lambda: replies.extend(ask(folder / "A", content)))
     thread.start()
     time.sleep(0.5)
     assert replies == []
@@ -199,6 +207,17 @@ def test_when_it_ends_flowers_process_answers_by_itself(mortal, how):
     assert Relay.to(folder / "A") is None
     if how != "kill":
         assert not (folder / "A" / SOCKET).exists()
+    site = SiteInFolder(folder / "A")
+    request = secagg.Server(site.agreement, 2).requests()["A"]
+    (reply,) = ask(folder / "A", flower_app.request(site.fingerprint, [request], 1, None))
+    assert [r.step for r in flower_app.replies(reply)] == ["advertise"]
+
+
+def ask(folder, content):
+    """What Flower's process at a hospital replies."""
+    app = ClientApp()
+    app.train()(lambda message, context: flower_app.answer_in(folder, message))
+    return flower_grid.InlineGrid([app]).send_and_receive([Message(content, 1, "train")])
 
 
 def test_flowers_process_imports_no_torch():

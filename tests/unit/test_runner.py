@@ -11,6 +11,7 @@ import sys
 import time
 
 import nbformat
+import psutil
 import pytest
 
 from primia_lite import notebook, reproduce
@@ -197,20 +198,17 @@ def test_state_is_kept_for_what_was_killed_and_deleted_for_what_ended_well(tmp_p
     assert left() == ["02_c"]
 
 
-@pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
-@pytest.mark.parametrize("jobs", [1, 2])
-def test_ctrl_c_stops_the_kernels_saves_the_summary_and_exits_130(notebooks, tmp_path, write_notebook, jobs):
-    folder, _ = notebooks
+def start_sleepers(tmp_path, folder, write_notebook, jobs):
+    """`primia-lite run` of notebooks of which the first ``jobs`` never end; their kernels' processes."""
     flags = [tmp_path / f"pid{number}" for number in range(jobs)]
     for flag, name in zip(flags, ("00_first", "01_second"), strict=False):
         cell = f"import os, pathlib, time\npathlib.Path({str(flag)!r}).write_text(str(os.getpid()))\ntime.sleep(100)"
         write_notebook(folder / f"{name}.ipynb", "a = 1", cell)
-    out = tmp_path / "out"
     code = (
         "import sys, pathlib; from primia_lite import cli, reproduce\n"
         "reproduce.load_profile = lambda name: {}\n"
         f"reproduce.repo_root = lambda: pathlib.Path({str(tmp_path)!r})\n"
-        f"sys.exit(cli.main(['run', '--jobs', '{jobs}', '--out', {str(out)!r}]))"
+        f"sys.exit(cli.main(['run', '--jobs', '{jobs}', '--out', {str(tmp_path / 'out')!r}]))"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
@@ -219,18 +217,36 @@ def test_ctrl_c_stops_the_kernels_saves_the_summary_and_exits_130(notebooks, tmp
     deadline = time.monotonic() + 60
     while not all(flag.exists() and flag.read_text() for flag in flags) and time.monotonic() < deadline:
         time.sleep(0.1)
+    return process, [int(flag.read_text()) for flag in flags]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_ctrl_c_stops_the_kernels_saves_the_summary_and_exits_130(notebooks, tmp_path, write_notebook, jobs):
+    process, kernels = start_sleepers(tmp_path, notebooks[0], write_notebook, jobs)
     os.killpg(process.pid, signal.SIGINT)  # what a terminal does
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, (stdout, stderr)
     assert stderr.strip() == "interrupted"
-    rows = json.loads((out / "summary.json").read_text())["notebooks"]
+    rows = json.loads((tmp_path / "out" / "summary.json").read_text())["notebooks"]
     assert [(row["notebook"], row["status"]) for row in rows] == [
         (name, "interrupted") for name in ("00_first", "01_second")[:jobs]
     ], "and none of the others begins"
     time.sleep(0.5)
-    for flag in flags:
+    for kernel in kernels:
         with pytest.raises(ProcessLookupError):
-            os.kill(int(flag.read_text()), 0)
+            os.kill(kernel, 0)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGKILL")
+def test_kernels_side_by_side_end_with_a_run_that_is_killed(notebooks, tmp_path, write_notebook):
+    """Or a run that goes on from there would share its state with them."""
+    process, kernels = start_sleepers(tmp_path, notebooks[0], write_notebook, 2)
+    process.kill()
+    deadline = time.monotonic() + 30
+    while any(map(psutil.pid_exists, kernels)):
+        assert time.monotonic() < deadline, kernels
+        time.sleep(0.1)
 
 
 def test_two_run_at_once_and_the_summary_keeps_their_order(notebooks, tmp_path, write_notebook):
@@ -339,8 +355,6 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_weights(tmp_path, write_noteb
     deadline = time.time() + 60
     while not checkpoint.exists() and time.time() < deadline:
         time.sleep(0.05)
-    import psutil
-
     for child in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
         child.kill()
     process.wait()
