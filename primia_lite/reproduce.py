@@ -169,7 +169,7 @@ def _side_by_side(tasks: list[Task], progress: Progress, jobs: int) -> Iterator[
                     found = pipe.recv()
                 except (EOFError, OSError):  # OSError: in the middle of a message
                     process.join()
-                    what = f"its process ended with status {process.exitcode}"
+                    what = f"its process ended with status {process.exitcode}: out of memory? --jobs 1 needs less"
                     found = Outcome(tasks[number - 1].plan.path.stem, "failed", 0.0, 0.0, 0, error=what)
                 if not isinstance(found, Outcome):
                     progress.cell(number, *found)

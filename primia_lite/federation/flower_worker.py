@@ -111,6 +111,13 @@ class Held:
         self._folder, self._site, self._read = folder, None, None
 
     def answer(self, parts: list[bytes]) -> list[bytes]:
+        """The parts of a message, as :class:`Relay` sends them, to those of its reply.
+
+        Raises
+        ------
+        UserError
+            The folder can't be read.
+        """
         # A study that the hospital has joined since then counts, and films that it has deleted.
         now = [(self._folder / name).stat().st_ctime_ns for name in (CONFIG, STUDY, IDENTITY)]
         before = _films(self._folder)

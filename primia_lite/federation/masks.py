@@ -1,7 +1,7 @@
 """Masks: keystreams of AES-256 in counter mode (NIST SP 800-38A), added modulo 2^32.
 
-A seed is the cipher's whole 256-bit key and makes one mask only, so the counter starts at 0. On processors with
-instructions for AES it takes half the time of ChaCha20.
+A seed is the cipher's whole 256-bit key and makes one mask only, so the counter starts at 0. Where the processor has
+instructions for AES that is quicker than ChaCha20 (0.7 against 1.5 ns of CPU a word, tried on one x86-64 machine).
 """
 
 from __future__ import annotations
