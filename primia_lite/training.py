@@ -15,7 +15,15 @@ from primia_lite import augmentation as aug
 from primia_lite import models
 from primia_lite.config import TrainingError, UserError
 from primia_lite.models import Films
-from primia_lite.privacy.dpsgd import ClippedSum, PoissonBatch, Privacy, PrivateStep, Rows, poisson_batches
+from primia_lite.privacy.dpsgd import (
+    ClippedStep,
+    ClippedSum,
+    PoissonBatch,
+    Privacy,
+    PrivateStep,
+    Rows,
+    poisson_batches,
+)
 from primia_lite.privacy.rng import SecureGenerator
 
 
@@ -36,6 +44,8 @@ class Training:
     label_smoothing : share of each label that is spread over all classes (Szegedy et al. 2016)
     class_weights : None, ``"balanced"`` (from the hospital's own counts: not with DP), or one public number per class
     model_options : the network's own, by name (see :mod:`primia_lite.networks`)
+    max_grad_norm : without DP, clips each patient's gradient to this L2 norm and samples patients as DP-SGD does, but
+        adds no noise: what clipping alone does to training. It protects nobody. With DP ``Privacy`` says it
     augmentation : any of ``flip``, ``shift``, ``jitter`` (see :mod:`primia_lite.augmentation`) and ``mixup`` (Zhang
         et al. 2018; not with DP: it blends films, so that no step's sensitivity to one film is bounded by clipping)
     """
@@ -50,6 +60,7 @@ class Training:
     weight_decay: float = 0.0
     label_smoothing: float = 0.0
     class_weights: str | tuple[float, ...] | None = None
+    max_grad_norm: float | None = None
     augmentation: tuple[str, ...] = ()
     model_options: dict = field(default_factory=dict)
 
@@ -63,6 +74,8 @@ class Training:
             raise UserError("local_steps or local_epochs must be at least 1")
         if not 0 <= self.label_smoothing < 1:
             raise UserError(f"label_smoothing is {self.label_smoothing}: it must be in [0, 1)")
+        if self.max_grad_norm is not None and not 0 < self.max_grad_norm < float("inf"):
+            raise UserError(f"max_grad_norm is {self.max_grad_norm}: leave it out, or take a number above 0")
         unknown = set(self.augmentation) - set(aug.AUGMENTATIONS)
         if unknown:
             raise UserError(f"unknown augmentation {sorted(unknown)}: choose from {', '.join(aug.AUGMENTATIONS)}")
@@ -85,10 +98,13 @@ class Training:
 
 
 def check_options(training: Training, privacy: Privacy | None) -> None:
-    """Raise UserError for options that contradict DP, or shared noise."""
-    if privacy and "mixup" in training.augmentation:
+    """Raise UserError for options that contradict DP, clipping, or shared noise."""
+    clipped = privacy or training.max_grad_norm
+    if privacy and training.max_grad_norm:
+        raise UserError("with DP the clip is Privacy's max_grad_norm: leave out that of Training")
+    if clipped and "mixup" in training.augmentation:
         raise UserError("mixup blends films, so clipping no longer bounds what one film adds: leave it out with DP")
-    if privacy and training.class_weights == "balanced":
+    if clipped and training.class_weights == "balanced":
         raise UserError("class_weights='balanced' counts private labels: with DP give one public number per class")
     if privacy and privacy.shared and (training.steps_per_round != 1 or training.momentum):
         raise UserError(
@@ -130,9 +146,14 @@ def train(
     optimizer = torch.optim.SGD(
         model.parameters(), training.learning_rate, momentum=training.momentum, weight_decay=training.weight_decay
     )
+    unit = privacy.unit if privacy else "patient" if training.max_grad_norm else None
+    if unit:
+        batches = _private_batches(films, training, unit, rng)
     if privacy:
         step = PrivateStep(model, optimizer, privacy, expected_batch, rng.child("noise"), films)
-        batches = _private_batches(films, training, privacy, rng)
+    elif unit:
+        clipped = ClippedSum(model, training.max_grad_norm, unit, films)
+        step = ClippedStep(optimizer, clipped, training.sample_rate * len(films.units(unit)))
     else:
         step = _PlainStep(model, optimizer)
         batches = shuffled_batches(len(films), training.sample_rate, training.steps_per_round, shuffle)
@@ -140,8 +161,8 @@ def train(
     for number, batch in enumerate(batches):
         where = f"at local step {number + 1} of {training.steps_per_round}"
         with _refusing(where, training):
-            if privacy:
-                losses.append(step(batch, private_rows(films, batch, training, privacy, weight, shuffle)))
+            if unit:
+                losses.append(step(batch, private_rows(films, batch, training, unit, weight, shuffle)))
             else:
                 losses.append(step(_loss_function(films, batch, training, weight, shuffle), batch))
         if len(batch) and not np.isfinite(losses[-1]):
@@ -175,10 +196,10 @@ def private_share(
     check_options(training, privacy)
     weight = _class_weights(training, films.labels)
     model.train()
-    (batch,) = _private_batches(films, training, privacy, rng)
+    (batch,) = _private_batches(films, training, privacy.unit, rng)
     with _refusing("in this round", training):
-        rows = private_rows(films, batch, training, privacy, weight, _shuffle(rng))
-        total, _ = ClippedSum(model, privacy, films)(batch, rows)
+        rows = private_rows(films, batch, training, privacy.unit, weight, _shuffle(rng))
+        total, _ = ClippedSum(model, privacy.max_grad_norm, privacy.unit, films)(batch, rows)
         return privacy.grid.share(total, declared, rng.child("noise"))
 
 
@@ -186,8 +207,8 @@ def _shuffle(rng: SecureGenerator) -> torch.Generator:
     return torch.Generator().manual_seed(rng.child("augmentation").seed())
 
 
-def _private_batches(films: Films, training: Training, privacy: Privacy, rng: SecureGenerator):
-    n = len(films.units(privacy.unit))
+def _private_batches(films: Films, training: Training, unit: str, rng: SecureGenerator):
+    n = len(films.units(unit))
     return poisson_batches(n, training.sample_rate, training.steps_per_round, rng.child("sampling"))
 
 
@@ -206,9 +227,9 @@ def _remedy(training: Training) -> str:
 
 
 # Networks that are trained whole see so many films at once; a linear head as many as the processor's cache holds, since
-# each row is read twice.
+# each row is read twice, and as the allocator gives without asking the system for fresh pages.
 _PART_FILMS = 256
-_CACHE_BYTES = 8 * 2**20
+_CACHE_BYTES = 4 * 2**20
 
 
 class _PlainStep:
@@ -252,22 +273,22 @@ def _class_weights(training: Training, labels: torch.Tensor) -> torch.Tensor | N
 
 
 def private_rows(
-    films: Films, batch: PoissonBatch, training: Training, privacy: Privacy, weight, generator: torch.Generator
+    films: Films, batch: PoissonBatch, training: Training, unit: str, weight, generator: torch.Generator
 ) -> Iterator[Rows]:
     """The films of the units of a batch, whole units at a time.
 
     All cached views of a film count (augmentation multiplicity, De et al. 2022), as parts of its unit's one gradient.
-    Parts share their memory: use each one up before the next is asked for.
     """
-    owned = films.units(privacy.unit)
+    owned, views = films.units(unit), films.inputs.shape[1]
+    index, films_of = owned.films(batch.units), owned.count[batch.units]
+    count = films_of * views
+    target = _targets(films.labels[index], training, weight) / count.repeat_interleave(films_of)[:, None]
+    target = target.repeat_interleave(views, 0)
     limit = _PART_FILMS if films.inputs.dim() == 5 else _CACHE_BYTES // films.inputs[0].nbytes
-    for units in _split_units(batch.units, owned.count, limit):
-        index = owned.films(units)
-        inputs = augment(films, index, training.augmentation, generator, all_views=True)  # [B, V, ...]
-        views = inputs.shape[1]
-        count = owned.count[units] * views
-        target = _targets(films.labels[index], training, weight) / count.repeat_interleave(owned.count[units])[:, None]
-        yield Rows(inputs.flatten(0, 1), units, count, target.repeat_interleave(views, 0))
+    for units, some in _split_units(films_of, limit):
+        inputs = augment(films, index[some], training.augmentation, generator, all_views=True)  # [B, V, ...]
+        rows = slice(some.start * views, some.stop * views)
+        yield Rows(inputs.flatten(0, 1), batch.units[units], count[units], target[rows])
 
 
 def _targets(labels: torch.Tensor, training: Training, weight: torch.Tensor | None) -> torch.Tensor:
@@ -277,13 +298,14 @@ def _targets(labels: torch.Tensor, training: Training, weight: torch.Tensor | No
     return (1 - smoothing) * weight * F.one_hot(labels, k) + smoothing / k * weight
 
 
-def _split_units(units: torch.Tensor, count: torch.Tensor, limit: int) -> Iterator[torch.Tensor]:
-    """Parts of a batch of at most ``limit`` films, or of one unit that has more."""
-    films = count[units].cumsum(0)
-    while len(units):
-        fits = max(1, int((films <= limit).sum()))
-        yield units[:fits]
-        units, films = units[fits:], films[fits:] - films[fits - 1]
+def _split_units(films_of: torch.Tensor, limit: int) -> Iterator[tuple[slice, slice]]:
+    """Parts of a batch as its units and their films: at most ``limit`` films, or one unit that has more."""
+    ends = np.append(0, films_of.numpy().cumsum())
+    first = 0
+    while first < len(films_of):
+        last = max(first + 1, int(np.searchsorted(ends, ends[first] + limit, "right")) - 1)
+        yield slice(first, last), slice(int(ends[first]), int(ends[last]))
+        first = last
 
 
 def _loss_function(films, index, training, weight, generator):
@@ -317,7 +339,7 @@ def _loss_function(films, index, training, weight, generator):
 def augment(films, index: torch.Tensor, augmentation: tuple[str, ...], generator: torch.Generator, *, all_views: bool):
     """Inputs [B, V, ...] of some films: all their cached views, or one of them at random; pixels are changed anew."""
     if all_views:
-        inputs = _gathered(films, index)
+        inputs = torch.index_select(films.inputs, 0, index)  # faster than films.inputs[index]
     else:
         view = torch.randint(films.inputs.shape[1], (len(index),), generator=generator)
         inputs = films.inputs[index, view][:, None]
@@ -331,13 +353,6 @@ def augment(films, index: torch.Tensor, augmentation: tuple[str, ...], generator
             pixels = films.normalise(aug.jitter(films.denormalise(pixels), generator))
         inputs = pixels[:, None]
     return inputs
-
-
-def _gathered(films: Films, index: torch.Tensor) -> torch.Tensor:
-    """Inputs of some films, in memory that the next call uses again: fresh pages cost as much as a step of a head."""
-    if len(films.cache.get("gathered", ())) < len(index):
-        films.cache["gathered"] = torch.empty(len(index), *films.inputs.shape[1:])
-    return torch.index_select(films.inputs, 0, index, out=films.cache["gathered"][: len(index)])
 
 
 @torch.no_grad()

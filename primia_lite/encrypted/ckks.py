@@ -20,7 +20,7 @@ from torch import nn
 
 from primia_lite.config import UserError
 from primia_lite.encrypted.batch import batch_packing, compile_batch
-from primia_lite.encrypted.flooding import Flooding, flooding_std, rounded_gaussian
+from primia_lite.encrypted.flooding import Flooding, flooding_std, wide_gaussian
 from primia_lite.encrypted.kernels import EvaluationKeys, compile_model, packing_for
 from primia_lite.encrypted.keys import SecretKey
 from primia_lite.encrypted.masks import Blind
@@ -259,7 +259,7 @@ class Client:
                         f"{self.flooding.queries} decryptions are what the flooding covers: make a new Client"
                     )
                 self.queries_left -= 1
-            out = [a + b for a, b in zip(out, rounded_gaussian(len(out), self._flood), strict=True)]
+            out = [a + b for a, b in zip(out, wide_gaussian(len(out), self._flood), strict=True)]
         return np.array(out, dtype=np.float64) / scale
 
 

@@ -15,9 +15,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
-
 from primia_lite.config import UserError
+from primia_lite.privacy.noise import rounded_gaussian
 from primia_lite.privacy.rng import SecureGenerator
 
 
@@ -60,33 +59,18 @@ class Flooding:
 _FINE_STD, _STEP_BITS = 2.0**40, 30
 
 
-def rounded_gaussian(size: int, std: float) -> list[int]:
-    """Whole numbers: normal samples from the operating system's generator, rounded.
+def wide_gaussian(size: int, std: float) -> list[int]:
+    """Whole numbers: normal samples from the operating system's generator, rounded, of any width.
 
     An integer plus such a number is a function of the integer plus a Gaussian, so rounding gives nothing away. Up to a
-    standard deviation of 2^41 this is one float, rounded. Floats have 53 bits: the low ones of a much wider sample
-    would be empty, and the integer would show in them. So a wider one is the sum of a fine sample of 2^40 and a coarse
-    one in steps of 2^30, drawn in the same way. Both are 1,024 steps wide and more, so by Poisson's summation formula
-    the sum is distributed as a Gaussian of ``std`` plus a uniform number one step wide, rounded, to within
-    e^(-2 pi^2 1024^2), and so is again a (randomised) function of the integer plus the Gaussian. Samples are floats,
-    which stand for real numbers here.
+    standard deviation of 2^41 this is :func:`primia_lite.privacy.noise.rounded_gaussian`. A wider one is the sum of a
+    fine sample of 2^40 and a coarse one in steps of 2^30, drawn in the same way. Both are 1,024 steps wide and more, so
+    by Poisson's summation formula the sum is distributed as a Gaussian of ``std`` plus a uniform number one step wide,
+    rounded, to within e^(-2 pi^2 1024^2), and so is again a (randomised) function of the integer plus the Gaussian.
     """
     fine = std if std <= 2 * _FINE_STD else _FINE_STD
-    out = narrow_gaussian(size, fine).tolist()
+    out = rounded_gaussian(size, fine, SecureGenerator()).tolist()
     if std > fine:
-        coarse = rounded_gaussian(size, std * math.sqrt(1 - (fine / std) ** 2) / 2**_STEP_BITS)
+        coarse = wide_gaussian(size, std * math.sqrt(1 - (fine / std) ** 2) / 2**_STEP_BITS)
         out = [a + (b << _STEP_BITS) for a, b in zip(out, coarse, strict=True)]
     return out
-
-
-def narrow_gaussian(size: int, std: float) -> np.ndarray:
-    """int64 [size]: as :func:`rounded_gaussian`, quicker, for a standard deviation of 2^41 at most.
-
-    Raises
-    ------
-    UserError
-        A wider one.
-    """
-    if not 0 < std <= 2 * _FINE_STD:
-        raise UserError(f"a standard deviation of {std:.3g} must be above 0 and at most 2^41: floats leave gaps above")
-    return np.rint(SecureGenerator().normal(size) * std).astype(np.int64)

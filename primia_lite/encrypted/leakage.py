@@ -12,7 +12,7 @@ from torch import nn
 
 from primia_lite.config import UserError
 from primia_lite.encrypted.ckks import Client, Server
-from primia_lite.encrypted.flooding import flooding_std, rounded_gaussian
+from primia_lite.encrypted.flooding import flooding_std, wide_gaussian
 from primia_lite.encrypted.packing import NOISE_STD
 from primia_lite.encrypted.seal import Context, dump
 
@@ -56,7 +56,7 @@ def recover_key(weights: np.ndarray, film: np.ndarray, shared: str, statistical_
         # All coefficients are shared, so the bound is on the norm of the noise of all.
         size = np.linalg.norm(weights) * 2.0**packing.weight_bits
         std = flooding_std(10 * NOISE_STD * math.sqrt(context.n) * size, 1, statistical_bits)
-        coefficients = coefficients + np.array(rounded_gaussian(context.n, std), float) / scale
+        coefficients = coefficients + np.array(wide_gaussian(context.n, std), float) / scale
     guess = key_from_decryption(context, dump(product), context.slots_of(coefficients), scale)
     return float(np.mean(guess == client._key._ternary))
 

@@ -33,7 +33,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from primia_lite.config import UserError
-from primia_lite.encrypted.flooding import flooding_std, narrow_gaussian
+from primia_lite.encrypted.flooding import flooding_std
 from primia_lite.encrypted.keys import SecretKey
 from primia_lite.encrypted.packing import NOISE_STD
 from primia_lite.encrypted.parameters import Parameters
@@ -41,6 +41,8 @@ from primia_lite.encrypted.seal import CiphertextError, Context, dump
 from primia_lite.federation.aggregation import Aggregate, check, flat, length, unflat
 from primia_lite.federation.fixed_point import check_clip
 from primia_lite.federation.secagg import TooFewSurvivors
+from primia_lite.privacy.noise import rounded_gaussian
+from primia_lite.privacy.rng import SecureGenerator
 
 STEPS = ("encrypt", "decrypt")
 # Nothing is multiplied, so one prime does. SEAL stores each coefficient in 64 bits: the largest prime that it has, of
@@ -205,7 +207,7 @@ class Hospital:
                 raise CiphertextError(
                     f"{self.name} can't decrypt sum {i}: a part of it was encrypted under another key, or altered"
                 )
-            flooded = integers[:entries] + narrow_gaussian(entries, terms._std)
+            flooded = integers[:entries] + rounded_gaussian(entries, terms._std, SecureGenerator())
             yield (flooded * (factor / scale)).astype("<f4").tobytes()
 
 

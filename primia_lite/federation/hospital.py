@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from primia_lite.models import Films
 from primia_lite.privacy.accounting import Release
 from primia_lite.privacy.dpsgd import Privacy
 from primia_lite.privacy.ledger import Ledger, charged_for
+from primia_lite.privacy.noise import local_noise
 from primia_lite.privacy.rng import SecureGenerator
 from primia_lite.runtime import cores, torch_threads, write_atomic
 from primia_lite.training import Training, check_options, private_share, train
@@ -314,7 +316,8 @@ def mean_and_std_under_dp(
     """PriMIA's normalisation: pixel mean and standard deviation of all hospitals' films, shared under DP.
 
     Each unit (see ``Privacy.unit``) adds (mean pixel, mean squared pixel) of its films, both in [0, 1], so it changes a
-    hospital's sum by at most √2 in L2 norm; Gaussian noise of standard deviation √2 σ is added by each hospital.
+    hospital's sum by at most √2 in L2 norm; each hospital adds noise of standard deviation √2 σ
+    (:func:`primia_lite.privacy.noise.local_noise`).
     Charged to the hospital's ledger before it is computed, as one release with sample rate 1. Training in the same
     ``folder`` adds to that ledger: leave room for both by
     ``Privacy.for_budget(..., also=(Release(noise_multiplier, 1.0, 1),))``.
@@ -371,8 +374,9 @@ def mean_and_std_under_dp(
             unit = np.unique(films.patient_id, return_inverse=True)[1]
             moments = np.stack([np.bincount(unit, m) for m in moments.T], 1) / np.bincount(unit)[:, None]
         # A second release must not repeat the first one's noise: their difference would be exact.
-        noise = _own(rng.child("normalisation", name)).normal(2) * np.sqrt(2.0) * noise_multiplier
-        sums += moments.sum(0) + noise
+        noise = _own(rng.child("normalisation", name))
+        total = {"moments": torch.from_numpy(moments.sum(0))}
+        sums += local_noise(total, noise_multiplier, math.sqrt(2.0), noise)["moments"].numpy()
         declared += declare_size(len(moments))
     mean, square = sums / declared
     mean = float(np.clip(mean, 0.05, 0.95))

@@ -1,16 +1,15 @@
 """DP-SGD at one hospital: per-unit gradients, clipping, Gaussian noise (Abadi et al., CCS 2016).
 
 The unit is a patient with all their films (McMahan et al. 2018 call it user-level), or a single film. Sampling and
-noise come from :class:`~primia_lite.privacy.rng.SecureGenerator`, which says what its floating-point noise doesn't
-cover; noise that hospitals make together (:mod:`primia_lite.privacy.shared`) is of whole numbers. Nor does ε cover that
-a step is refused because a gradient isn't finite: that can be seen from outside.
+noise come from :class:`~primia_lite.privacy.rng.SecureGenerator`, and the noise is of whole numbers
+(:mod:`primia_lite.privacy.noise`). ε doesn't cover that a step is refused because a gradient isn't finite: that can be
+seen from outside.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 
 import numpy as np
@@ -22,9 +21,12 @@ from primia_lite.models import Films, Units, ranges
 from primia_lite.privacy.accounting import Release, calibrate_noise_multiplier, epsilon
 from primia_lite.privacy.clipping import clipped_sum
 from primia_lite.privacy.ledger import UNITS
+from primia_lite.privacy.noise import local_noise
 from primia_lite.privacy.rng import SecureGenerator
 from primia_lite.privacy.shared import Grid, SharedNoise
 
+# Rows that a linear head adds up in float32; see HeadGram.
+_SUMMED_ROWS = 64
 # Inputs and activations of a part of a batch stay near this; a larger batch is worked through in parts.
 _PART_BYTES = 256 * 2**20
 
@@ -203,11 +205,13 @@ class Rows:
 
 
 class ClippedSum:
-    """The sum of a batch's gradients, each unit's clipped to C.
+    """The sum of a batch's gradients, each unit's clipped to C, in float64.
 
     A patient's gradient is the mean over their films and over the films' views (augmentation multiplicity, De et al.
-    2022), so its sensitivity stays C. With shared noise parts are added up in float64, and a linear head works in
-    float64 throughout: the rounding of a long float32 sum changes with one unit more, by some ten-thousandths of C.
+    2022), so its sensitivity stays C. A record that is replaced by an empty one keeps its rows, which count for
+    nothing, so the other units' gradients are computed alike and only the sum's rounding differs. :class:`HeadGram`
+    bounds that for a linear head. For a network trained whole, whose layers add up in float32, nothing proves that it
+    stays within :data:`~primia_lite.privacy.noise.FLOAT32_MARGIN`; a test measures less than a hundredth of it.
 
     Parameters
     ----------
@@ -220,14 +224,12 @@ class ClippedSum:
         See :func:`check_model`.
     """
 
-    def __init__(self, model: nn.Module, privacy: Privacy, films: Films | None = None):
+    def __init__(self, model: nn.Module, max_grad_norm: float, unit: str, films: Films | None = None):
         check_model(model)
-        self.model, self.privacy = model, privacy
+        self.model, self.max_grad_norm = model, max_grad_norm
         # A linear head on features that don't change needs no backward pass through anything.
         linear = isinstance(model, nn.Linear) and model.bias is None
-        self.head = HeadGram.of(films, privacy.unit) if linear and films is not None else None
-        if self.head and privacy.shared:
-            self.model = copy.deepcopy(model).double()
+        self.head = HeadGram.of(films, unit) if linear and films is not None else None
 
     def __call__(self, batch: PoissonBatch, parts: Iterator[Rows]) -> tuple[dict[str, torch.Tensor], float]:
         """The sum by name of parameter, and the sum of the losses (private).
@@ -249,13 +251,14 @@ class ClippedSum:
                 "this batch was not drawn by Poisson sampling: the ε of DP-SGD holds for that alone, not for shuffled "
                 "batches of fixed size. Draw it by poisson_batches"
             )
-        dtype = torch.float64 if self.privacy.shared else None
-        total = {n: torch.zeros_like(p, dtype=dtype) for n, p in self.model.named_parameters() if p.requires_grad}
-        loss, bound = 0.0, self.privacy.max_grad_norm
+        total = {
+            name: torch.zeros_like(p, dtype=torch.float64)
+            for name, p in self.model.named_parameters()
+            if p.requires_grad
+        }
+        loss, bound = 0.0, self.max_grad_norm
         for rows in parts:
             if self.head:
-                if dtype:
-                    rows = replace(rows, inputs=rows.inputs.to(dtype), target=rows.target.to(dtype))
                 part, norms, losses = self.head.clipped_sum(self.model, rows, bound)
             else:
                 run = partial(_losses, rows)
@@ -268,20 +271,47 @@ class ClippedSum:
         return total, loss
 
 
-class PrivateStep:
-    """One step of DP-SGD: the clipped sum of the gradients, plus noise σC, over the public expected batch.
+class ClippedStep:
+    """One step on the clipped sum of a Poisson batch's gradients over the expected batch: without noise no DP.
 
     Parameters
     ----------
-    films
-        As of :class:`ClippedSum`.
     expected_batch
-        Public: sample rate times the declared number of units.
+        Sample rate times the declared number of units.
 
     Raises
     ------
     UserError
         See :func:`check_model`.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, clipped_sum: ClippedSum, expected_batch: float):
+        self.optimizer, self.clipped_sum, self.expected_batch = optimizer, clipped_sum, expected_batch
+
+    def __call__(self, batch: PoissonBatch, parts: Iterator[Rows]) -> float:
+        """Take the step; returns the mean loss (private), nan for an empty batch.
+
+        ``parts`` and errors are as of :class:`ClippedSum`; after an error the model is as it was.
+        """
+        total, loss = self.clipped_sum(batch, parts)
+        total = self.released(total)
+        for name, p in self.clipped_sum.model.named_parameters():
+            if name in total:
+                p.grad = (total[name] / self.expected_batch).to(p.dtype)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss / len(batch) if len(batch) else float("nan")
+
+    def released(self, total: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What of the sum goes into the model."""
+        return total
+
+
+class PrivateStep(ClippedStep):
+    """One step of DP-SGD: the clipped sum of the gradients, plus noise σC, over the public expected batch.
+
+    The noise is of whole numbers (:func:`primia_lite.privacy.noise.local_noise`). An empty batch still takes its step:
+    noise alone. Leaving it out would tell that nobody was sampled.
     """
 
     def __init__(
@@ -293,25 +323,11 @@ class PrivateStep:
         rng: SecureGenerator,
         films: Films | None = None,
     ):
-        self.clipped_sum = ClippedSum(model, privacy, films)
-        self.model, self.optimizer, self.privacy, self.rng = model, optimizer, privacy, rng
-        self.expected_batch = expected_batch
+        super().__init__(optimizer, ClippedSum(model, privacy.max_grad_norm, privacy.unit, films), expected_batch)
+        self.privacy, self.rng = privacy, rng
 
-    def __call__(self, batch: PoissonBatch, parts: Iterator[Rows]) -> float:
-        """Take the step; returns the mean loss (private), nan for an empty batch.
-
-        ``parts`` and errors are as of :class:`ClippedSum`; after an error the model is as it was.
-        """
-        total, loss = self.clipped_sum(batch, parts)
-        scale = self.privacy.noise_multiplier * self.privacy.max_grad_norm
-        # An empty batch still takes its step: noise alone. Leaving it out would tell that nobody was sampled.
-        for name, p in self.model.named_parameters():
-            if name in total:
-                noise = torch.from_numpy(self.rng.normal(p.numel())).to(p.dtype).view_as(p)
-                p.grad = (total[name] + scale * noise) / self.expected_batch
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return loss / len(batch) if len(batch) else float("nan")
+    def released(self, total: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return local_noise(total, self.privacy.noise_multiplier, self.privacy.max_grad_norm, self.rng)
 
 
 def _losses(rows: Rows, model: nn.Module) -> torch.Tensor:
@@ -323,7 +339,15 @@ class HeadGram:
 
     The gradient of a unit is the sum over its rows of e_i x_i^T, e_i the loss's derivative by the logits, so its
     squared norm is the sum over pairs of rows of (e_i . e_j) (x_i . x_j) (the identity behind ghost clipping,
-    Goodfellow 2015; Li et al. 2022). The features don't change, so the second factors are computed once.
+    Goodfellow 2015; Li et al. 2022). The features don't change, so the second factors are computed once, in float64.
+
+    Why one unit moves a computed sum by at most C (1 + 2^-8): rows are added up in float32 by blocks of 64, and
+    blocks in float64. A unit replaced by an empty record keeps its rows, with e = 0, so that only the blocks with its
+    rows in them differ: its own, and at most 63 rows of others at each end. A float32 sum of 64 products is off by at
+    most about 64 · 2^-24 of the sum of their absolute values (Higham 2002, section 3.1). So what counts is the
+    length |e_i| |x_i| of a row: at most 2 C, and 64 C over a unit's rows, since a unit is clipped by the largest of
+    its norm, half of its longest row, and a 64th of all its rows' lengths (its norm decides unless rows cancel). That
+    gives 2^-18 · (2 · 126 · 2 + 64) C, less than 2^-8 C.
     """
 
     def __init__(self, inputs: torch.Tensor, units: Units):
@@ -334,9 +358,9 @@ class HeadGram:
             alike = (units.count == m).nonzero()[:, 0]
             i, j = torch.triu_indices(m * views, m * views)
             weight = torch.where(i == j, 1.0, 2.0)  # (i, j) stands for (j, i), too
-            for some in alike.split(max(1, _PART_BYTES // (4 * m * views * d))):
-                x = inputs[units.films(some)].view(len(some), m * views, d)
-                gram = torch.bmm(x, x.transpose(1, 2))[:, i, j].double()
+            for some in alike.split(max(1, _PART_BYTES // (8 * m * views * d))):
+                x = inputs[units.films(some)].view(len(some), m * views, d).double()
+                gram = torch.bmm(x, x.transpose(1, 2))[:, i, j]
                 product.append((gram * weight).flatten())
                 first.append(i.repeat(len(some)))
                 second.append(j.repeat(len(some)))
@@ -344,7 +368,9 @@ class HeadGram:
         order = torch.argsort(torch.cat(pairs_of), stable=True)
         # Rows of a pair, counted from the first row of their unit.
         self.first, self.second, self.product = (torch.cat(each)[order] for each in (first, second, product))
+        self.length = self.product[self.first == self.second].sqrt()  # of each row, unit by unit
         rows = units.count * views
+        self.row_start = rows.cumsum(0) - rows
         self.count = rows * (rows + 1) // 2
         self.start = self.count.cumsum(0) - self.count
 
@@ -356,7 +382,7 @@ class HeadGram:
         return films.cache[key]
 
     def clipped_sum(self, head: nn.Linear, rows: Rows, max_grad_norm: float):
-        """As :func:`primia_lite.privacy.clipping.clipped_sum`, in closed form."""
+        """As :func:`primia_lite.privacy.clipping.clipped_sum`, in closed form; the sum is float64."""
         with torch.no_grad():
             logp = (head.weight @ rows.inputs.T).T.log_softmax(1)  # for few classes faster than head(inputs)
             losses = -(rows.target * logp).sum(1)
@@ -373,6 +399,12 @@ class HeadGram:
             exact.shape[1]
         )
         square = torch.zeros(len(count), dtype=torch.float64).index_add_(0, unit, dot * product)
-        norms = square.clamp(min=0).sqrt().float()
-        error = error * (max_grad_norm / norms).clamp(max=1.0).repeat_interleave(rows.count)[:, None]
-        return {"weight": error.T @ rows.inputs}, norms, losses
+        norms = square.clamp(min=0).sqrt()
+        length = exact.norm(dim=1) * self.length.index_select(0, ranges(self.row_start[rows.units], rows.count))
+        longest, whole = (torch.segment_reduce(length, how, lengths=rows.count) for how in ("max", "sum"))
+        factor = max_grad_norm / torch.stack([norms, longest / 2, whole / 64]).amax(0)
+        error = error * factor.clamp(max=1.0).float().repeat_interleave(rows.count)[:, None]
+        n = len(error) - len(error) % _SUMMED_ROWS
+        blocks = (t[:n].view(-1, _SUMMED_ROWS, t.shape[1]) for t in (error, rows.inputs))
+        total = torch.bmm(next(blocks).mT, next(blocks)).sum(0, dtype=torch.float64) + error[n:].T @ rows.inputs[n:]
+        return {"weight": total}, norms, losses

@@ -1,16 +1,13 @@
 """A cryptographic generator for everything that differential privacy rests on: who is sampled, and the noise.
 
 The stream is ChaCha20 (RFC 8439) under a 256-bit key from the operating system. Opacus's ``secure_mode`` serves the
-same end but needs torchcsprng, which no longer installs. The normal samples are floating-point numbers: Mironov (CCS
-2012) shows that their low bits can give the noiseless value away to an attacker who sees the noisy sum in full
-precision; a discrete mechanism is the remedy, and this generator doesn't claim to be one.
+same end but needs torchcsprng, which no longer installs. :mod:`primia_lite.privacy.noise` makes noise of its words.
 """
 
 from __future__ import annotations
 
 import hashlib
 import hmac
-import math
 import os
 
 import numpy as np
@@ -18,11 +15,9 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 
 from primia_lite.config import UserError
 
-_BLOCK = 1 << 16
-
 
 class SecureGenerator:
-    """ChaCha20 keystream turned into uniforms, coin flips and normal samples.
+    """ChaCha20 keystream turned into uniforms and coin flips.
 
     Parameters
     ----------
@@ -88,17 +83,6 @@ class SecureGenerator:
     def bernoulli(self, n: int, probability: float) -> np.ndarray:
         """bool [n], each true with ``probability``, up to 2^-53."""
         return self.uniform(n) <= probability
-
-    def normal(self, n: int) -> np.ndarray:
-        """float64 [n], standard normal by Box and Muller (1958)."""
-        out = np.empty(n + n % 2)
-        for start in range(0, len(out), _BLOCK):
-            half = (min(start + _BLOCK, len(out)) - start) // 2
-            radius = np.sqrt(-2.0 * np.log(self.uniform(half)))
-            angle = (2.0 * math.pi) * self.uniform(half)
-            out[start : start + half] = radius * np.cos(angle)
-            out[start + half : start + 2 * half] = radius * np.sin(angle)
-        return out[:n]
 
     def seed(self) -> int:
         """A 63-bit seed for a generator where privacy doesn't rest on it (shuffling, augmentation, initialisation)."""

@@ -4,10 +4,9 @@ Secure aggregation adds whole numbers modulo 2^32, so each hospital sends the su
 whole numbers, and adds discrete Gaussian noise (the distributed discrete Gaussian of Kairouz, Liu and Steinke, ICML
 2021). What has to hold, for C the clip, s the scale, d the parameters:
 
-Sensitivity. One unit moves the scaled sum by at most s C in L2, and rounding it by less than 1 more in each coordinate:
-s C (1 + 2^-10) + √d. The 2^-10 is for gradients that are computed, and in part added up, in float32: nothing here
-proves that it is enough, but a test measures less than a hundredth of it. Before rounding each coordinate is held
-within ±C times the declared units: that moves no two sums further apart.
+Sensitivity. One unit moves the rounded sum by at most s C (1 + 2^-8) + √d
+(:func:`primia_lite.privacy.noise.sensitivity`). Before rounding each coordinate is held within ±C times the declared
+units: that moves no two sums further apart.
 
 Shares. A sum is revealed only with at least t hospitals in it, of whom c may tell their own noise: t - c shares remain.
 Each has the variance (σ sensitivity)² / (t - c), so the sum keeps σ whoever drops out. With t - c = 1 each hospital's
@@ -38,12 +37,11 @@ from functools import lru_cache
 import torch
 
 from primia_lite.config import UserError
-from primia_lite.privacy.discrete import discrete_gaussian
+from primia_lite.privacy.noise import discrete_gaussian, sensitivity
 from primia_lite.privacy.rng import SecureGenerator
 
 MODULUS_BITS = 32
 WRAP_PROBABILITY = 2.0**-40
-FLOAT32_MARGIN = 2.0**-10
 _LEAST_SHARE = 2**7
 
 
@@ -184,11 +182,8 @@ def _grid(shared: SharedNoise, sigma: float, bound: float) -> Grid:
     # A discrete Gaussian is sub-Gaussian (Canonne, Kamath and Steinke 2020): P(|sum| > z std) ≤ 2 exp(-z² / 2).
     z = math.sqrt(2 * math.log(2 * d / WRAP_PROBABILITY))
 
-    def sensitivity(scale: int) -> float:
-        return scale * bound * (1 + FLOAT32_MARGIN) + math.sqrt(d)
-
     def share(scale: int) -> int:
-        return math.ceil(sigma * sensitivity(scale) / math.sqrt(honest))
+        return math.ceil(sigma * sensitivity(scale, bound, d) / math.sqrt(honest))
 
     def room(scale: int) -> float:
         """What the sums of all hospitals leave for their noise; rounding may add 1/2 to each."""
@@ -214,4 +209,4 @@ def _grid(shared: SharedNoise, sigma: float, bound: float) -> Grid:
             f"{bound:g}, {d} parameters and {sum(shared.declared)} declared units: {why}"
         )
     wrap = 2 * d * math.exp(-(room(low) ** 2) / (2 * n * share(low) ** 2))
-    return Grid(low, bound, d, sensitivity(low), share(low), share(low) * math.sqrt(honest), wrap)
+    return Grid(low, bound, d, sensitivity(low, bound, d), share(low), share(low) * math.sqrt(honest), wrap)

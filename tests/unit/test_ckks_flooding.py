@@ -13,7 +13,7 @@ from torch import nn
 
 from primia_lite.config import UserError
 from primia_lite.encrypted.ckks import Client, Server
-from primia_lite.encrypted.flooding import Flooding, flooding_std, rounded_gaussian
+from primia_lite.encrypted.flooding import Flooding, flooding_std, wide_gaussian
 from primia_lite.encrypted.leakage import SENT, recover_key, weights_from_replies
 from primia_lite.encrypted.packing import CNNPacking, LinearPacking, packing_from, spec_of
 from primia_lite.encrypted.seal import Context, dump
@@ -110,7 +110,7 @@ def largest_std() -> float:
 @pytest.mark.parametrize("std", [10.0, 2.0**40, 1.1 * 2.0**41, 2.0**56, largest_std(), 2.0**100], ids="{:.3g}".format)
 def test_the_noise_is_gaussian_whole_and_new_each_time(std):
     """Also in its low bits, where a float of that size has none."""
-    draws = rounded_gaussian(4000, std)
+    draws = wide_gaussian(4000, std)
     assert all(isinstance(value, int) for value in draws)
     smooth = np.random.default_rng(0).uniform(-0.5, 0.5, 4000) if std < 1e6 else 0.0
     assert kstest((np.array(draws, float) + smooth) / std, "norm").pvalue > 1e-5
@@ -118,7 +118,7 @@ def test_the_noise_is_gaussian_whole_and_new_each_time(std):
         for shift in (0, 4, 20, 28, 32):  # also around where the two parts meet
             low = np.array([value >> shift & 15 for value in draws])
             assert chisquare(np.bincount(low, minlength=16)).pvalue > 1e-5
-    assert draws != rounded_gaussian(4000, std)
+    assert draws != wide_gaussian(4000, std)
 
 
 def test_flooded_logits_have_the_noise_that_was_promised(server):

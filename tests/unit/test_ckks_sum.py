@@ -12,7 +12,7 @@ import torch
 from scipy.stats import kstest
 
 from primia_lite.config import UserError
-from primia_lite.encrypted.flooding import flooding_std, narrow_gaussian
+from primia_lite.encrypted.flooding import flooding_std
 from primia_lite.encrypted.keys import SecretKey
 from primia_lite.encrypted.packing import NOISE_STD
 from primia_lite.encrypted.parameters import MAX_BITS_128
@@ -200,14 +200,6 @@ def test_flooding_has_the_claimed_deviation_and_is_drawn_anew(key):
     assert std == pytest.approx(flooding_std(terms.noise_bound, queries, 30.0) / FULL)
     noise = [np.linalg.norm(key.polynomial(key.context.receive(data, scale=FULL, seeded=False))) for data in sums]
     assert 0.8 * NOISE_STD * np.sqrt(2 * 4096) < min(noise) <= max(noise) < terms.noise_bound
-
-
-def test_narrow_gaussians_are_whole_numbers_of_that_deviation():
-    found = narrow_gaussian(20_000, 2.0**20)
-    assert found.dtype == np.int64
-    assert kstest(found / 2.0**20, "norm").pvalue > 1e-6
-    with pytest.raises(UserError, match="at most 2\\^41"):
-        narrow_gaussian(10, 2.0**42)
 
 
 def test_precision_that_flooding_leaves_nothing_of_is_refused():

@@ -11,9 +11,19 @@ from torch.nn import functional as F
 
 from primia_lite.config import TrainingError, UserError
 from primia_lite.models import Films, build
-from primia_lite.privacy.dpsgd import HeadGram, PoissonBatch, Privacy, PrivateStep, Rows, check_model, poisson_batches
+from primia_lite.privacy.dpsgd import (
+    ClippedSum,
+    HeadGram,
+    PoissonBatch,
+    Privacy,
+    PrivateStep,
+    Rows,
+    check_model,
+    poisson_batches,
+)
+from primia_lite.privacy.noise import FLOAT32_MARGIN
 from primia_lite.privacy.rng import SecureGenerator
-from primia_lite.training import Training, shuffled_batches, train
+from primia_lite.training import Training, private_rows, shuffled_batches, train
 
 TINY = 1e-9  # noise too small to matter
 
@@ -102,12 +112,55 @@ def test_the_heads_closed_form_gives_the_norms_of_autograd(views):
         gradient = torch.autograd.grad(own, list(model.parameters()))
         assert float(norms[u]) == pytest.approx(float(torch.sqrt(sum((g**2).sum() for g in gradient))), rel=1e-5)
     for got, want in zip(total.values(), clipped_sum(model, films, 0.7), strict=True):
-        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(got, want.double(), atol=1e-5, rtol=1e-5)
     assert HeadGram.of(films, "patient") is HeadGram.of(films, "patient")
     assert HeadGram.of(films.subset(np.arange(5)), "patient") is not HeadGram.of(films, "patient")
     before = HeadGram.of(films, "patient")
     films.inputs[0] *= 2  # films that are changed in place are measured anew
     assert HeadGram.of(films, "patient") is not before
+
+
+def test_rows_that_cancel_do_not_make_a_sum_longer_than_the_clip():
+    """A hundred films of one patient in pairs of opposite gradients: the norm is nearly 0, the rows are long."""
+    x = 20 * torch.randn(50, 1, 1200, generator=torch.Generator().manual_seed(0))
+    films = Films(torch.cat([x, -0.99 * x]), torch.zeros(100, dtype=torch.int64), np.repeat(["child"], 100))
+    wanted = clipped_sum(build("litenet", 3, (1200,)), films, 1e30)[0].flatten()
+    moved = all_in(build("litenet", 3, (1200,)), films, Privacy(TINY, 0.5, 8))[0].flatten()
+    assert 0 < moved.norm() < 0.1 * wanted.norm() and wanted.norm() < 0.5 * 2  # clipped by its rows, not by its norm
+    assert F.cosine_similarity(moved, wanted, dim=0) > 0.999  # shortened, and not turned
+
+
+@pytest.mark.parametrize("views", [1, 4])
+def test_an_empty_record_moves_a_linear_heads_computed_sum_by_no_more_than_is_counted(views):
+    """Zero-out adjacency: a patient's rows count for nothing. All gradients are alike: rounding is at its worst."""
+    generator = torch.Generator().manual_seed(0)
+    x = F.normalize(torch.rand(1, views, 500, generator=generator), dim=2).repeat(900, 1, 1)
+    films = Films(x, torch.zeros(900, dtype=torch.int64), np.repeat(np.arange(300), 3).astype(str))
+    model = build("litenet", 3, (500,))
+    batch = PoissonBatch(torch.arange(300), 1.0)
+    parts = list(private_rows(films, batch, Training(), "patient", None, generator))
+    assert sum(len(rows.units) for rows in parts) == 300
+    whole, _ = ClippedSum(model, 0.25, "patient", films)(batch, parts)
+    for patient in (0, 17, 299):
+        emptied = [replace(rows, target=torch.where((rows.units[rows.owner] == patient)[:, None], 0.0, rows.target))
+                   for rows in parts]  # fmt: skip
+        rest, _ = ClippedSum(model, 0.25, "patient", films)(batch, emptied)
+        moved = float((whole["weight"] - rest["weight"]).norm()) / 0.25
+        assert 0.999 < moved < 1 + FLOAT32_MARGIN / 100
+
+
+def test_clipping_alone_is_dp_sgd_less_its_noise():
+    films, moved = tabular(n=60, patients=20, scale=3.0), []
+    training = Training(sample_rate=0.5, local_steps=4)
+    for one, privacy in ((training.changed(max_grad_norm=0.3), None), (training, Privacy(TINY, 0.3, 8))):
+        model = build("litenet", 3, (6,))
+        train(model, films, one, privacy, SecureGenerator.from_seed(2), 0.5 * len(films.units("patient")))
+        moved.append(model.weight.detach())
+    torch.testing.assert_close(*moved, atol=1e-6, rtol=1e-5)
+    with pytest.raises(UserError, match="max_grad_norm"):
+        train(model, films, training.changed(max_grad_norm=0.3), Privacy(1.0, 0.3, 8), SecureGenerator(), 5.0)
+    with pytest.raises(UserError, match="max_grad_norm"):
+        Training(max_grad_norm=0.0)
 
 
 @pytest.mark.parametrize("name", ["litenet", "ckksnet"])

@@ -83,11 +83,11 @@ def test_results_stay_in_range_whatever_the_noise(hospitals, tmp_path, without_a
 
 def test_each_hospital_is_charged_before_it_computes(hospitals, tmp_path, without_accountant, monkeypatch):
     order = []
-    charge, normal = Ledger.charge, SecureGenerator.normal
+    charge, words = Ledger.charge, SecureGenerator.words
     monkeypatch.setattr(
         Ledger, "charge", lambda self, *a, **k: order.append(f"charge {self.path.stem}") or charge(self, *a, **k)
     )
-    monkeypatch.setattr(SecureGenerator, "normal", lambda self, n: order.append("compute") or normal(self, n))
+    monkeypatch.setattr(SecureGenerator, "words", lambda self, n: order.append("compute") or words(self, n))
     mean_and_std_under_dp(hospitals, 2.0, tmp_path, PRIVACY, SecureGenerator())
     assert order == ["charge ledger-A", "compute", "charge ledger-B", "compute"]
 
@@ -104,7 +104,7 @@ def test_a_charge_over_the_budget_computes_nothing(hospitals, tmp_path, monkeypa
     def refuse(self, n):
         raise AssertionError("computed although the budget doesn't allow it")
 
-    monkeypatch.setattr(SecureGenerator, "normal", refuse)
+    monkeypatch.setattr(SecureGenerator, "words", refuse)
     tight = Privacy(1.0, 1.0, target_epsilon=0.1)
     with pytest.raises(BudgetError, match="ledger-A: normalisation would bring epsilon to"):
         mean_and_std_under_dp(hospitals, 2.0, tmp_path, tight, SecureGenerator())

@@ -14,10 +14,10 @@ from primia_lite.federation.hospital import Hospital, Update, local_update
 from primia_lite.federation.shared_noise import shared_step
 from primia_lite.models import Films, build
 from primia_lite.privacy.accounting import Release, epsilon
-from primia_lite.privacy.discrete import discrete_gaussian
 from primia_lite.privacy.dpsgd import ClippedSum, PoissonBatch, Privacy
+from primia_lite.privacy.noise import FLOAT32_MARGIN, discrete_gaussian
 from primia_lite.privacy.rng import SecureGenerator
-from primia_lite.privacy.shared import FLOAT32_MARGIN, SharedNoise, total_variation
+from primia_lite.privacy.shared import SharedNoise, total_variation
 from primia_lite.training import Training, private_rows
 
 # --- the accounting ---------------------------------------------------------------------------------------------------
@@ -236,8 +236,8 @@ def exact_sum(films, model, bound):
 
 def summed(model, films, privacy):
     batch = PoissonBatch(torch.arange(len(films)), 1.0)
-    rows = private_rows(films, batch, Training(sample_rate=1.0), privacy, None, torch.Generator())
-    return ClippedSum(model, privacy, films)(batch, rows)[0]
+    rows = private_rows(films, batch, Training(sample_rate=1.0), privacy.unit, None, torch.Generator())
+    return ClippedSum(model, privacy.max_grad_norm, privacy.unit, films)(batch, rows)[0]
 
 
 @pytest.mark.parametrize("alike", [False, True])
@@ -261,12 +261,12 @@ def test_one_unit_moves_a_computed_sum_by_far_less_than_the_margin_beyond_the_cl
     assert 0.999 < moved < 1 + FLOAT32_MARGIN / 100
 
 
-def test_a_linear_heads_clipped_sum_is_that_of_float64():
+def test_a_linear_heads_clipped_sum_is_near_that_of_float64():
     films, weights = tabular(500, d=64, scale=3.0), torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
     model = build("litenet", 3, (64,))
     model.load_state_dict({"weight": weights})
     total = summed(model, films, Privacy(1.0, 0.5, 8, shared=SharedNoise(1, 0, 192, (500,))))
-    torch.testing.assert_close(total["weight"], exact_sum(films, model, 0.5), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(total["weight"], exact_sum(films, model, 0.5), rtol=1e-5, atol=5e-6)
     assert model.weight.dtype == torch.float32 and torch.equal(model.weight, weights)
 
 
@@ -428,10 +428,10 @@ def test_a_share_is_charged_before_it_is_computed(tmp_path, monkeypatch):
 
 def test_a_gradient_that_is_not_finite_gives_no_share_and_stays_charged(tmp_path):
     hospital = hospitals()[0]
-    hospital.films.inputs[:] = 3e38  # finite films, infinite gradients
+    hospital.films.inputs[:] = 3e38  # finite films, logits that aren't
     training = TRAINING.changed(sample_rate=1.0)
     with pytest.raises(TrainingError, match="hospital A, round 1: a gradient isn't finite in this round: .* refused"):
-        hospital.update(1, state(), training, PRIVACY, SecureGenerator(), tmp_path)
+        hospital.update(1, {"weight": torch.full((3, 8), 2.0)}, training, PRIVACY, SecureGenerator(), tmp_path)
     assert len(hospital.ledger(tmp_path, PRIVACY).charges()) == 1
     with pytest.raises(FloatingPointError):
         PRIVACY.grid.share({"w": torch.full((24,), float("nan"))}, 60, SecureGenerator())

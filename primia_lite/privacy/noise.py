@@ -1,0 +1,206 @@
+"""Noise of whole numbers, the only noise of DP here: floating-point noise gives away what it was added to.
+
+Mironov (CCS 2012): a float64 or float32 sum of data and noise can take only some values, which ones depends on the
+data, and so its low bits can tell two neighbouring data sets apart whatever ε was claimed. A sum is therefore brought
+to a grid of whole numbers first, and a whole number is added to it.
+
+:func:`rounded_gaussian` serves a hospital that adds all of its noise by itself. For a whole number q,
+q + round(σ Z) = round(q + σ Z): the mechanism is a rounding of the Gaussian mechanism's output, and what
+:mod:`primia_lite.privacy.accounting` says of that holds. :func:`discrete_gaussian` serves noise that hospitals make
+together (:mod:`primia_lite.privacy.shared`), where the sum of roundings is no rounding of a sum.
+
+Both are exact. A sample is worked out in float64 from 64 random bits with a bound on its error. Where that
+doesn't settle the result, more random bits and :mod:`mpmath` do: the result is always that of ideal, infinitely many
+bits. How long a sample takes depends on what is drawn.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from primia_lite.config import UserError
+from primia_lite.privacy.rng import SecureGenerator
+
+_BLOCK = 1 << 15  # samples at a time: what the processor's cache holds
+# Above, float64 settles too few samples.
+MAX_SIGMA = 1 << 41
+# ndtri's largest relative error is stated as 7.2e-16 (Cephes, ndtri.c); a test compares it with mpmath.
+_NDTRI_ERROR = 4e-15
+_EXTRA_BITS, _PRECISION = 192, 400
+
+# By so much of C may computing a sum move it: see :class:`primia_lite.privacy.dpsgd.HeadGram` for a linear head, where
+# this is proven, and :class:`primia_lite.privacy.dpsgd.ClippedSum` for other networks, where it is measured.
+FLOAT32_MARGIN = 2.0**-8
+
+
+def sensitivity(scale: float, max_grad_norm: float, parameters: int) -> float:
+    """How far one unit moves d computed sums on the grid of ``scale`` to 1, in L2: s C (1 + 2^-8) + √d.
+
+    The exact sums move by at most s C, computing them in floating-point numbers counts for 2^-8 of that, and rounding
+    moves each of the d by less than 1 more.
+    """
+    return scale * max_grad_norm * (1 + FLOAT32_MARGIN) + math.sqrt(parameters)
+
+
+def local_noise(
+    total: Mapping[str, torch.Tensor], noise_multiplier: float, max_grad_norm: float, rng: SecureGenerator
+) -> dict[str, torch.Tensor]:
+    """Sums of clipped gradients plus all the noise that they need: the Gaussian mechanism, rounded.
+
+    The grid's scale is a power of two of at least 2^16 √d / C, so that rounding adds next to nothing to the noise;
+    where σ is below 1, of that over σ (down to 2^-20), so that the grid stays finer than the noise.
+
+    Parameters
+    ----------
+    total : floating-point sums by name, d numbers together, of which one unit moves at most ``max_grad_norm`` in L2
+    noise_multiplier : σ; the noise's standard deviation is σ times :func:`sensitivity`
+
+    Returns
+    -------
+    float64 by name: whole numbers over the scale
+
+    Raises
+    ------
+    UserError
+        The noise is too large for whole numbers of 64 bits.
+    """
+    d = sum(value.numel() for value in total.values())
+    finest = min(1.0, max(noise_multiplier, 2.0**-20)) * max_grad_norm
+    scale = 2.0 ** math.ceil(math.log2(2**16 * math.sqrt(d) / finest))
+    noise = rounded_gaussian(d, noise_multiplier * sensitivity(scale, max_grad_norm, d), rng)
+    parts = torch.from_numpy(noise).split([value.numel() for value in total.values()])
+    return {
+        # Held within 63 bits, which moves no two sums further apart.
+        name: ((value.double() * scale).round().clamp(-(2.0**62), 2.0**62).long() + own.view_as(value)).double() / scale
+        for (name, value), own in zip(total.items(), parts, strict=True)
+    }
+
+
+# --- samplers ---------------------------------------------------------------------------------------------------------
+
+
+def rounded_gaussian(n: int, sigma: float, rng: SecureGenerator) -> np.ndarray:
+    """int64 [n], independent samples of round(σ Z) for a standard normal Z, exact.
+
+    By inversion: one bit of a word is the sign, the others begin a uniform U, and |Z| is the number that a normal
+    exceeds with probability U / 2.
+
+    Parameters
+    ----------
+    sigma
+        σ above 0, at most 2^41.
+
+    Raises
+    ------
+    UserError
+        ``sigma`` isn't such a number.
+    """
+    if not 0 < sigma <= MAX_SIGMA:
+        raise UserError(f"noise with a sigma of {sigma} on its grid: whole-number noise takes one in (0, 2^41]")
+    from scipy.special import ndtri  # takes longer to import than most steps
+
+    sigma = float(sigma)
+    out = np.empty(n, np.int64)
+    for start in range(0, n, _BLOCK):
+        word = rng.words(min(_BLOCK, n - start))
+        tail = (word >> np.uint64(1)).astype(np.float64)
+        with np.errstate(divide="ignore"):
+            # What U / 2 in [tail, tail + 1) 2^-64 leaves open: the density at the tail's edge is at least 0.79 of it.
+            error = sigma / tail
+        size = -ndtri((tail + 0.5) * 2.0**-64) * sigma
+        whole = np.rint(size)
+        # By how far the error may be more than ndtri's: the tail was rounded to 53 bits.
+        error += size * _NDTRI_ERROR + sigma * 2.0**-51
+        for i in np.flatnonzero(0.5 - np.abs(size - whole) <= error):
+            whole[i] = _settled(int(word[i]) >> 1, sigma, rng)
+        np.negative(whole, out=whole, where=(word & np.uint64(1)).astype(bool))
+        out[start : start + len(word)] = whole
+    return out
+
+
+def discrete_gaussian(n: int, sigma: int, rng: SecureGenerator) -> np.ndarray:
+    """int64 [n], independent samples of N_Z(0, σ²), exact: x with a probability proportional to exp(-x² / 2σ²).
+
+    By rejection from :func:`rounded_gaussian`. With V uniform in [-1/2, 1/2], r(x), the probability that σ Z rounds
+    to x, is proportional to exp(-x² / 2σ²) E, for E = E exp(-x V / σ² - V² / 2σ²). So x is kept with probability
+    a(x) = exp(-1 / 24σ²) / E. By Jensen's inequality that is at most 1, and as sinh(y) / y ≤ exp(y² / 6) it is at least
+    1 - (1 + x² / σ²) / 24σ²: a uniform below this, which most are, settles it.
+
+    Parameters
+    ----------
+    sigma
+        σ, a whole number from 1 to 2^41. For large σ the standard deviation; for σ of 1 a little less.
+
+    Raises
+    ------
+    UserError
+        ``sigma`` isn't such a number.
+    """
+    if isinstance(sigma, bool) or not isinstance(sigma, (int, np.integer)) or not 1 <= sigma <= MAX_SIGMA:
+        raise UserError(f"sigma is {sigma!r}: exact sampling takes a whole number from 1 to 2^41; round it up")
+    x, redraw = np.empty(n, np.int64), np.arange(n)
+    while len(redraw):
+        x[redraw] = proposed = rounded_gaussian(len(redraw), sigma, rng)
+        word = rng.words(len(redraw))
+        certain = 1 - (1 + (proposed / sigma) ** 2) / (24.0 * sigma**2) - 2.0**-40
+        refused = [i for i in np.flatnonzero((word >> np.uint64(11)) * 2.0**-53 >= certain)
+                   if not _kept(int(proposed[i]), int(sigma), int(word[i]), rng)]  # fmt: skip
+        redraw = redraw[refused]
+    return x
+
+
+def _settled(tail: int, sigma: float, rng: SecureGenerator) -> int:
+    """round(σ |Z|), where |Z| is exceeded with a probability of ``tail`` 2^-64 and further bits."""
+    from mpmath import log, mp, mpf
+    from scipy.special import ndtri_exp
+
+    bits, guess = 64, None
+    while True:
+        tail, bits = (tail << _EXTRA_BITS) | _bits(rng, _EXTRA_BITS), bits + _EXTRA_BITS
+        with mp.workprec(bits + _PRECISION):
+            if guess is None:
+                guess = max(0, round(-float(ndtri_exp(float(log(mpf(tail + 1) / mpf(2) ** bits)))) * sigma))
+            while (above := _exceeds(guess, tail, bits, sigma)) is True:
+                guess += 1
+            while above is False and guess and (above := _exceeds(guess - 1, tail, bits, sigma)) is False:
+                guess -= 1
+        if above is not None:
+            return guess
+
+
+def _exceeds(k: int, tail: int, bits: int, sigma: float) -> bool | None:
+    """Whether σ |Z| is above k + 1/2; None where the bits so far don't tell."""
+    from mpmath import erfc, mpf, sqrt
+
+    edge = erfc((k + mpf(1) / 2) / (mpf(sigma) * sqrt(2))) / 2
+    slack, unit = edge * mpf(2) ** -bits, mpf(2) ** -bits
+    if (tail + 1) * unit <= edge - slack:
+        return True
+    return False if tail * unit >= edge + slack else None
+
+
+def _kept(x: int, sigma: int, word: int, rng: SecureGenerator) -> bool:
+    """Whether a uniform that begins with the bits of ``word`` is below a(x) of :func:`discrete_gaussian`."""
+    from mpmath import erfc, exp, mp, mpf, pi, sqrt
+
+    bits = 64
+    while True:
+        with mp.workprec(bits + _PRECISION):
+            s = mpf(sigma)
+            low, high = ((abs(x) + half) / (s * sqrt(2)) for half in (-mpf(1) / 2, mpf(1) / 2))
+            rounded = s * sqrt(pi / 2) * (erfc(low) - erfc(high))
+            accept = exp(-(mpf(x) ** 2) / (2 * s * s) - 1 / (24 * s * s)) / rounded
+            slack = accept * mpf(2) ** -bits
+            if mpf(word + 1) <= (accept - slack) * mpf(2) ** bits:
+                return True
+            if mpf(word) >= (accept + slack) * mpf(2) ** bits:
+                return False
+        word, bits = (word << _EXTRA_BITS) | _bits(rng, _EXTRA_BITS), bits + _EXTRA_BITS
+
+
+def _bits(rng: SecureGenerator, n: int) -> int:
+    return int.from_bytes(rng.words(n // 64).tobytes(), "little")
