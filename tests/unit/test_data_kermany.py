@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import shutil
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,7 @@ def write_set(root: Path, folders: dict[str, dict[str, list[str]]], mode: str = 
 
 
 def hash_of(name: str) -> int:
-    return sum(name.encode())
+    return zlib.crc32(name.encode())
 
 
 @pytest.fixture
