@@ -236,7 +236,7 @@ def _read_dicom(path: Path) -> tuple[np.ndarray, int]:
     for tag in _TAGS:  # pydicom reads an element when it is first asked for
         with blaming(f"its {tag}"):
             header.get(tag)
-    if "PixelData" not in header:
+    if not header.get("PixelData"):
         raise DataError("it has no PixelData, so it is no film: correct the CSV")
     with blaming("its NumberOfFrames"):
         frames = int(header.get("NumberOfFrames") or 1)
@@ -246,7 +246,7 @@ def _read_dicom(path: Path) -> tuple[np.ndarray, int]:
     if not photometric:
         raise DataError("it has no PhotometricInterpretation: export it again")
     if photometric not in ("MONOCHROME1", "MONOCHROME2") or (header.get("SamplesPerPixel") or 1) != 1:
-        raise DataError(f"it is in colour ({photometric}): X-ray films are grey. Export it as grey")
+        raise DataError(f"it is in colour ({shown(photometric)[:16]}): X-ray films are grey. Export it as grey")
     if photometric == "MONOCHROME2" and header.get("PresentationLUTShape") == "INVERSE":
         raise DataError("its PresentationLUTShape INVERSE contradicts MONOCHROME2: correct one of them")
     if str(header.get("BurnedInAnnotation", "")).upper() == "YES":

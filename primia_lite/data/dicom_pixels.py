@@ -49,8 +49,10 @@ def stored_values(header) -> tuple[np.ndarray, np.ndarray]:
         padding |= (stored >= min(ends)) & (stored <= max(ends))
     if padding.all():
         raise DataError("it is nothing but padding (PixelPaddingValue): export it again")
-    # Unused bits are 0 or repeat the sign; anything else is more than the header tells of.
-    if unused and np.any((raw != values) & (raw != values & (2**header.BitsStored - 1)) & ~padding):
+    # Unused bits repeat the sign or are 0, in all of the film; anything else is more than the header tells of.
+    if unused and not any(
+        (raw == form)[~padding].all() for form in (values, values & raw.dtype.type(2**header.BitsStored - 1))
+    ):
         raise DataError(
             f"it has pixel values beyond its BitsStored of {header.BitsStored} (a wrong header, or an old overlay in "
             "the upper bits): export it again"
@@ -78,7 +80,7 @@ def as_displayed(values: np.ndarray, padding: np.ndarray, header) -> np.ndarray:
     """uint8 [rows, columns], 0 black, after rescale, table or window, inversion of MONOCHROME1; padding is black."""
     from pydicom.pixels import apply_modality_lut, apply_voi, apply_windowing
 
-    several = np.ptp(values[~padding]) > 0
+    stored = values[~padding]
     window = _window(header)
     if header.get("ModalityLUTSequence"):
         with blaming("its ModalityLUTSequence"):
@@ -104,11 +106,17 @@ def as_displayed(values: np.ndarray, padding: np.ndarray, header) -> np.ndarray:
             with np.errstate(over="ignore"):  # far down a sigmoid
                 values = apply_windowing(values, header, window) / 255
     else:
-        low, high = np.percentile(values[~padding], (0.5, 99.5))
+        seen = values[~padding]
+        low, high = np.percentile(seen, (0.5, 99.5))
+        if low == high:
+            low, high = seen.min(), seen.max()
         values = (values - low) / (high - low or 1.0)
     grey = np.rint(255 * np.clip(values, 0, 1)).astype(np.uint8)
-    if several and not np.ptp(grey[~padding]):
-        raise DataError("its RescaleSlope, window or table leaves one grey of the whole film: correct or remove them")
+    n_greys = np.count_nonzero(np.bincount(grey[~padding]))
+    if n_greys < 3 and n_greys < len(np.unique(stored)):
+        raise DataError(
+            f"its WindowWidth, RescaleSlope or table leaves {n_greys} of all its greys: correct or remove them"
+        )
     if header.PhotometricInterpretation == "MONOCHROME1":
         grey = 255 - grey
     grey[padding] = 0
@@ -133,18 +141,19 @@ def _number(header, tag: str, default: float) -> float:
 def _numbers(header, tag: str) -> list[float]:
     value = header.get(tag)
     values = value if isinstance(value, MutableSequence) else [] if value in (None, "") else [value]
-    return [np.nan if v in (None, "") else float(v) for v in values]
+    with blaming(f"its {tag}"):
+        return [np.nan if v in (None, "") else float(v) for v in values]
 
 
 def upright(grey: np.ndarray, header) -> np.ndarray:
     """The film with the head up and the patient's left at the right, where the header says how it lies."""
     across, down = "", ""
-    orientation, cosines = header.get("PatientOrientation"), header.get("ImageOrientationPatient")
+    orientation, cosines = header.get("PatientOrientation"), _numbers(header, "ImageOrientationPatient")
     if isinstance(orientation, MutableSequence) and len(orientation) == 2:
         across, down = (str(letters)[:1].upper() for letters in orientation)
-    elif isinstance(cosines, MutableSequence) and len(cosines) == 6:
+    elif len(cosines) == 6:
         # x runs to the patient's left, y to the back (posterior), z to the head; rows first, then columns.
-        six = np.reshape([float(c) for c in cosines], (2, 3))
+        six = np.reshape(cosines, (2, 3))
         across, down = ("LPHRAF"[axis + 3 * (row[axis] < 0)] for axis, row in zip(abs(six).argmax(1), six, strict=True))
     if {across, down} & {"H", "F"} and {across, down} & {"A", "P"} and orientation:
         raise DataError(
