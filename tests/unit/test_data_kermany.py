@@ -250,6 +250,7 @@ def test_kinds_of_images(kaggle, film, message):
             load("kermany", 16, root=kaggle)
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_no_damage_to_a_film_is_more_than_an_error(kaggle):
     """Bytes changed at random: read or refused by name, whatever Pillow raises."""
     rng = np.random.default_rng(0)
