@@ -97,6 +97,8 @@ def _loader(source: str) -> Callable[..., ChestXrays]:
 
 def sources(root=None) -> list[dict]:
     """For each source: ``name``, ``found``, ``where`` (path or None), ``n_files`` (or None), ``how_to_get``."""
+    from primia_lite.data.pixels import shown
+
     rows = []
     for name in DATA_SOURCES:
         found, where, n_files = True, None, None
@@ -104,7 +106,7 @@ def sources(root=None) -> list[dict]:
             where, n_files = import_module(_LOADERS[name][0]).find(root)
             found = where is not None
         rows.append(
-            {"name": name, "found": found, "where": str(where) if where else None, "n_files": n_files,
+            {"name": name, "found": found, "where": shown(where) if where else None, "n_files": n_files,
              "how_to_get": HOW_TO_GET[name]}
         )  # fmt: skip
     return rows

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import io
+import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,16 +13,26 @@ import numpy as np
 from PIL import Image
 
 from primia_lite.config import DataError, data_root
-from primia_lite.data.pixels import check_aspect, read_films, to_square, warn_skipped
+from primia_lite.data.dicom_pixels import as_displayed, blaming, stored_values, upright
+from primia_lite.data.pixels import (
+    check_aspect,
+    join_patients,
+    picture_key,
+    read_films,
+    shown,
+    to_square,
+    warn_skipped,
+)
 from primia_lite.data.split import choose_films, split_by_patient
 from primia_lite.data.types import CLASSES_2, CLASSES_3, SPLITS, ChestXrays
 
 _COLUMNS = ("file", "label", "patient_id")
-# All that is read of a header: no element that describes the patient is ever parsed.
+# All that is read of a header: how the pixels are stored, shown and oriented, nothing that tells who the patient is.
 _TAGS = (
     "SamplesPerPixel", "PhotometricInterpretation", "NumberOfFrames", "PlanarConfiguration", "Rows", "Columns",
-    "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "BurnedInAnnotation", "RescaleSlope",
-    "RescaleIntercept", "ModalityLUTSequence", "VOILUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction",
+    "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PixelPaddingValue", "PixelPaddingRangeLimit",
+    "BurnedInAnnotation", "RescaleSlope", "RescaleIntercept", "ModalityLUTSequence", "VOILUTSequence", "WindowCenter",
+    "WindowWidth", "VOILUTFunction", "PresentationLUTShape", "PatientOrientation", "ImageOrientationPatient",
     "PixelData",
 )  # fmt: skip
 
@@ -54,8 +66,9 @@ def read(
     """Read the films that a CSV lists: columns ``file``, ``label``, ``patient_id``, and at will ``site`` and ``split``.
 
     Labels are ``normal``, ``bacterial`` and ``viral``, or ``normal`` and ``pneumonia``. Pixels go through the modality
-    rescale and the first VOI window or table of the header (without one, from the film's 0.5th to its 99.5th
-    percentile), MONOCHROME1 is inverted, and the result is 8-bit grey.
+    rescale and the VOI table or else the first usable VOI window of the header (without one, from the film's 0.5th to
+    its 99.5th percentile), MONOCHROME1 is inverted, padding is black, films stored mirrored or turned are set upright,
+    and the result is 8-bit grey.
 
     Patients are renamed ``patient-0001``, ``patient-0002``, ... in the order of the CSV; ids from the CSV never leave
     the loader, nor does any header, and skipped films are told by their row, since a file name may hold a patient's.
@@ -71,8 +84,8 @@ def read(
     Raises
     ------
     DataError
-        No folder, column, file or such label; a film of several frames, in colour, unreadable, or with text burned in;
-        a patient in two splits.
+        No folder, column, file or such label; a film of several frames, in colour, lateral, unreadable, or with text
+        burned in; a patient or a film in two splits.
     """
     check_aspect(aspect)
     for name, value in (("validation_fraction", validation_fraction), ("test_fraction", test_fraction)):
@@ -82,8 +95,8 @@ def read(
     if folder is None:
         where = data_root() if root is None else Path(root)
         raise DataError(
-            f"no {labels_csv} in {where} or {where / 'dicom'}: put the DICOM files there with a CSV of columns "
-            f"{','.join(_COLUMNS)} (and, if you like, site,split)"
+            f"no {labels_csv} in {shown(where)} or {shown(where / 'dicom')}: put the DICOM files there with a CSV of "
+            f"columns {','.join(_COLUMNS)} (and, if you like, site,split)"
         )
     rows = _read_csv(folder / labels_csv)
     class_names = _class_names(rows, labels_csv)
@@ -99,14 +112,17 @@ def read(
     rows, labels, patients, split = [rows[i] for i in chosen], labels[chosen], patients[chosen], split[chosen]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="pydicom")  # its warnings quote header values
-        images, good, skipped = read_films(
+        images, keys, good, skipped = read_films(
             lambda row: _film(row, size, aspect), rows, [str(row) for row in rows], size,
             skip_bad=skip_bad, progress=progress,
         )  # fmt: skip
     warn_skipped([f"{row} of {labels_csv}" for row in skipped], len(rows))
+    given = np.array([rows[i].split for i in good])  # empty where the splits are this loader's own
+    names = [f"{rows[i]} of {labels_csv}" for i in good]
+    patients, split = join_patients(keys, names, patients[good], split[good], given)
     return ChestXrays(
-        images=images, labels=labels[good], class_names=class_names, patient_id=patients[good],
-        site=np.array([rows[i].site for i in good], dtype=str), split=split[good], source="dicom", skipped=skipped,
+        images=images, labels=labels[good], class_names=class_names, patient_id=patients,
+        site=np.array([rows[i].site for i in good], dtype=str), split=split, source="dicom", skipped=skipped,
     )  # fmt: skip
 
 
@@ -121,46 +137,62 @@ def find(root: str | Path | None = None, labels_csv: str = "labels.csv") -> tupl
 
 
 def _read_csv(path: Path) -> list[_Row]:
+    where = shown(path)
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, skipinitialspace=True)
-            columns = [column.strip() for column in reader.fieldnames or ()]
-            reader.fieldnames = columns
-            missing = [column for column in _COLUMNS if column not in columns]
-            if missing:
-                raise DataError(
-                    f"{path} lacks the column {', '.join(missing)}: its first line must be {','.join(_COLUMNS)}"
-                )
-            lines = [(reader.line_num, {k: (value or "").strip() for k, value in line.items() if k}) for line in reader]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path} is not a CSV in UTF-8 ({type(error).__name__}): save it again as one") from None
+        # A file's name may be in the bytes of another encoding: these find it.
+        text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
+        if "\0" in text:
+            raise csv.Error("UTF-16")
+        reader = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True)
+        columns = [column.strip() for column in reader.fieldnames or ()]
+        reader.fieldnames = columns
+        missing = [column for column in _COLUMNS if column not in columns]
+        if missing:
+            raise DataError(
+                f"{where} lacks the column {', '.join(missing)}: its first line must be {','.join(_COLUMNS)}"
+            )
+        lines = [(reader.line_num, {k: (value or "").strip() for k, value in line.items() if k}) for line in reader]
+    except OSError as error:
+        raise DataError(f"{where} can't be read: {error.strerror}") from None
+    except csv.Error as error:
+        raise DataError(f"{where} is not a CSV in UTF-8 ({error}): save it again as one") from None
     if not lines:
-        raise DataError(f"{path} lists no film: add one line per film")
+        raise DataError(f"{where} lists no film: add one line per film")
     rows: list[_Row] = []
     pseudonyms: dict[str, str] = {}
-    seen: dict[str, int] = {}
+    seen: dict[object, int] = {}
     first: dict[str, _Row] = {}  # of each patient
     for number, line in lines:
         for column in (*_COLUMNS, *(c for c in ("site", "split") if c in columns)):
             if not line[column]:
-                raise DataError(f"{path}, row {number}: {column} is empty, fill it in")
+                raise DataError(f"{where}, row {number}: {column} is empty, fill it in")
         split = line.get("split", "")
         if split and split not in SPLITS:
-            raise DataError(f"{path}, row {number}: split {split!r} must be one of {', '.join(SPLITS)}")
-        if line["file"] in seen:
-            raise DataError(f"{path}, row {number}: the file of row {seen[line['file']]} again, remove one of them")
-        seen[line["file"]] = number
+            raise DataError(f"{where}, row {number}: split {split!r} must be one of {', '.join(SPLITS)}")
+        file = path.parent / line["file"]
+        earlier = seen.setdefault(_identity(file), number)
+        if earlier != number:
+            raise DataError(f"{where}, row {number}: the file of row {earlier} again, remove one of them")
         patient = pseudonyms.setdefault(line["patient_id"], f"patient-{len(pseudonyms) + 1:04d}")
-        site = line.get("site", "dicom")
-        row = _Row(number, path.parent / line["file"], line["label"].lower(), patient, site, split)
+        site = shown(line.get("site", "dicom"))
+        row = _Row(number, file, line["label"].lower(), patient, site, split)
         other = first.setdefault(patient, row)
         if other.split != split:
             raise DataError(
-                f"{path}, row {number}: the patient of row {other.number} ({other.split}) again, in split {split!r}: "
+                f"{where}, row {number}: the patient of row {other.number} ({other.split}) again, in split {split!r}: "
                 "move all films of a patient to one split, or drop the split column"
             )
         rows.append(row)
     return rows
+
+
+def _identity(path: Path) -> object:
+    """The same for all names of one file: ``./``, links, capitals where the disk doesn't tell them apart."""
+    try:
+        found = path.stat()
+    except OSError:
+        return os.path.realpath(path)
+    return (found.st_dev, found.st_ino) if found.st_ino else os.path.realpath(path)
 
 
 def _class_names(rows: list[_Row], labels_csv: str) -> tuple[str, ...]:
@@ -177,67 +209,47 @@ def _class_names(rows: list[_Row], labels_csv: str) -> tuple[str, ...]:
     raise DataError(f"{labels_csv} mixes 'pneumonia' with 'bacterial' or 'viral': use {CLASSES_3} or {CLASSES_2}")
 
 
-def _film(row: _Row, size: int, aspect: str) -> np.ndarray:
-    """One film, uint8 [size, size].
+def _film(row: _Row, size: int, aspect: str) -> tuple[np.ndarray, int]:
+    """One film, uint8 [size, size], and the key of its stored pixels."""
+    try:
+        with blaming("its header or pixels"):
+            grey, key = _read_dicom(row.path)
+            return to_square(Image.fromarray(grey), size, aspect), key
+    except DataError as error:
+        advice = "or leave it out with skip_bad=True (--skip-bad)"
+        raise DataError(f"{shown(row.path.name)} ({row}): {error}, {advice}") from None
 
-    ``from None`` everywhere: pydicom's own messages may quote the header.
-    """
+
+def _read_dicom(path: Path) -> tuple[np.ndarray, int]:
+    """uint8 [rows, columns] as a viewer shows it, upright, and the key of the stored pixels."""
     import pydicom
     from pydicom.errors import InvalidDicomError
 
-    name = f"{row.path.name} ({row})"
-    advice = "or leave it out with skip_bad=True (--skip-bad)"
     try:
-        header = pydicom.dcmread(row.path, specific_tags=list(_TAGS))
+        header = pydicom.dcmread(path, specific_tags=list(_TAGS))
     except FileNotFoundError:
-        raise DataError(f"{name}: no such file in {row.path.parent}, correct the CSV, {advice}") from None
+        raise DataError(f"no such file in {shown(path.parent)}, correct the CSV") from None
     except InvalidDicomError:
-        raise DataError(f"{name} is not a DICOM file: export it again, {advice}") from None
-    except Exception as error:  # pydicom has no common error for damaged files
-        raise DataError(f"{name} can't be read ({type(error).__name__}): export it again, {advice}") from None
-    if int(header.get("NumberOfFrames") or 1) > 1:
-        raise DataError(f"{name} has {header.NumberOfFrames} frames, not one: export the single film, {advice}")
-    photometric = header.get("PhotometricInterpretation", "missing")
-    if photometric not in ("MONOCHROME1", "MONOCHROME2") or int(header.get("SamplesPerPixel") or 1) != 1:
-        raise DataError(f"{name} is in colour ({photometric}): X-ray films are grey. Export it as grey, {advice}")
+        raise DataError("it is not a DICOM file: export it again") from None
+    except Exception as error:
+        raise DataError(f"it can't be read ({type(error).__name__}): export it again") from None
+    for tag in _TAGS:  # pydicom reads an element when it is first asked for
+        with blaming(f"its {tag}"):
+            header.get(tag)
+    if not header.get("PixelData"):
+        raise DataError("it has no PixelData, so it is no film: correct the CSV")
+    with blaming("its NumberOfFrames"):
+        frames = int(header.get("NumberOfFrames") or 1)
+    if frames > 1:
+        raise DataError(f"it has {frames} frames, not one: export the single film")
+    photometric = header.get("PhotometricInterpretation")
+    if not photometric:
+        raise DataError("it has no PhotometricInterpretation: export it again")
+    if photometric not in ("MONOCHROME1", "MONOCHROME2") or (header.get("SamplesPerPixel") or 1) != 1:
+        raise DataError(f"it is in colour ({shown(photometric)[:16]}): X-ray films are grey. Export it as grey")
+    if photometric == "MONOCHROME2" and header.get("PresentationLUTShape") == "INVERSE":
+        raise DataError("its PresentationLUTShape INVERSE contradicts MONOCHROME2: correct one of them")
     if str(header.get("BurnedInAnnotation", "")).upper() == "YES":
-        raise DataError(f"{name} has text burned in (BurnedInAnnotation YES), perhaps a name: blank it, {advice}")
-    try:
-        grey = _grey(header)
-    except Exception as error:  # as above; decoders of compressed pixels add their own
-        raise DataError(
-            f"{name}: its pixels can't be decoded ({type(error).__name__}): export it uncompressed and whole, {advice}"
-        ) from None
-    return to_square(Image.fromarray(255 - grey if photometric == "MONOCHROME1" else grey), size, aspect)
-
-
-def _grey(header) -> np.ndarray:
-    """uint8 [rows, columns] after rescale and windowing, before the inversion of MONOCHROME1."""
-    from pydicom.pixels import apply_modality_lut, apply_voi_lut
-
-    values = apply_modality_lut(header.pixel_array, header)
-    windowed = header.get("WindowWidth") is not None and header.get("WindowCenter") is not None
-    if windowed or header.get("VOILUTSequence"):
-        low, high = _voi_range(header)
-        if header.get("VOILUTSequence"):
-            # pydicom 3.0 indexes a table of 8-bit entries by 8-bit numbers: one of more than 256 entries wraps around.
-            header.VOILUTSequence[0].LUTDescriptor[2] = max(header.VOILUTSequence[0].LUTDescriptor[2], 10)
-        values = apply_voi_lut(values, header).astype(np.float64)
-    else:
-        low, high = np.percentile(values, (0.5, 99.5))
-    scaled = (values - low) / max(high - low, 1e-9)
-    return np.rint(255 * np.clip(scaled, 0, 1)).astype(np.uint8)
-
-
-def _voi_range(header) -> tuple[float, float]:
-    """What black and white are in the output of ``apply_voi_lut`` (its documentation; DICOM PS3.3 C.11.2)."""
-    if header.get("VOILUTSequence"):
-        return 0.0, 2.0 ** header.VOILUTSequence[0].LUTDescriptor[2] - 1
-    if header.get("ModalityLUTSequence"):
-        return 0.0, 2.0 ** header.ModalityLUTSequence[0].LUTDescriptor[2] - 1
-    low = -(2.0 ** (header.BitsStored - 1)) if header.PixelRepresentation else 0.0
-    high = low + 2.0**header.BitsStored - 1
-    slope, intercept = float(header.get("RescaleSlope", 1)), float(header.get("RescaleIntercept", 0))
-    if slope <= 0:
-        raise ValueError("negative rescale slope")
-    return low * slope + intercept, high * slope + intercept
+        raise DataError("it has text burned in (BurnedInAnnotation YES), perhaps a name: blank it")
+    values, padding = stored_values(header)
+    return upright(as_displayed(values, padding, header), header), picture_key(values.astype(np.int32))

@@ -16,7 +16,17 @@ from pathlib import Path
 import numpy as np
 
 from primia_lite.config import DataError, UserError, cache_dir, data_root
-from primia_lite.data.pixels import check_aspect, decode, parallel, read_films, to_square, warn_skipped
+from primia_lite.data.pixels import (
+    check_aspect,
+    decode,
+    join_patients,
+    parallel,
+    picture_key,
+    read_films,
+    shown,
+    to_square,
+    warn_skipped,
+)
 from primia_lite.data.split import choose_films, split_by_patient
 from primia_lite.data.types import CLASSES_3, SPLITS, ChestXrays, check_patient_disjoint
 from primia_lite.runtime import write_atomic
@@ -78,7 +88,7 @@ def read(
     Raises
     ------
     DataError
-        No such folder, a name that fits no class, an unreadable or colour film, a patient in two splits.
+        No such folder, a name that fits no class, an unreadable or colour film, a patient or a film in two splits.
     """
     check_aspect(aspect)
     if validation not in ("from_train", "original"):
@@ -88,8 +98,8 @@ def read(
     folder, _ = find(root)
     if folder is None:
         raise DataError(
-            f"no chest_xray/train/NORMAL in {_root(root)}: download the set (doi:10.17632/rscbjbr9sj.3, or Kaggle's "
-            "paultimothymooney/chest-xray-pneumonia), unpack it there, or point PRIMIA_LITE_DATA at it"
+            f"no chest_xray/train/NORMAL in {shown(_root(root))}: download the set (doi:10.17632/rscbjbr9sj.3, or "
+            "Kaggle's paultimothymooney/chest-xray-pneumonia), unpack it there, or point PRIMIA_LITE_DATA at it"
         )
     files, unnamed = _list_files(folder, skip_bad)
     labels = np.array([f.label for f in files], dtype=np.int64)
@@ -98,12 +108,16 @@ def read(
     if n_films is not None:
         chosen = choose_films(labels, patients, split, n_films, seed)
         files, labels, patients, split = [files[i] for i in chosen], labels[chosen], patients[chosen], split[chosen]
-    images, good, skipped = _images(files, size, aspect, skip_bad, cache, progress)
+    images, keys, good, skipped = _images(files, size, aspect, skip_bad, cache, progress)
     skipped = tuple(unnamed) + skipped
     warn_skipped(skipped, len(files) + len(unnamed))
+    names, given = [files[i].name for i in good], split[good]
+    if validation == "from_train":  # train and val are this loader's parts, test is the source's
+        given = np.where(given == "test", "test", "train")
+    patients, split = join_patients(keys, names, patients[good], split[good], given)
     return ChestXrays(
-        images=images, labels=labels[good], class_names=CLASSES_3, patient_id=patients[good],
-        site=np.full(len(good), "kermany"), split=split[good], source="kermany", skipped=skipped,
+        images=images, labels=labels[good], class_names=CLASSES_3, patient_id=patients,
+        site=np.full(len(good), "kermany"), split=split, source="kermany", skipped=skipped,
     )  # fmt: skip
 
 
@@ -133,11 +147,11 @@ def _list_files(folder: Path, skip_bad: bool) -> tuple[list[_File], list[str]]:
         for class_folder in _CLASS_FOLDERS:
             paths = _films(folder / split / class_folder)
             if not paths and split != "val":
-                raise DataError(f"{folder / split / class_folder} has no film: unpack the set again, completely")
+                raise DataError(f"{shown(folder / split / class_folder)} has no film: unpack the set again, completely")
             for path in paths:
-                name = path.relative_to(folder).as_posix()
+                name = shown(path.relative_to(folder).as_posix())
                 try:
-                    label, patient = label_and_patient(path.name)
+                    label, patient = label_and_patient(shown(path.name))
                     if (label > 0) != (class_folder == "PNEUMONIA"):
                         raise DataError(f"{name} lies in {class_folder}, its name says otherwise: move or remove it")
                 except DataError as error:
@@ -182,7 +196,7 @@ def _splits(
     original = np.array([f.folder for f in files], dtype="<U5")
     if validation == "original":
         if not np.any(original == "val"):
-            raise DataError(f"{folder} has no val folder (Mendeley's layout): use validation='from_train'")
+            raise DataError(f"{shown(folder)} has no val folder (Mendeley's layout): use validation='from_train'")
         split = original
     else:
         pool = original != "test"
@@ -196,20 +210,23 @@ def _splits(
 
 def _images(
     files: list[_File], size: int, aspect: str, skip_bad: bool, cache: bool, progress: bool | None
-) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-    """Images [M, size, size] (cached or decoded), indices of the M good files, and the names of the others."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]]:
+    """As ``read_films``, out of the cache if it is there."""
     names = [f.name for f in files]
     path = cache_dir() / f"kermany-{_key(files, size, aspect, progress)}.npz" if cache else None
     cached = _read_cache(path, names, size) if path else None
-    if cached and (skip_bad or not cached[2]):
+    if cached and (skip_bad or not cached[3]):
         return cached
 
-    def read_one(file: _File) -> np.ndarray:
-        return to_square(decode(_bytes(file), file.name), size, aspect)
+    def read_one(file: _File) -> tuple[np.ndarray, int]:
+        film = decode(_bytes(file), file.name)
+        return to_square(film, size, aspect), picture_key(np.asarray(film))
 
-    result = images, good, skipped = read_films(read_one, files, names, size, skip_bad=skip_bad, progress=progress)
+    result = images, keys, good, skipped = read_films(
+        read_one, files, names, size, skip_bad=skip_bad, progress=progress
+    )
     if path:
-        _write_cache(path, images=images, good=good, skipped=np.array(skipped, dtype=str))
+        _write_cache(path, images=images, keys=keys, good=good, skipped=np.array(skipped, dtype=str))
     return result
 
 
@@ -235,16 +252,20 @@ def _key(files: list[_File], size: int, aspect: str, progress: bool | None) -> s
     return digest.hexdigest()[:24]
 
 
-def _read_cache(path: Path, names: list[str], size: int) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]] | None:
+def _read_cache(
+    path: Path, names: list[str], size: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]] | None:
     """What the cache holds; None where there is nothing, or something damaged: it is then made again."""
     try:
         with np.load(path, allow_pickle=False) as stored:
-            images, good, skipped = stored["images"], stored["good"], tuple(str(s) for s in stored["skipped"])
+            images, keys, good = stored["images"], stored["keys"], stored["good"]
+            skipped = tuple(str(s) for s in stored["skipped"])
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         return None
-    whole = images.dtype == np.uint8 and images.shape == (len(good), size, size) and good.dtype == np.int64
+    whole = images.dtype == np.uint8 and images.shape == (len(good), size, size)
+    whole = whole and keys.dtype == good.dtype == np.int64 and keys.shape == good.shape
     bad = sorted(set(range(len(names))) - set(good.tolist()))
-    return (images, good, skipped) if whole and list(skipped) == [names[i] for i in bad] else None
+    return (images, keys, good, skipped) if whole and list(skipped) == [names[i] for i in bad] else None
 
 
 def _write_cache(path: Path, **arrays: np.ndarray) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import sys
 import warnings
@@ -21,18 +22,25 @@ _OR_SKIP = "or leave it out with skip_bad=True (--skip-bad)"
 
 
 def decode(content: bytes, name: str) -> Image.Image:
-    """An 8-bit grey image from the bytes of a JPEG or PNG file.
+    """An 8-bit grey image from the bytes of a JPEG or PNG file, turned as its EXIF tag tells every viewer to.
 
     Raises
     ------
     DataError
-        Truncated or otherwise unreadable, in colour (channels differ by more than 8 levels), or not 8 bits deep.
+        Truncated or otherwise unreadable, in colour (channels differ by more than 8 levels), not 8 bits deep, partly
+        transparent, or of several frames.
     """
     try:
         image = Image.open(io.BytesIO(content))
-        image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        frames = getattr(image, "n_frames", 1)
+        image = ImageOps.exif_transpose(image)
+        alpha = image.convert("RGBA").getchannel("A").getextrema()[0] if image.has_transparency_data else 255
+    except Exception as error:  # Pillow has no common error for damaged files
         raise DataError(f"{name} can't be read ({_reason(error)}): get the file again, {_OR_SKIP}") from error
+    if frames > 1:
+        raise DataError(f"{name} has {frames} frames, not one: save the single film, {_OR_SKIP}")
+    if alpha < 255:
+        raise DataError(f"{name} is partly transparent: save it without transparency, {_OR_SKIP}")
     if image.mode in ("L", "LA", "1"):
         return image.convert("L")
     if image.mode not in ("RGB", "RGBA", "P", "PA", "CMYK", "YCbCr"):
@@ -83,19 +91,20 @@ def parallel(function: Callable, items: Sequence, *, label: str, progress: bool 
 
 
 def read_films(
-    read_one: Callable[[object], np.ndarray],
+    read_one: Callable[[object], tuple[np.ndarray, int]],
     items: Sequence,
     names: Sequence[str],
     size: int,
     *,
     skip_bad: bool,
     progress: bool | None = None,
-) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-    """Read films in parallel.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]]:
+    """Read films in parallel. ``read_one`` gives a film and the :func:`picture_key` of what it was made from.
 
     Returns
     -------
     images : uint8 [M, size, size] of the M good films
+    keys : int64 [M], equal where films are
     good : int64 [M], their indices in ``items``
     skipped : names of the others; empty unless ``skip_bad``
 
@@ -105,7 +114,7 @@ def read_films(
         What ``read_one`` raised for the first bad film; with ``skip_bad`` only if no film is good.
     """
 
-    def attempt(item: object) -> np.ndarray | DataError:
+    def attempt(item: object) -> tuple[np.ndarray, int] | DataError:
         try:
             return read_one(item)
         except DataError as error:
@@ -119,16 +128,70 @@ def read_films(
     if not len(good):
         raise DataError(f"none of the {len(items)} films can be used. {results[0] if results else ''}")
     images = np.empty((len(good), size, size), dtype=np.uint8)
+    keys = np.empty(len(good), dtype=np.int64)
     for k, i in enumerate(good):
-        images[k] = results[i]
-    return images, good, skipped
+        images[k], keys[k] = results[i]
+    return images, keys, good, skipped
+
+
+def picture_key(pixels: np.ndarray) -> int:
+    """A hash of decoded pixels, before any resizing: two films have the same if they are pixel for pixel the same."""
+    digest = hashlib.blake2b(str(pixels.shape).encode(), digest_size=8)
+    digest.update(np.ascontiguousarray(pixels))
+    return int.from_bytes(digest.digest(), "little", signed=True)
+
+
+def join_patients(
+    keys: np.ndarray, names: Sequence[str], patient_id: np.ndarray, split: np.ndarray, given: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Patients [N] and splits [N] in which patients who share a film are one: a film shows one child.
+
+    Parameters
+    ----------
+    keys : of each film, see :func:`picture_key`
+    names : of each film, for messages
+    given : str [N], the part that the source itself puts a film into; films of one part may change their split
+
+    Raises
+    ------
+    DataError
+        The same film in two parts that the source gives.
+    """
+    patient_id, split = patient_id.copy(), split.copy()
+    first: dict[int, int] = {}
+    same = []
+    for i, key in enumerate(keys.tolist()):
+        k = first.setdefault(key, i)
+        if given[i] != given[k]:
+            raise DataError(
+                f"{names[k]} ({split[k]}) and {names[i]} ({split[i]}) are the same film, pixel for pixel: remove one "
+                "of them, or a model meets its test films in training"
+            )
+        if patient_id[i] != patient_id[k]:
+            same.append(f"{names[k]} ({patient_id[k]}) and {names[i]} ({patient_id[i]})")
+            of_both = np.isin(patient_id, [patient_id[i], patient_id[k]])
+            patient_id[of_both], split[of_both] = patient_id[k], split[k]
+    if same:
+        warnings.warn(
+            f"the same film, pixel for pixel, under two patients, who count as one: {listed(same)}", stacklevel=3
+        )
+    return patient_id, split
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first five, and how many more."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def shown(name: object) -> str:
+    """A name or path for messages: what can't be printed (bytes of another encoding, control characters) escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(name))
 
 
 def warn_skipped(skipped: Sequence[str], n_films: int) -> None:
     """Say how many films were left out, and which."""
     if skipped:
-        shown = ", ".join(skipped[:5]) + (f" and {len(skipped) - 5} more" if len(skipped) > 5 else "")
-        warnings.warn(f"skipped {len(skipped)} of {n_films} films: {shown}", stacklevel=3)
+        warnings.warn(f"skipped {len(skipped)} of {n_films} films: {listed(skipped)}", stacklevel=3)
 
 
 def _reason(error: Exception) -> str:

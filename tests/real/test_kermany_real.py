@@ -43,13 +43,24 @@ def test_original_split_and_classes(cache, films):
 
 
 def test_patients(films):
-    assert films.n_patients == 4097
+    assert films.n_patients == 4096
     assert np.unique(films.patient_id, return_counts=True)[1].max() == 30
     in_split = {split: set(films.of_split(split).patient_id) for split in ("train", "val", "test")}
     assert not in_split["train"] & in_split["test"] and not in_split["train"] & in_split["val"]
     # Person numbers used under both diseases, which the key takes to be different children.
     numbers = [{p.split("_")[0] for p in films.patient_id if p.endswith(d)} for d in ("bacteria", "virus")]
     assert len(numbers[0] & numbers[1]) == 979
+
+
+def test_films_that_are_there_twice(films):
+    _, counts = np.unique(films.images.reshape(len(films), -1), axis=0, return_counts=True)
+    assert np.sum(counts > 1) == 30 and counts[counts > 1].sum() == 62
+    # Two numbers share one film, and so count as one child.
+    with pytest.warns(UserWarning, match="NORMAL/NORMAL2-IM-0095.*NORMAL2-IM-0096") as caught:
+        again = load("kermany", 32)
+    assert len(caught) == 1 and again.fingerprint() == films.fingerprint()
+    assert "NORMAL2-IM-0096" not in films.patient_id
+    assert set(films.split[films.patient_id == "NORMAL2-IM-0095"]) == {"test"}
 
 
 def test_validation_is_a_tenth_of_each_class(films):
@@ -68,7 +79,7 @@ def test_the_cache_gives_the_same_films(cache, films):
 
 def test_hospitals(films):
     parts = partition(films, 3, "iid", seed=0)
-    assert sum(len(part) for part in parts) == 5856 and sum(part.n_patients for part in parts) == 4097
+    assert sum(len(part) for part in parts) == 5856 and sum(part.n_patients for part in parts) == 4096
     for part in parts:
         for split, counts in part.counts().items():
             for name, n in counts.items():

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import pickle
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -250,6 +252,58 @@ def test_one_patient_in_two_splits_is_told_by_row_not_by_id(tmp_path):
     with pytest.raises(DataError, match=r"row 4: the patient of row 2 \(train\) again, in split 'test'") as error:
         load("dicom", 16, root=tmp_path)
     assert NUMBER not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["./films/0_0.dcm", "films/../films/0_0.dcm", "absolute", "symbolic", "hard"])
+def test_one_file_listed_twice_under_two_names(tmp_path, name):
+    cohort(tmp_path, 3)
+    file = tmp_path / "films" / "0_0.dcm"
+    if name == "absolute":
+        name = str(file)
+    elif name == "symbolic":
+        (tmp_path / name).symlink_to(file)
+    elif name == "hard":
+        os.link(file, tmp_path / name)
+    good = [f"films/{i}_0.dcm,{CLASSES_3[i]},p{i},train" for i in range(3)]
+    write_csv(tmp_path, [*good, f'"{name}",normal,{NUMBER},train'])
+    with pytest.raises(DataError, match="row 5: the file of row 2 again"):
+        load("dicom", 16, root=tmp_path)
+
+
+def test_a_copied_film_makes_two_patients_one(tmp_path):
+    """Where the header differs, or the window, the bytes of the files do too: the pixels tell."""
+    write_dicom(tmp_path / "a.dcm", ramp(high=999))
+    write_dicom(tmp_path / "b.dcm", ramp(high=999), WindowCenter=500, WindowWidth=300)
+    lines = ["a.dcm,normal,one", "b.dcm,normal,two"]
+    for i in range(2, 20):
+        write_dicom(tmp_path / f"{i}.dcm", ramp(high=1000 + i))
+        lines.append(f"{i}.dcm,{'normal' if i % 2 else 'pneumonia'},{i}")
+    for seed in range(4):
+        write_csv(tmp_path, lines, "file,label,patient_id")
+        with pytest.warns(UserWarning, match="row 2 of labels.csv .patient-0001. and row 3 of labels.csv") as caught:
+            films = load("dicom", 16, root=tmp_path, seed=seed)
+        assert "one" not in str(caught[0].message).split() and len(films) == 20 and films.n_patients == 19
+        assert films.patient_id[0] == films.patient_id[1] and films.split[0] == films.split[1]
+    given = [f"{line},{'test' if i == 1 else 'train'}" for i, line in enumerate(lines)]
+    write_csv(tmp_path, given)
+    with pytest.raises(DataError, match=r"row 2 of labels.csv \(train\) and row 3 of labels.csv \(test\)"):
+        load("dicom", 16, root=tmp_path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are bytes on Linux only")
+def test_a_csv_and_names_in_another_encoding(tmp_path):
+    cohort(tmp_path, 3)
+    os.rename(tmp_path / "films" / "0_0.dcm", os.fsencode(tmp_path / "films") + "/副本.dcm".encode("gbk"))
+    lines = "file,label,patient_id,split,site\nfilms/副本.dcm,normal,甲,train,北京\n" + "".join(
+        f"films/{i}_0.dcm,{CLASSES_3[i]},p{i},train,北京\n" for i in (1, 2)
+    )
+    (tmp_path / "labels.csv").write_bytes(lines.encode("gbk"))
+    films = load("dicom", 16, root=tmp_path)
+    assert len(films) == 3 and films.sites[0].encode()
+    os.remove(os.fsencode(tmp_path / "films") + "/副本.dcm".encode("gbk"))
+    with pytest.raises(DataError, match=r"\(row 2\): no such file") as error:
+        load("dicom", 16, root=tmp_path)
+    assert str(error.value).encode()  # can be printed
 
 
 def test_a_csv_that_is_none(tmp_path):

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
+import sys
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,7 @@ from PIL import Image
 
 from primia_lite.config import UserError
 from primia_lite.data import CLASSES_3, DataError, kermany, load
+from primia_lite.data.pixels import decode
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +48,7 @@ def write_set(root: Path, folders: dict[str, dict[str, list[str]]], mode: str = 
 
 
 def hash_of(name: str) -> int:
-    return sum(name.encode())
+    return zlib.crc32(name.encode())
 
 
 @pytest.fixture
@@ -204,6 +208,118 @@ def test_grey_coded_as_rgb_is_grey_and_colour_is_named(kaggle):
     Image.fromarray(np.zeros((9, 9), np.uint16)).save(file, "PNG")
     with pytest.raises(DataError, match=r"IM-0100-0001.jpeg has pixels of type I;16, not 8-bit grey"):
         load("kermany", 32, root=kaggle)
+
+
+def saved(image: Image.Image, kind: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(("kind", "tag"), [("JPEG", 3), ("JPEG", 6), ("JPEG", 7), ("PNG", 8), ("JPEG", 99)])
+def test_a_film_that_a_viewer_has_turned(kaggle, kind, tag):
+    file = kaggle / "test" / "NORMAL" / "IM-0100-0001.jpeg"
+    exif = Image.Exif()
+    exif[0x0112] = tag
+    film = np.add.outer(np.arange(0, 128, 4), np.arange(0, 64, 2)).astype(np.uint8)
+    file.write_bytes(saved(Image.fromarray(film), kind, exif=exif))
+    turned = {3: np.rot90(film, 2), 6: np.rot90(film, -1), 7: np.rot90(film, 2).T, 8: np.rot90(film), 99: film}[tag]
+    np.testing.assert_allclose(load("kermany", 32, root=kaggle).of_split("test").images[0], turned, atol=4)
+
+
+@pytest.mark.parametrize(
+    ("film", "message"),
+    [
+        (saved(Image.new("LA", (9, 9), (80, 255)), "PNG"), None),
+        (saved(Image.new("LA", (9, 9), (80, 90)), "PNG"), "transparent"),
+        (saved(Image.new("L", (9, 9), 80), "PNG", transparency=80), "transparent"),
+        (saved(Image.new("L", (9, 9), 80), "GIF", save_all=True, append_images=[Image.new("L", (9, 9))]), "2 frames"),
+        (saved(Image.new("L", (9, 9), 80), "PNG", save_all=True, append_images=[Image.new("L", (9, 9))]), "2 frames"),
+        (saved(Image.new("P", (9, 9), 0), "PNG"), None),
+        (saved(Image.new("CMYK", (9, 9), (0, 0, 0, 80)), "JPEG"), None),
+        (saved(Image.new("F", (9, 9)), "TIFF"), "type F"),
+        (saved(Image.new("L", (9, 9)), "PNG")[:16] + bytes(8) + saved(Image.new("L", (9, 9)), "PNG")[24:], "read"),
+    ],
+)
+def test_kinds_of_images(kaggle, film, message):
+    (kaggle / "test" / "NORMAL" / "IM-0100-0001.jpeg").write_bytes(film)
+    if message is None:
+        assert load("kermany", 16, root=kaggle).of_split("test").images[0].std() == 0
+    else:
+        with pytest.raises(DataError, match=rf"IM-0100-0001.jpeg .*{message}.*--skip-bad"):
+            load("kermany", 16, root=kaggle)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_no_damage_to_a_film_is_more_than_an_error(kaggle):
+    """Bytes changed at random: read or refused by name, whatever Pillow raises."""
+    rng = np.random.default_rng(0)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    grey = Image.fromarray(rng.integers(0, 256, (16, 16)).astype(np.uint8))
+    for kind in ("JPEG", "PNG", "GIF", "TIFF"):
+        whole = np.frombuffer(saved(grey, kind, exif=exif), np.uint8)
+        for _ in range(100):
+            damaged = whole.copy()
+            damaged[rng.integers(0, min(400, len(whole)), 3)] = rng.integers(0, 256, 3)
+            try:
+                decode(damaged.tobytes(), "film")
+            except DataError as error:
+                assert str(error).startswith("film ")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are bytes on Linux only")
+def test_names_in_another_encoding(kaggle):
+    folder = os.fsencode(kaggle / "train" / "NORMAL")
+    copy = "/IM-0002-0001 副本.jpeg".encode("gbk")
+    os.rename(folder + b"/IM-0002-0001.jpeg", folder + copy)
+    for _ in range(2):  # the second time from the cache
+        films = load("kermany", 16, root=kaggle)
+        assert len(films) == 84 and "IM-0002" in films.patient_id
+    Path(os.fsdecode(folder + copy)).write_bytes(b"no film")
+    Path(os.fsdecode(folder + "/副本.jpeg".encode("gbk"))).write_bytes(b"no film\n")
+    with pytest.raises(DataError) as error:
+        load("kermany", 16, root=kaggle)
+    assert str(error.value).encode()  # can be printed
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="skipped 2 of 85") as caught:
+            films = load("kermany", 16, root=kaggle, skip_bad=True)
+        assert all(text.isprintable() for text in (*films.skipped, str(caught[0].message))) and len(films) == 83
+
+
+def test_the_same_film_in_train_and_test_is_an_error(kaggle):
+    copied = (kaggle / "train" / "NORMAL" / "IM-0002-0001.jpeg").read_bytes()
+    for validation in ("from_train", "original"):
+        for i, content in enumerate((copied, saved(Image.open(io.BytesIO(copied)), "PNG"))):
+            copy = kaggle / "test" / "NORMAL" / f"IM-09{i}9-0001.jpeg"
+            copy.write_bytes(content)
+            for _ in range(2):  # the second time from the cache
+                with pytest.raises(DataError, match="train/NORMAL/IM-0002-0001.jpeg .train. and test/NORMAL/IM-09"):
+                    load("kermany", 16, root=kaggle, validation=validation)
+            copy.unlink()
+
+
+def test_the_same_film_of_two_patients_makes_them_one(kaggle):
+    first, second, third = (kaggle / "train" / "NORMAL" / f"IM-00{n}-0001.jpeg" for n in ("02", "04", "06"))
+    other = first.with_name("IM-0004-0002.jpeg")
+    second.write_bytes(first.read_bytes())
+    third.write_bytes(other.read_bytes())
+    for seed in range(5):  # whatever the split, the three come to lie in one part
+        with pytest.warns(
+            UserWarning, match="IM-0002-0001.jpeg .IM-0002. and train/NORMAL/IM-0004-0001.jpeg .IM-0004."
+        ):
+            films = load("kermany", 16, root=kaggle, seed=seed)
+        assert len(films) == 84 and films.n_patients == 40
+        assert np.sum(films.patient_id == "IM-0002") == 6 and not {"IM-0004", "IM-0006"} & set(films.patient_id)
+
+
+def test_the_same_film_of_one_patient_is_no_matter(kaggle):
+    file = kaggle / "train" / "NORMAL" / "IM-0002-0001.jpeg"
+    shutil.copy(file, file.with_name("IM-0002-0001 (1).jpeg"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        films = load("kermany", 16, root=kaggle)
+    assert len(films) == 85 and films.n_patients == 42
 
 
 def test_resizing_is_antialiased_and_keeps_the_aspect_on_demand(kaggle):
