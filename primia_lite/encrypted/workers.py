@@ -122,7 +122,7 @@ class Worker:
         theirs.close()
         self._line, self._process = line, process
         try:
-            ready = self._line.poll(_START_S) and self._line.recv_bytes(_WORDS_BYTES)
+            ready = self._line.poll(_START_S) and self._line.recv_bytes(_WORDS_BYTES) == _DONE
         except (OSError, EOFError):
             ready = False
         if not ready or self._stopped:

@@ -28,7 +28,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from starlette.testclient import TestClient
 from torch import nn
 
-from primia_lite import serve
+from primia_lite import networks, serve
 from primia_lite.config import UserError
 from primia_lite.data import load
 from primia_lite.encrypted import service
@@ -291,7 +291,7 @@ def test_queries_in_a_minute_are_limited(card):
 
 
 def test_another_address_in_a_header_buys_nothing(card):
-    with listening({"head": card}, Limits(opened_per_minute=2)) as port, httpx.Client(trust_env=False) as web:
+    with listening({"head": card}, Limits(opened_per_minute=2)) as port, httpx.Client() as web:
         statuses = [
             web.post(f"http://127.0.0.1:{port}/models/head/sessions", headers={"X-Forwarded-For": f"10.0.0.{k}"})
             for k in range(3)
@@ -424,10 +424,7 @@ def test_large_bodies_are_cut_early(card):
             sent += 1 << 20
             yield bytes(1 << 20)
 
-    with (
-        serve.running({"head": card}, limits=False) as (url, process),
-        httpx.Client(base_url=url, timeout=20, trust_env=False) as web,
-    ):
+    with serve.running({"head": card}, limits=False) as (url, process), httpx.Client(base_url=url, timeout=20) as web:
         before = psutil.Process(process.pid).memory_info().rss
         client = Client(packing_from(web.get("/models").json()["head"]["packing"]))
         token = web.post("/models/head/sessions", content=client.public()).json()["session"]
@@ -476,18 +473,18 @@ async def post(service: Service, path: str, receive) -> tuple[int, bytes]:
 def test_silent_connections_make_room_for_others(card):
     with listening({"head": card}, dataclasses.replace(NO_LIMITS, head_s=4.0)) as port, contextlib.ExitStack() as stack:
         url = f"http://127.0.0.1:{port}/health"
-        kept = stack.enter_context(httpx.Client(trust_env=False))
+        kept = stack.enter_context(httpx.Client())
         assert kept.get(url).status_code == 200
         lines = [stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(300)]
         slow = lines[-1]
         slow.sendall(b"GET /health HTTP/1.1\r\n")
         time.sleep(0.5)
-        assert httpx.get(url, trust_env=False).status_code == 503
+        assert httpx.get(url).status_code == 503
         for _ in range(25):  # a byte now and then buys no time
             with contextlib.suppress(OSError):
                 slow.sendall(b"x")
             time.sleep(0.2)
-        assert httpx.get(url, trust_env=False).status_code == 200
+        assert httpx.get(url).status_code == 200
         assert kept.get(url).status_code == 200  # between two requests there is more time
         for line in lines:
             line.settimeout(1)
@@ -666,7 +663,7 @@ def test_many_hospitals_at_once(card):
         weights = card.state["weight"].numpy()
         np.testing.assert_allclose(found["logits"], found["films"] @ weights.T, atol=1e-3)
         assert found["rss_mib"][-1] - found["rss_mib"][0] < 8
-        assert httpx.get(f"{url}/health", trust_env=False).json()["sessions"] == 0
+        assert httpx.get(f"{url}/health").json()["sessions"] == 0
         with pytest.raises(UserError, match="without TLS"):
             serve.load_test("https://here")
 
@@ -678,12 +675,13 @@ def test_bounds_on_bodies_hold_what_clients_send():
         assert len(public) <= most_key_bytes(packing) < 4 * len(public) + 65536
         body = join(client.encrypt(np.zeros(packing.in_shape)))
         assert len(body) <= most_upload_bytes(packing)
-    for model, shape in ((nn.Linear(8, 3, bias=False), (8,)), (nn.Linear(2369, 3, bias=False), (2369,))):
-        for flooded in (False, True):
-            server = Server(model, shape, flooded=flooded)
-            client = Client(server.packing)
-            reply = join(server.open(client.public()).diagnose(client.encrypt(np.zeros(shape))))
-            assert len(reply) <= most_reply_bytes(server.packing) < 2 * len(reply)
+    heads = [(nn.Linear(d, 3, bias=False), (d,), flooded) for d in (8, 2369) for flooded in (False, True)]
+    nets = [(networks.ckksnet(3, (1, 16, 16), channels=2, hidden=hidden), (1, 16, 16), False) for hidden in (0, 4)]
+    for model, shape, flooded in heads + nets:
+        server = Server(model, shape, flooded=flooded)
+        client = Client(server.packing)
+        replies = server.open(client.public()).diagnose(client.encrypt(np.zeros(server.packing.in_shape)))
+        assert len(join(replies)) <= most_reply_bytes(server.packing) < 2 * len(join(replies))
 
 
 def test_the_client_refuses_before_it_sends(card):

@@ -419,7 +419,7 @@ def talk(request):
             if word in instead:
                 return httpx.Response(200, content=instead[word]())
             response = web._transport.handle_request(asked)
-            last[word] = response.content
+            last[word] = response.read()
             return response
 
         server = remote(answers)
@@ -502,7 +502,7 @@ def test_thousands_of_altered_replies_get_logits_or_a_sentence(talk):
     server.diagnose(film)
     good = last["diagnose"]
     instead["diagnose"] = lambda: altered(good, rng)
-    for _ in range(1500):
+    for _ in range(1200):
         try:
             logits = server.diagnose(film)
         except UserError as error:
@@ -518,7 +518,7 @@ def test_thousands_of_altered_replies_get_logits_or_a_sentence(talk):
 def test_thousands_of_altered_descriptions_get_a_client_or_a_sentence():
     rng, fine = np.random.default_rng(0), 0
     cnn = {"class_names": ["a", "b"], "packing": spec_of(CNNPacking(12, 5, 3, 2, 0, 2))}
-    for number in range(3000):
+    for number in range(1200):
         told = {"head": described(**(cnn if number % 2 else {}))}
         text = json.dumps(changed(told, rng)).encode()
         text = altered(text, rng) if number % 3 == 0 else text
@@ -529,13 +529,13 @@ def test_thousands_of_altered_descriptions_get_a_client_or_a_sentence():
         else:
             fine += 1
             assert all(name.isprintable() for name in server.description["class_names"])
-    assert 50 < fine < 2500
+    assert 20 < fine < 1000
 
 
 def test_hundreds_of_altered_answers_on_the_line():
     good, rng = said(MODELS, "200 OK", "Content-Type: application/json"), np.random.default_rng(0)
     with answering(lambda *_: altered(good, rng)) as (port, _):
-        for _ in range(300):
+        for _ in range(200):
             with contextlib.suppress(UserError):
                 RemoteServer(f"http://127.0.0.1:{port}", retries=0, timeout_s=5)
 
