@@ -96,7 +96,7 @@ class RemoteServer:
         if model not in offered:
             raise ServiceError(f"the service has no model {model!r}: choose one of {', '.join(offered)}", 404)
         try:
-            if printable(model) != model:
+            if not model.isprintable() or len(model) > 200:
                 raise UserError("a name that can't be shown")
             self.name, (self.description, packing) = model, _read(offered[model])
         except UserError as error:

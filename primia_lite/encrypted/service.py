@@ -35,7 +35,7 @@ from primia_lite.config import UserError
 from primia_lite.encrypted.card import ModelCard
 from primia_lite.encrypted.ckks import plan
 from primia_lite.encrypted.packing import spec_of
-from primia_lite.encrypted.wire import join, most_key_bytes, most_reply_bytes, most_upload_bytes, split
+from primia_lite.encrypted.wire import most_key_bytes, most_reply_bytes, most_upload_bytes
 from primia_lite.encrypted.workers import Here, SessionGone, Worker, WorkerDied
 
 if TYPE_CHECKING:
@@ -346,19 +346,16 @@ class Service:
             raise Refused(410, f"this session had its {self.limits.queries} films: open a new one")
         self._asked.check(request.client.host if request.client else "")
         entry.queries += 1  # before the body comes, or many slow ones would pass together
-        packing = self.packings[entry.model]
-        uploads = split(await self._body(request, most_upload_bytes(packing)))
+        body = await self._body(request, most_upload_bytes(self.packings[entry.model]))
         if token not in self.open:  # it ended meanwhile
             raise Refused(410, _ENDED)
         try:
-            replies = await self._compute(entry.worker, "diagnose", token, *uploads)
+            reply = await self._compute(entry.worker, "diagnose", token, body)
         except SessionGone as error:
             self._forget(token)
             raise Refused(410, _ENDED) from error
-        if len(replies) != len(packing.keep):
-            raise RuntimeError(f"{len(replies)} replies came from a worker, {len(packing.keep)} belong to a film")
         self.queries += 1
-        return Response(join(replies), media_type="application/octet-stream")
+        return Response(reply, media_type="application/octet-stream")
 
     async def close_session(self, request: Request) -> Response:
         token = request.path_params["token"]

@@ -8,6 +8,7 @@ says is bytes of a bounded number and nothing that is unpickled, for a stranger'
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import multiprocessing
 import signal
@@ -39,7 +40,7 @@ class SessionGone(Exception):
 
 
 # How a worker's answer begins.
-_DONE, _REFUSED, _GONE, _FAULT = b"done", b"refused", b"gone", b"fault"
+_DONE, _REFUSED, _GONE, _FAULT = b"+", b"-", b"?", b"!"
 _RAISED = {_REFUSED: CiphertextError, _GONE: SessionGone, _FAULT: RuntimeError}
 
 
@@ -53,19 +54,18 @@ class Keeper:
         }
         self.sessions: OrderedDict[str, Session] = OrderedDict()
 
-    def open(self, name: str, token: str, public: bytes) -> list[bytes]:
+    def open(self, name: str, token: str, public: bytes) -> None:
         self.sessions[token] = self.servers[name].open(public)
-        return []
 
-    def diagnose(self, token: str, *uploads: bytes) -> list[bytes]:
+    def diagnose(self, token: str, uploads: bytes) -> bytes:
+        """A film's ciphertexts in one body, and the replies in one."""
         if token not in self.sessions:
             raise SessionGone(token)
         self.sessions.move_to_end(token)
-        return self.sessions[token].diagnose(list(uploads))
+        return join(self.sessions[token].diagnose(split(uploads)))
 
-    def close(self, token: str) -> list[bytes]:
+    def close(self, token: str) -> None:
         self.sessions.pop(token, None)
-        return []
 
     def prepare(self) -> bool:
         """Make the masks of one film for a session that was used lately; False if all have theirs."""
@@ -84,8 +84,8 @@ class Here:
     def __init__(self, cards: dict[str, ModelCard]):
         self.keeper = Keeper(cards)
 
-    def call(self, what: str, *arguments: str | bytes) -> list[bytes]:
-        return getattr(self.keeper, what)(*arguments)
+    def call(self, what: str, *arguments: str | bytes) -> bytes:
+        return getattr(self.keeper, what)(*arguments) or b""
 
     def kill(self, pid: None, why: str) -> None:
         pass
@@ -133,8 +133,8 @@ class Worker:
     def pid(self) -> int:
         return self._process.pid
 
-    def call(self, what: str, *arguments: str | bytes) -> list[bytes]:
-        """A method of :class:`Keeper`, there; texts come before bytes.
+    def call(self, what: str, *arguments: str | bytes) -> bytes:
+        """A method of :class:`Keeper`, there; of its arguments only the last may be bytes.
 
         Raises
         ------
@@ -149,20 +149,22 @@ class Worker:
         if self._stopped:
             raise WorkerDied("the service stops")
         self._why, self._busy = "", True
-        words = [each.encode() for each in (what, *arguments) if isinstance(each, str)]
+        texts = [each for each in arguments if isinstance(each, str)]
         try:
-            self._line.send_bytes(join([bytes([len(words)]), *words, *arguments[len(words) - 1 :]]))
-            kind, *parts = split(self._line.recv_bytes(self._most_bytes))
-            if kind != _DONE and kind not in _RAISED:
-                raise ValueError
-        except (OSError, EOFError, ValueError, CiphertextError) as error:
+            self._line.send_bytes(json.dumps([what, texts, len(texts) < len(arguments)]).encode())
+            for body in arguments[len(texts) :]:
+                self._line.send_bytes(body)
+            answer = self._line.recv_bytes(self._most_bytes)
+            if (kind := answer[:1]) not in (_DONE, *_RAISED):
+                raise OSError("no worker says that")
+        except (OSError, EOFError) as error:
             self._replace()
             raise WorkerDied(self._why or "the worker process ended") from error
         finally:
             self._busy = False
         if kind == _DONE:
-            return parts
-        raise _RAISED[kind](printable(b" ".join(parts).decode(errors="replace"), 500))
+            return answer[1:]
+        raise _RAISED[kind](printable(answer[1:].decode(errors="replace"), 500))
 
     def kill(self, pid: int, why: str) -> None:
         """End the process ``pid``, if it is at work and no other took its place; a call that writes, waits or reads
@@ -202,16 +204,16 @@ def work(line: Connection, cards: dict[str, bytes]) -> None:
             except Exception:  # a film then gets its masks when it comes, and its client hears of the fault
                 idle = False
         try:
-            (words,), *parts = split(line.recv_bytes())
+            what, arguments, body_follows = json.loads(line.recv_bytes())
+            arguments += [line.recv_bytes()] if body_follows else []
         except EOFError:
             return
-        what, *texts = (part.decode() for part in parts[:words])
         try:
-            answer = [_DONE, *getattr(keeper, what)(*texts, *parts[words:])]
+            answer = _DONE + (getattr(keeper, what)(*arguments) or b"")
         except Exception as error:  # for the one who asked, and nobody else
             kind = _REFUSED if isinstance(error, UserError) else _GONE if isinstance(error, SessionGone) else _FAULT
             if kind == _FAULT:
                 _log.exception("%s in a worker", what)
-            answer = [kind, str(error).encode(errors="replace")[: _WORDS_BYTES // 2]]
-        line.send_bytes(join(answer))
+            answer = kind + str(error).encode(errors="replace")[: _WORDS_BYTES // 2]
+        line.send_bytes(answer)
         idle = True

@@ -16,12 +16,8 @@ class Payload:
         return os.mkdir, (self.path,)
 
 
-def join(*parts):
-    return struct.pack("<I", len(parts)) + b"".join(struct.pack("<I", len(part)) + part for part in parts)
-
-
 def answering(line, make):
-    line.send_bytes(b"done")
+    line.send_bytes(b"+")
     while True:
         asked = line.recv_bytes()
         make(asked)
@@ -55,13 +51,9 @@ def empty(line, cards):
     answering(line, lambda asked: line.send_bytes(b""))
 
 
-def no_part(line, cards):
-    answering(line, lambda asked: line.send_bytes(join()))
-
-
 def another_kind(line, cards):
-    answering(line, lambda asked: line.send_bytes(join(b"system", b"rm")))
+    answering(line, lambda asked: line.send_bytes(b"system rm"))
 
 
 def controls(line, cards):
-    answering(line, lambda asked: line.send_bytes(join(b"refused", b"\x1b[31m\xff no\n" + b"x" * 2000)))
+    answering(line, lambda asked: line.send_bytes(b"-\x1b[31m\xff no\n" + b"x" * 2000))

@@ -637,13 +637,13 @@ def test_masks_are_made_in_idle_time(card):
         worker.call("open", "head", "token", client.public())
         plain = card.network()(torch.tensor(film()).float()[None])[0].detach().numpy()
         for _ in range(5):
-            replies = worker.call("diagnose", "token", *client.encrypt(film()))
-            np.testing.assert_allclose(client.decrypt(replies), plain, atol=1e-5)
+            replies = worker.call("diagnose", "token", join(client.encrypt(film())))
+            np.testing.assert_allclose(client.decrypt(split(replies)), plain, atol=1e-5)
         with pytest.raises(CiphertextError, match="0 ciphertexts came"):
-            worker.call("diagnose", "token")
+            worker.call("diagnose", "token", join([]))
         worker.call("close", "token")
         with pytest.raises(SessionGone):
-            worker.call("diagnose", "token", *client.encrypt(film()))
+            worker.call("diagnose", "token", join(client.encrypt(film())))
     finally:
         worker.stop()
     keeper = Keeper({"head": card})

