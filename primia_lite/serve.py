@@ -123,12 +123,13 @@ def diagnose(film: str, url: str, model: str | None = None, ca_file: str | None 
 
 
 @contextlib.contextmanager
-def running(cards: dict, *, limits: bool = True, wait_s: float = 60.0) -> Iterator[tuple[str, subprocess.Popen]]:
+def running(cards: dict, *, limits: bool = True, wait_s: float = 600.0) -> Iterator[tuple[str, subprocess.Popen]]:
     """The service as another process on a free port of this machine, while the context lasts: its address, and it.
 
     Parameters
     ----------
     cards : ModelCards by name
+    wait_s : for its first answer, on a machine that has much else to do; one that ends is noticed at once
 
     Raises
     ------
@@ -152,7 +153,8 @@ def running(cards: dict, *, limits: bool = True, wait_s: float = 60.0) -> Iterat
         try:
             while True:
                 with contextlib.suppress(httpx.TransportError):
-                    if httpx.get(f"{url}/health", timeout=2).is_success:
+                    # No proxy has anything to do with this machine.
+                    if httpx.get(f"{url}/health", timeout=2, trust_env=False).is_success:
                         break
                 if process.poll() is not None or time.monotonic() > deadline:
                     raise UserError(f"the service didn't start: {log.read_text()[-2000:]}")
@@ -188,7 +190,7 @@ def load_test(
         ``rss_mib``, before and after each tenth of the requests, empty without ``pid``
     """
     from primia_lite.encrypted.remote import RemoteServer
-    from primia_lite.encrypted.service import join, split
+    from primia_lite.encrypted.wire import join, split
 
     if (address := urlsplit(url)).scheme != "http":
         raise UserError(f"{url}: a load test takes a service without TLS, at http://")

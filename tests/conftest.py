@@ -29,6 +29,8 @@ def _elsewhere(tmp_path_factory: pytest.TempPathFactory):
         patch.setenv(f"PRIMIA_LITE_{name}", str(folder / name.lower()))
     patch.setenv("IPYTHONDIR", str(folder / "ipython"))
     patch.setenv("PRIMIA_LITE_HEADLESS", "1")
+    for name in ("NO_PROXY", "no_proxy"):  # the tests' own clients and servers are all on this machine
+        patch.setenv(name, "localhost,127.0.0.1,::1")
     yield
     patch.undo()
 

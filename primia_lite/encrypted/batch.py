@@ -21,7 +21,7 @@ import tenseal.sealapi as sealapi
 
 from primia_lite.config import UserError
 from primia_lite.encrypted.kernels import EvaluationKeys, LinearKernel
-from primia_lite.encrypted.packing import NOISE_STD, PACKINGS, CNNPacking, LinearPacking, check_norm, check_pixels
+from primia_lite.encrypted.packing import NOISE_STD, CNNPacking, LinearPacking, check_norm, check_pixels
 from primia_lite.encrypted.parameters import Parameters, choose, choose_single_product
 from primia_lite.encrypted.seal import Context, refuse_too_large
 from primia_lite.networks import folded
@@ -170,9 +170,6 @@ class BatchCNNPacking(CNNPacking):
 
     def decode(self, slots: np.ndarray) -> np.ndarray:
         return slots.real
-
-
-PACKINGS.update({packing.kind: packing for packing in (BatchLinearPacking, BatchCNNPacking)})
 
 
 def batch_packing(single: LinearPacking | CNNPacking, batch_size: int) -> tuple[object, str]:

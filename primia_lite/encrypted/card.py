@@ -55,9 +55,18 @@ class ModelCard:
         """What a hospital needs, for JSON; no weights."""
         return {name: getattr(self, name) for name in self._PUBLIC}
 
+    def to_bytes(self) -> bytes:
+        file = io.BytesIO()
+        torch.save({name: getattr(self, name) for name in (*self._PUBLIC, "options", "state")}, file)
+        return file.getvalue()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> ModelCard:
+        """:meth:`to_bytes` undone; of other bytes torch raises many kinds of errors."""
+        return cls(**torch.load(io.BytesIO(data), weights_only=True))
+
     def save(self, path: str | Path) -> Path:
-        content = {name: getattr(self, name) for name in (*self._PUBLIC, "options", "state")}
-        return write_atomic(path, lambda file: torch.save(content, file))
+        return write_atomic(path, self.to_bytes())
 
     @classmethod
     def load(cls, path: str | Path) -> ModelCard:
@@ -68,11 +77,10 @@ class ModelCard:
             No such file, or another kind of file.
         """
         try:
-            content = torch.load(io.BytesIO(Path(path).read_bytes()), weights_only=True)
-            return cls(**content)
+            return cls.from_bytes(Path(path).read_bytes())
         except FileNotFoundError as error:
             raise UserError(f"there is no {path}: save a model there by ModelCard.save") from error
-        except Exception as error:  # torch raises many kinds
+        except Exception as error:
             raise UserError(f"{path} isn't a model saved by ModelCard.save: {type(error).__name__}") from error
 
 
@@ -94,7 +102,9 @@ def prepare_film(description: dict, image: np.ndarray) -> np.ndarray:
     size, image = description["image_size"], np.asarray(image)
     if image.dtype != np.uint8 or image.shape != (size, size):
         raise UserError(f"this film is {image.dtype} {image.shape}, the model takes uint8 ({size}, {size}): resize it")
-    names = tuple(description["class_names"])
-    one = ChestXrays(image[None], np.zeros(1, np.int64), names, *(np.array([v]) for v in ("film", "here", "test")))
+    # Pixels don't depend on classes.
+    one = ChestXrays(
+        image[None], np.zeros(1, np.int64), ("normal", "other"), *(np.array([v]) for v in ("film", "here", "test"))
+    )
     prepared = models.prepare(description["model"], one, standardise=description["standardise"], cache=False)
     return prepared.inputs[0, 0].numpy().squeeze()

@@ -362,25 +362,30 @@ def _doublings(start: int, stop: int) -> list[int]:
     return [start << k for k in range(int(math.log2(stop // start)))] if stop > start else []
 
 
-PACKINGS = {packing.kind: packing for packing in (LinearPacking, CNNPacking)}
 Packing = LinearPacking | CNNPacking
+
+# Of any number in a description: what comes of it stays a number that a computer takes in its stride.
+_MOST_NUMBER = 1 << 20
 
 
 def packing_from(spec: dict) -> Packing:
-    """From what :func:`spec_of` wrote.
+    """From what :func:`spec_of` wrote, here or at a stranger's.
 
     Raises
     ------
     UserError
         Another kind, or numbers that don't make a packing.
     """
+    from primia_lite.encrypted.batch import BatchCNNPacking, BatchLinearPacking  # they build on these here
+
+    kinds = {each.kind: each for each in (LinearPacking, CNNPacking, BatchLinearPacking, BatchCNNPacking)}
     try:
         numbers = {key: value for key, value in spec.items() if key != "kind"}
-        if not all(isinstance(value, int) for value in numbers.values()):
-            raise TypeError("a number of it isn't whole")
-        return PACKINGS[spec["kind"]](**numbers)
-    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
-        raise UserError(f"this isn't the description of a packing: {spec!r}") from error
+        if not all(isinstance(value, int) and 0 <= value <= _MOST_NUMBER for value in numbers.values()):
+            raise ValueError("a number of it isn't whole, or out of range")
+        return kinds[spec["kind"]](**numbers)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError("this isn't the description of a packing: ask the server for its own") from error
 
 
 def spec_of(packing: Packing) -> dict:

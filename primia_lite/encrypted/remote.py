@@ -1,56 +1,84 @@
-"""The hospital's side of the service: asks for a diagnosis over HTTP, and tries again where that may help."""
+"""The hospital's side of the service: asks for a diagnosis over HTTP, and tries again where that may help.
+
+It trusts nobody: what answers may be another program, a proxy, or a service that was taken over. Answers are of bounded
+size and time and aren't decompressed, a description is checked before it decides anything, texts are cleaned before
+they are shown, and a reply's sizes, level, scale and coefficients are checked; SEAL reads nothing that came from there.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import http.cookiejar
+import importlib.util
+import ipaddress
+import json
+import os
 import random
+import re
+import socket
 import ssl
+import threading
 import time
+import urllib.parse
+import urllib.request
+from collections.abc import Callable
+from concurrent.futures import Future
 
 import httpx
 import numpy as np
 
 from primia_lite.config import UserError
 from primia_lite.encrypted.card import prepare_film
-from primia_lite.encrypted.ckks import Client
+from primia_lite.encrypted.ckks import MAX_PUBLIC_BYTES, Client
 from primia_lite.encrypted.flooding import Flooding
-from primia_lite.encrypted.packing import packing_from
-from primia_lite.encrypted.service import join, split
+from primia_lite.encrypted.packing import Packing, packing_from
+from primia_lite.encrypted.seal import CiphertextError
+from primia_lite.encrypted.wire import join, most_key_bytes, most_reply_bytes, most_upload_bytes, printable, split
 
-# What a model's description must hold.
-_TOLD = {"packing", "model", "class_names", "image_size", "standardise"}
+# Of an answer that isn't a reply: descriptions of all models, or a sentence.
+_MOST_BYTES = 1 << 20
+# Of a description.
+_MOST_SIDE, _MOST_CLASSES, _MOST_NAME = 1024, 1000, 60
 
 
 class ServiceError(UserError):
     """The service said no, or can't be reached; with its own sentence where it gave one."""
 
     def __init__(self, sentence: str, status: int = 0):
-        super().__init__(sentence)
+        super().__init__(printable(sentence, 1000))
         self.status = status
 
 
 class RemoteServer:
     """A model behind a service: ``diagnose`` takes a film and returns its logits.
 
-    Makes a key of its own, opens a session, and opens another if that one expired.
+    Makes a key of its own, opens a session, and opens another if that one expired. To an address of this machine it
+    connects itself; elsewhere by the proxy that ``HTTP_PROXY``, ``HTTPS_PROXY`` or ``ALL_PROXY`` names, unless
+    ``NO_PROXY`` excepts it.
 
     Parameters
     ----------
     url : of the service, such as http://127.0.0.1:8000
     model : its name there; may be left out where there is one
     ca_file : certificate to trust for https; the system's if left out
-    timeout_s, retries : of one request; waits grow from 0.2 s, doubling, or are what the service asks for; beyond 30 s
-        its answer is raised instead
+    timeout_s, retries
+        Seconds of silence in one request, and how often it is made again; all of it together has four times as long.
+        Waits grow from 0.2 s, doubling, or are what the service asks for; beyond 30 s its answer is raised instead.
     decimals, flooding : see :class:`~primia_lite.encrypted.ckks.Client`
     transport : of httpx, for tests
+
+    Attributes
+    ----------
+    name, description : of the model, as the service tells them, checked; see
+        :meth:`~primia_lite.encrypted.card.ModelCard.describe`
 
     Raises
     ------
     ServiceError
-        Not reachable, another service, or no such model.
+        Not reachable, another service, a description that can't be, or no such model.
     UserError
-        A certificate to trust that can't be read, an address that is none, or flooding for a model that is served
-        without room for it.
+        Certificates that can't be read, an address or a proxy's address that is none, or flooding for a model that is
+        served without room for it.
     """
 
     def __init__(
@@ -58,27 +86,23 @@ class RemoteServer:
         retries: int = 4, decimals: int = 3, flooding: Flooding | None = None,
         transport: httpx.BaseTransport | None = None,
     ):  # fmt: skip
-        try:
-            verify = ssl.create_default_context(cafile=ca_file) if ca_file else True
-        except OSError as error:  # SSLError is one
-            raise UserError(
-                f"the certificate {ca_file} can't be read ({error}): give a PEM file with the one to trust"
-            ) from error
-        try:
-            self._http = httpx.Client(base_url=url, timeout=timeout_s, verify=verify, transport=transport)
-        except httpx.InvalidURL as error:
-            raise UserError(f"{url!r} isn't an address ({error}): give one such as http://127.0.0.1:8000") from error
-        self.retries = retries
+        self.timeout_s, self.retries, self._token = timeout_s, retries, None
+        self._most_bytes = _MOST_BYTES
+        self._connect, self._where = _line(url, ca_file, timeout_s, transport)
+        self._http = self._connect()
         offered = self._answer("GET", "/models")
         if model is None and len(offered) == 1:
             (model,) = offered
         if model not in offered:
             raise ServiceError(f"the service has no model {model!r}: choose one of {', '.join(offered)}", 404)
-        self.name, self.description = model, offered[model]
-        if not isinstance(self.description, dict) or not self.description.keys() >= _TOLD:
-            raise ServiceError(self._another)
-        self.client = Client(packing_from(self.description["packing"]), decimals, flooding)
-        self._token: str | None = None
+        try:
+            if not model.isprintable() or len(model) > 200:
+                raise UserError("a name that can't be shown")
+            self.name, (self.description, packing) = model, _read(offered[model])
+        except UserError as error:
+            raise ServiceError(f"{self._another} ({error})") from error
+        self._most_bytes = max(self._most_bytes, most_reply_bytes(packing))
+        self.client = Client(packing, decimals, flooding)
 
     def __enter__(self) -> RemoteServer:
         return self
@@ -90,43 +114,93 @@ class RemoteServer:
         """End the session; the service forgets the keys."""
         if self._token is not None:
             token, self._token = self._token, None
-            with contextlib.suppress(httpx.HTTPError):  # else it will expire
-                self._http.delete(f"/sessions/{token}")
+            with contextlib.suppress(ServiceError, httpx.TransportError):  # else it will expire
+                self._exchange("DELETE", f"/sessions/{token}", None, 5.0)
         self._http.close()
 
-    def _ask(self, method: str, path: str, content: bytes | None = None) -> httpx.Response:
+    def _exchange(self, method: str, path: str, content: bytes | None, seconds: float) -> httpx.Response:
+        """One request and its whole answer.
+
+        Raises
+        ------
+        httpx.TransportError
+            None came.
+        ServiceError
+            It is too large, compressed, takes too long, or isn't HTTP.
+        """
+        answer, line = Future(), self._http
+
+        def ask() -> None:
+            try:
+                with line.stream(method, path, content=content) as response:
+                    if response.headers.get("Content-Encoding", "identity").strip().lower() != "identity":
+                        raise ServiceError(f"{self._where} sent a compressed answer, which wasn't asked for")
+                    body = bytearray()
+                    for part in response.iter_bytes():
+                        body += part
+                        if len(body) > self._most_bytes:
+                            raise ServiceError(f"{self._where} sent more than the {self._most_bytes} bytes that it may")
+                answer.set_result(httpx.Response(response.status_code, headers=response.headers, content=bytes(body)))
+            except BaseException as error:
+                answer.set_exception(error)
+
+        # httpx's limits of time start anew with each byte. A thread can be left behind; closing its line ends it.
+        threading.Thread(target=ask, daemon=True).start()
+        try:
+            return answer.result(seconds)
+        except (ServiceError, httpx.TransportError):
+            raise
+        except TimeoutError:
+            self._http = self._connect()
+            line.close()
+            raise ServiceError(f"{self._where} took too long to answer: try again later") from None
+        except Exception as error:  # of what strangers send, libraries make many kinds
+            raise ServiceError(self._another) from error
+
+    def _ask(self, method: str, path: str, content: bytes | None = None) -> bytes:
+        deadline = time.monotonic() + 4 * self.timeout_s
         for attempt in range(self.retries + 1):
             wait = 0.2 * 2**attempt * random.uniform(0.7, 1.3)
             try:
-                response = self._http.request(method, path, content=content)
+                response = self._exchange(method, path, content, deadline - time.monotonic())
             except httpx.TransportError as error:
                 status = 0
                 sentence = (
-                    f"no service answers at {self._http.base_url} ({error}): start one with `primia-lite serve`, or "
-                    "check the address"
+                    f"no service answers at {self._where} ({printable(str(error))}): start one with "
+                    "`primia-lite serve`, or check the address"
                 )
             else:
                 if response.is_success:
-                    return response
-                sentence, status = _sentence(response), response.status_code
+                    return response.content
+                sentence, status = self._sentence(response), response.status_code
                 if status not in (408, 429, 502, 503, 504):
                     raise ServiceError(sentence, status)
                 asked = response.headers.get("Retry-After", "")
-                wait = max(wait, float(asked)) if asked.isdigit() else wait
+                wait = max(wait, float(asked)) if asked.isdecimal() else wait
                 if wait > 30:  # for longer, the caller should decide
                     raise ServiceError(sentence, status)
-            if attempt < self.retries:
-                time.sleep(wait)
+            if attempt == self.retries or time.monotonic() + wait > deadline:
+                break
+            time.sleep(wait)
         raise ServiceError(sentence, status)
+
+    def _sentence(self, response: httpx.Response) -> str:
+        try:
+            sentence = _json(response.content)["error"]
+            if isinstance(sentence, str):
+                return f"the service says: {printable(sentence, 500)}"
+        except (ValueError, LookupError, TypeError):
+            pass
+        return f"{self._where} answered {response.status_code}, without a sentence of this service: check the address"
 
     @property
     def _another(self) -> str:
-        return f"what answers at {self._http.base_url} isn't this service: check the address"
+        return f"what answers at {self._where} isn't this service: check the address"
 
     def _answer(self, method: str, path: str, content: bytes | None = None) -> dict:
         """The service's JSON."""
         try:
-            answer = self._ask(method, path, content).json()
+            answer = _json(self._ask(method, path, content))
         except ValueError as error:
             raise ServiceError(self._another) from error
         if not isinstance(answer, dict) or not answer:
@@ -136,8 +210,9 @@ class RemoteServer:
     def open(self) -> str:
         """Open a session, unless one is open."""
         if self._token is None:
-            answer = self._answer("POST", f"/models/{self.name}/sessions", self.client.public())
-            if not isinstance(token := answer.get("session"), str):
+            name = urllib.parse.quote(self.name, safe="")
+            token = self._answer("POST", f"/models/{name}/sessions", self.client.public()).get("session")
+            if not isinstance(token, str) or not re.fullmatch(r"[\w-]{1,200}", token, re.ASCII):
                 raise ServiceError(self._another)
             self._token = token
         return self._token
@@ -148,7 +223,7 @@ class RemoteServer:
         Raises
         ------
         ServiceError
-            The service said no.
+            The service said no, or what it sent isn't a reply.
         UserError
             A film of another size or with values that aren't finite.
         """
@@ -158,17 +233,131 @@ class RemoteServer:
         body = join(self.client.encrypt(film))
         self.client.refuse_secret(body)
         try:
-            response = self._ask("POST", f"/sessions/{self.open()}/diagnose", body)
+            reply = self._ask("POST", f"/sessions/{self.open()}/diagnose", body)
         except ServiceError as error:
             if error.status not in (404, 410):
                 raise
             self._token = None  # it expired, or the service was started anew
-            response = self._ask("POST", f"/sessions/{self.open()}/diagnose", body)
-        return self.client.decrypt(split(response.content))
+            reply = self._ask("POST", f"/sessions/{self.open()}/diagnose", body)
+        try:
+            return self.client.decrypt(split(reply))
+        except CiphertextError as error:
+            raise ServiceError(f"{self._where} sent something else than a reply ({error})") from error
 
 
-def _sentence(response: httpx.Response) -> str:
+def _json(content: bytes):
     try:
-        return f"the service says: {response.json()['error']}"
-    except (ValueError, KeyError, TypeError):
-        return f"the service answered {response.status_code}"
+        return json.loads(content)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def _read(told) -> tuple[dict, Packing]:
+    """A model's description and packing, from what a service tells of it.
+
+    Raises
+    ------
+    UserError
+        Not what :meth:`~primia_lite.encrypted.card.ModelCard.describe` tells, or more than a hospital should do for it.
+    """
+    if not isinstance(told, dict):
+        raise UserError("no description")
+    out = {name: told.get(name) for name in ("model", "class_names", "image_size", "standardise", "trained_on")}
+    names, texts = out["class_names"], (out["model"], out["trained_on"])
+    if type(out["image_size"]) is not int or not 1 <= out["image_size"] <= _MOST_SIDE:
+        raise UserError("its image_size can't be")
+    if type(out["standardise"]) is not bool or not all(isinstance(text, str) for text in texts):
+        raise UserError("a part of its description is missing")
+    if not isinstance(names, list) or len(names) > _MOST_CLASSES or not all(isinstance(name, str) for name in names):
+        raise UserError("its class_names can't be")
+    names = tuple(printable(name, _MOST_NAME) for name in names)
+    packing = packing_from(told.get("packing"))
+    if not all(names) or len(set(names)) != len(names) or len(names) != packing.classes:
+        raise UserError("its class_names can't be")
+    if packing.in_slots or max(most_key_bytes(packing), most_upload_bytes(packing)) > MAX_PUBLIC_BYTES:
+        raise UserError("its packing isn't for one film, or asks for too much")
+    model, trained_on = map(printable, texts)
+    return out | {"model": model, "class_names": names, "trained_on": trained_on}, packing
+
+
+# --- the line ---------------------------------------------------------------------------------------------------------
+
+
+def on_this_machine(host: str) -> bool:
+    """Loopback names and addresses, in all forms that systems read; and 0.0.0.0 and ::, which lead here, too."""
+    name = host.lower().rstrip(".")
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        address = ipaddress.ip_address(name.partition("%")[0] if ":" in name else socket.inet_aton(name))
+    except (OSError, ValueError):
+        return False
+    address = getattr(address, "ipv4_mapped", None) or address
+    return address.is_loopback or address.is_unspecified
+
+
+def _line(
+    url: str, ca_file: str | None, timeout_s: float, transport: httpx.BaseTransport | None
+) -> tuple[Callable[[], httpx.Client], str]:
+    """What connects to an address, and the address for messages, without passwords."""
+    try:
+        address = httpx.URL(url)
+        if address.scheme not in ("http", "https") or not address.host:
+            raise ValueError("it has no http:// or no host")
+    except (httpx.InvalidURL, ValueError) as error:
+        raise UserError(f"{url!r} isn't an address ({error}): give one such as http://127.0.0.1:8000") from error
+    proxy, variable = _proxy(address)
+    where = f"{address.scheme}://{address.netloc.decode()}{address.path.rstrip('/')}"
+    if proxy is not None:
+        where += f" (by the proxy {proxy.url.scheme}://{proxy.url.netloc.decode()} of {variable})"
+    trusted = _trusted(address.scheme, ca_file)
+
+    def connect() -> httpx.Client:
+        return httpx.Client(
+            base_url=url, timeout=timeout_s, trust_env=False, headers={"Accept-Encoding": "identity"},
+            transport=transport or httpx.HTTPTransport(verify=trusted, proxy=proxy, trust_env=False),
+            # A service has nothing to remember at a hospital.
+            cookies=http.cookiejar.CookieJar(http.cookiejar.DefaultCookiePolicy(allowed_domains=[])),
+        )  # fmt: skip
+
+    return connect, where
+
+
+def _trusted(scheme: str, ca_file: str | None) -> ssl.SSLContext:
+    """Certificates: those of the file, else those that httpx takes, with its variables."""
+    try:
+        if ca_file:
+            return ssl.create_default_context(cafile=ca_file)
+        # Without TLS nobody is to be trusted, and no variable to be read.
+        return httpx.create_ssl_context() if scheme == "https" else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    except (OSError, ValueError) as error:  # SSLError is an OSError
+        named = [name for name in ("SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE") if os.environ.get(name)]
+        raise UserError(
+            f"the certificates of {ca_file or ' or '.join(named)} can't be read ({error}): give a PEM file with the "
+            "one to trust"
+        ) from error
+
+
+def _proxy(address: httpx.URL) -> tuple[httpx.Proxy | None, str]:
+    """The proxy for an address, as the environment or the system says, and the variable that names it."""
+    found = urllib.request.getproxies()
+    kind = address.scheme if found.get(address.scheme) else "all"
+    places = (address.host, address.netloc.decode())
+    if not found.get(kind) or on_this_machine(address.host) or any(map(urllib.request.proxy_bypass, places)):
+        return None, ""
+    # Lower case comes first, as for urllib.
+    variables = [name for name in sorted(os.environ, reverse=True) if name.lower() == f"{kind}_proxy"]
+    variable = variables[0] if variables else "this system's settings"
+    try:
+        proxy = httpx.Proxy(found[kind] if "://" in found[kind] else f"http://{found[kind]}")
+        if not proxy.url.host or proxy.url.raw_path != b"/" or proxy.url.fragment:
+            raise ValueError
+    except (httpx.InvalidURL, ValueError):
+        # Not what it is: there may be a password in it.
+        raise UserError(
+            f"the proxy of {variable} has an address that is none: give one such as http://proxy.example:3128, "
+            f"or name {address.host} in NO_PROXY"
+        ) from None
+    if proxy.url.scheme.startswith("socks") and not importlib.util.find_spec("socksio"):
+        raise UserError(f"the proxy of {variable} is a SOCKS proxy: give one for HTTP, or install socksio")
+    return proxy, variable

@@ -4,6 +4,11 @@ A client asks for a model's description, opens a session with its public keys, a
 masked replies. The service keeps public keys and counters, nothing else; keys and weights are in worker processes, so
 that this one has time to answer. TLS protects traffic; without it the film is still encrypted, but anybody on the
 way may change bytes, or use a session.
+
+Workers have SEAL read what strangers sent. TenSEAL 0.3.18, the newest, brings SEAL 4.3.3, and 4.4.0 calls itself a
+critical security update for untrusted input. Sizes, levels and scales are checked before SEAL gets any byte, and this
+process takes plain bytes of its workers; but who takes a worker over has its weights. So until TenSEAL brings 4.4.0,
+serve hospitals that you know.
 """
 
 from __future__ import annotations
@@ -16,7 +21,6 @@ import logging
 import math
 import secrets
 import ssl
-import struct
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -30,16 +34,12 @@ from starlette.routing import Route
 from primia_lite.config import UserError
 from primia_lite.encrypted.card import ModelCard
 from primia_lite.encrypted.ckks import plan
-from primia_lite.encrypted.packing import Packing, spec_of
-from primia_lite.encrypted.seal import CiphertextError
+from primia_lite.encrypted.packing import spec_of
+from primia_lite.encrypted.wire import most_key_bytes, most_reply_bytes, most_upload_bytes
 from primia_lite.encrypted.workers import Here, SessionGone, Worker, WorkerDied
 
 if TYPE_CHECKING:
     import uvicorn
-
-# A film's ciphertexts in one body: their number, then each one's length and bytes.
-_COUNT = struct.Struct("<I")
-_MOST_PARTS = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -88,52 +88,6 @@ class Refused(Exception):
     def __init__(self, status: int, sentence: str, wait_s: float | None = None):
         super().__init__(sentence)
         self.status, self.sentence, self.wait_s = status, sentence, wait_s
-
-
-def join(parts: list[bytes]) -> bytes:
-    """A film's ciphertexts as one body."""
-    return b"".join([_COUNT.pack(len(parts)), *(piece for part in parts for piece in (_COUNT.pack(len(part)), part))])
-
-
-def split(body: bytes) -> list[bytes]:
-    """:func:`join` undone.
-
-    Raises
-    ------
-    CiphertextError
-        Lengths that don't fit.
-    """
-    if len(body) < 4 or (number := _COUNT.unpack_from(body)[0]) > _MOST_PARTS:
-        raise CiphertextError("this body isn't a list of ciphertexts: send what service.join returned")
-    parts, place = [], 4
-    for _ in range(number):
-        if place + 4 > len(body):
-            raise CiphertextError("this list of ciphertexts was cut")
-        (length,) = _COUNT.unpack_from(body, place)
-        place += 4
-        if place + length > len(body):
-            raise CiphertextError("this list of ciphertexts was cut")
-        parts.append(body[place : place + length])
-        place += length
-    if place != len(body):
-        raise CiphertextError(f"{len(body) - place} bytes follow the ciphertexts")
-    return parts
-
-
-def most_key_bytes(packing: Packing) -> int:
-    """What a client's public material can be at most: each evaluation key has a pair of polynomials for each prime."""
-    p = packing.parameters
-    polynomial = 8 * p.poly_modulus_degree * len(p.coeff_mod_bit_sizes)
-    evaluation = (len(packing.rotations) + packing.relinearise) * (len(p.coeff_mod_bit_sizes) - 1)
-    # Galois keys are kept in a table with a place for each of N rotations.
-    table = 64 * p.poly_modulus_degree if packing.rotations else 0
-    return 2 * polynomial * (1 + evaluation) + table + 8192
-
-
-def most_upload_bytes(packing: Packing) -> int:
-    p = packing.parameters
-    primes = max(1, len(p.coeff_mod_bit_sizes) - 1)
-    return packing.uploads * (2 * 8 * p.poly_modulus_degree * primes + 1024) + 1024
 
 
 class _Rate:
@@ -204,7 +158,8 @@ class Service:
             for name, card in cards.items()
         }
         self._key_bytes = {name: most_key_bytes(packing) for name, packing in self.packings.items()}
-        self.workers = [Worker(cards) for _ in range(workers)] or [Here(cards)]
+        most_bytes = max(map(most_reply_bytes, self.packings.values()), default=0)
+        self.workers = [Worker(cards, most_bytes) for _ in range(workers)] or [Here(cards)]
         # A lane for each, so that one that hangs keeps nobody from another.
         self._lanes = {worker: asyncio.Lock() for worker in self.workers}
         self._waiting, self._closing = collections.Counter(), set()
@@ -258,7 +213,7 @@ class Service:
         """The request's body, unless it is too large: then refused before it is read."""
         sentence = f"the body is larger than the {most} bytes that this model takes"
         declared = request.headers.get("content-length", "0")
-        if declared.isdigit() and int(declared[:20]) > most:
+        if declared.isdecimal() and int(declared[:20]) > most:
             raise Refused(413, sentence)
         out, request.state.body_bytes = bytearray(), 0
         try:
@@ -391,16 +346,16 @@ class Service:
             raise Refused(410, f"this session had its {self.limits.queries} films: open a new one")
         self._asked.check(request.client.host if request.client else "")
         entry.queries += 1  # before the body comes, or many slow ones would pass together
-        uploads = split(await self._body(request, most_upload_bytes(self.packings[entry.model])))
+        body = await self._body(request, most_upload_bytes(self.packings[entry.model]))
         if token not in self.open:  # it ended meanwhile
             raise Refused(410, _ENDED)
         try:
-            replies = await self._compute(entry.worker, "diagnose", token, uploads)
+            reply = await self._compute(entry.worker, "diagnose", token, body)
         except SessionGone as error:
             self._forget(token)
             raise Refused(410, _ENDED) from error
         self.queries += 1
-        return Response(join(replies), media_type="application/octet-stream")
+        return Response(reply, media_type="application/octet-stream")
 
     async def close_session(self, request: Request) -> Response:
         token = request.path_params["token"]

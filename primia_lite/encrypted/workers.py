@@ -1,24 +1,34 @@
 """Where a service computes: a keeper of models and sessions, in this process or in one of its own.
 
 In one of its own it may be killed: SEAL is C++ that gets strangers' bytes, and holds the interpreter's lock. A worker
-that dies or hangs costs its sessions, not the service; and while it waits, it makes masks for the next films.
+that dies or hangs costs its sessions, not the service; and while it waits, it makes masks for the next films. What it
+says is bytes of a bounded number and nothing that is unpickled, for a stranger's bytes may have taken it over.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
+import logging
 import multiprocessing
-import pickle
 import signal
 from collections import OrderedDict
+from multiprocessing.connection import Connection
 
 from primia_lite.config import UserError
 from primia_lite.encrypted.card import ModelCard
 from primia_lite.encrypted.ckks import Server, Session
+from primia_lite.encrypted.seal import CiphertextError
+from primia_lite.encrypted.wire import join, printable, split
 
 # Of each session, made in idle time; for the sessions that were used last.
 _MASKS, _SESSIONS = 2, 16
-_START_S = 120.0
+# A worker that ends is seen at once; so only one that hangs waits so long.
+_START_S = 600.0
+# What comes beside a reply: what kind it is, or a sentence.
+_WORDS_BYTES = 4096
+
+_log = logging.getLogger(__name__)
 
 
 class WorkerDied(Exception):
@@ -27,6 +37,11 @@ class WorkerDied(Exception):
 
 class SessionGone(Exception):
     """Of this token there is no session: it was closed, or its worker died."""
+
+
+# How a worker's answer begins.
+_DONE, _REFUSED, _GONE, _FAULT = b"+", b"-", b"?", b"!"
+_RAISED = {_REFUSED: CiphertextError, _GONE: SessionGone, _FAULT: RuntimeError}
 
 
 class Keeper:
@@ -42,11 +57,12 @@ class Keeper:
     def open(self, name: str, token: str, public: bytes) -> None:
         self.sessions[token] = self.servers[name].open(public)
 
-    def diagnose(self, token: str, uploads: list[bytes]) -> list[bytes]:
+    def diagnose(self, token: str, uploads: bytes) -> bytes:
+        """A film's ciphertexts in one body, and the replies in one."""
         if token not in self.sessions:
             raise SessionGone(token)
         self.sessions.move_to_end(token)
-        return self.sessions[token].diagnose(uploads)
+        return join(self.sessions[token].diagnose(split(uploads)))
 
     def close(self, token: str) -> None:
         self.sessions.pop(token, None)
@@ -68,8 +84,8 @@ class Here:
     def __init__(self, cards: dict[str, ModelCard]):
         self.keeper = Keeper(cards)
 
-    def call(self, what: str, *arguments):
-        return getattr(self.keeper, what)(*arguments)
+    def call(self, what: str, *arguments: str | bytes) -> bytes:
+        return getattr(self.keeper, what)(*arguments) or b""
 
     def kill(self, pid: None, why: str) -> None:
         pass
@@ -81,26 +97,32 @@ class Here:
 class Worker:
     """A keeper in a process of its own. One call at a time: the caller sees to that.
 
+    Parameters
+    ----------
+    most_bytes : of a reply; a worker that sends more is replaced
+
     Raises
     ------
     UserError
         It doesn't start.
     """
 
-    def __init__(self, cards: dict[str, ModelCard]):
-        self._cards, self._stopped, self._busy, self._why = pickle.dumps(cards), False, False, ""
+    def __init__(self, cards: dict[str, ModelCard], most_bytes: int):
+        self._cards = {name: card.to_bytes() for name, card in cards.items()}
+        self._most_bytes = most_bytes + _WORDS_BYTES
+        self._stopped, self._busy, self._why = False, False, ""
         self._start()
 
     def _start(self) -> None:
         # A fresh process on every system: a fork would copy this one's threads and locks.
         context = multiprocessing.get_context("spawn")
         line, theirs = context.Pipe()
-        process = context.Process(target=_work, args=(theirs, self._cards), daemon=True)
+        process = context.Process(target=work, args=(theirs, self._cards), daemon=True)
         process.start()
         theirs.close()
         self._line, self._process = line, process
         try:
-            ready = self._line.poll(_START_S) and self._line.recv()
+            ready = self._line.poll(_START_S) and self._line.recv_bytes(_WORDS_BYTES) == _DONE
         except (OSError, EOFError):
             ready = False
         if not ready or self._stopped:
@@ -111,28 +133,38 @@ class Worker:
     def pid(self) -> int:
         return self._process.pid
 
-    def call(self, what: str, *arguments):
-        """A method of :class:`Keeper`, there.
+    def call(self, what: str, *arguments: str | bytes) -> bytes:
+        """A method of :class:`Keeper`, there; of its arguments only the last may be bytes.
 
         Raises
         ------
         WorkerDied
-            It ended, by itself or by :meth:`kill`; after a new process was started, where that was possible.
+            It ended, by itself or by :meth:`kill`, or said what no worker says; after a new process was started, where
+            that was possible.
+        CiphertextError, SessionGone
+            As there.
+        RuntimeError
+            A fault of ours, there.
         """
         if self._stopped:
             raise WorkerDied("the service stops")
         self._why, self._busy = "", True
+        texts = [each for each in arguments if isinstance(each, str)]
         try:
-            self._line.send((what, arguments))
-            fine, result = self._line.recv()
+            self._line.send_bytes(json.dumps([what, texts, len(texts) < len(arguments)]).encode())
+            for body in arguments[len(texts) :]:
+                self._line.send_bytes(body)
+            answer = self._line.recv_bytes(self._most_bytes)
+            if (kind := answer[:1]) not in (_DONE, *_RAISED):
+                raise OSError("no worker says that")
         except (OSError, EOFError) as error:
             self._replace()
             raise WorkerDied(self._why or "the worker process ended") from error
         finally:
             self._busy = False
-        if fine:
-            return result
-        raise result
+        if kind == _DONE:
+            return answer[1:]
+        raise _RAISED[kind](printable(answer[1:].decode(errors="replace"), 500))
 
     def kill(self, pid: int, why: str) -> None:
         """End the process ``pid``, if it is at work and no other took its place; a call that writes, waits or reads
@@ -159,10 +191,11 @@ class Worker:
         self._process.join()
 
 
-def _work(line, cards: bytes) -> None:
+def work(line: Connection, cards: dict[str, bytes]) -> None:
+    """A worker process: answers calls until the line is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the service is told, and stops its workers
-    keeper = Keeper(pickle.loads(cards))
-    line.send(True)
+    keeper = Keeper({name: ModelCard.from_bytes(content) for name, content in cards.items()})
+    line.send_bytes(_DONE)
     idle = True
     while True:
         while idle and not line.poll():
@@ -171,12 +204,16 @@ def _work(line, cards: bytes) -> None:
             except Exception:  # a film then gets its masks when it comes, and its client hears of the fault
                 idle = False
         try:
-            what, arguments = line.recv()
+            what, arguments, body_follows = json.loads(line.recv_bytes())
+            arguments += [line.recv_bytes()] if body_follows else []
         except EOFError:
             return
         try:
-            answer = True, getattr(keeper, what)(*arguments)
+            answer = _DONE + (getattr(keeper, what)(*arguments) or b"")
         except Exception as error:  # for the one who asked, and nobody else
-            answer = False, error
-        line.send(answer)
+            kind = _REFUSED if isinstance(error, UserError) else _GONE if isinstance(error, SessionGone) else _FAULT
+            if kind == _FAULT:
+                _log.exception("%s in a worker", what)
+            answer = kind + str(error).encode(errors="replace")[: _WORDS_BYTES // 2]
+        line.send_bytes(answer)
         idle = True
