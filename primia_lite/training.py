@@ -36,8 +36,9 @@ class Training:
     label_smoothing : share of each label that is spread over all classes (Szegedy et al. 2016)
     class_weights : None, ``"balanced"`` (from the hospital's own counts: not with DP), or one public number per class
     model_options : the network's own, by name (see :mod:`primia_lite.networks`)
-    augmentation : any of ``flip``, ``shift``, ``jitter`` (see :mod:`primia_lite.augmentation`) and ``mixup`` (Zhang
-        et al. 2018; not with DP: it blends films, so that no step's sensitivity to one film is bounded by clipping)
+    augmentation : any of ``flip``, ``shift``, ``jitter``, ``stretch`` (see :mod:`primia_lite.augmentation`) and
+        ``mixup`` (Zhang et al. 2018; not with DP: it blends films, so that no step's sensitivity to one film is bounded
+        by clipping)
     """
 
     model: str = "litenet"
@@ -327,6 +328,8 @@ def augment(films, index: torch.Tensor, augmentation: tuple[str, ...], generator
             pixels = aug.flip(pixels, generator)
         if "shift" in augmentation:
             pixels = aug.shift(pixels, generator)
+        if "stretch" in augmentation:
+            pixels = aug.stretch(pixels, generator)
         if "jitter" in augmentation:
             pixels = films.normalise(aug.jitter(films.denormalise(pixels), generator))
         inputs = pixels[:, None]
