@@ -21,12 +21,7 @@ from primia_lite.config import DataError, UserError, data_root
 from primia_lite.data.kermany import label_and_patient
 
 FILE = "expert_labels.csv"
-SCORES = {
-    "accuracy": metrics.accuracy,
-    "mcc": metrics.mcc,
-    "sensitivity": lambda *of: metrics.sensitivity_specificity(*of[:2], weights=of[2])[0],
-    "specificity": lambda *of: metrics.sensitivity_specificity(*of[:2], weights=of[2])[1],
-}
+SCORES = ("accuracy", "mcc", "sensitivity", "specificity")
 
 
 def read(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -65,9 +60,10 @@ def read(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
 def scored(truth: np.ndarray, expert: np.ndarray, patients: np.ndarray, suffix: str = "") -> dict[str, dict]:
     called = np.eye(3)[expert]
     found = {}
-    for name, score in SCORES.items():
+    for name in SCORES:
+        score = getattr(metrics, name)
         low, high = metrics.bootstrap(score, [called], truth, patients)
-        value = float(score(called, truth, np.ones(len(truth))))
+        value = float(score(called, truth))
         n = {"sensitivity": np.sum(truth > 0), "specificity": np.sum(truth == 0)}.get(name, len(truth))
         found[name + suffix] = {"mean": value, "ci95_low": low, "ci95_high": high, "n": int(n), "unit": "1"}
     return found

@@ -78,13 +78,22 @@ def best_threshold(probabilities: np.ndarray, labels: np.ndarray) -> float:
     return float(thresholds[1:][np.argmax((true_positive_rate - false_positive_rate)[1:])])
 
 
-def sensitivity_specificity(
-    probabilities: np.ndarray, labels: np.ndarray, threshold: float = 0.5, weights: np.ndarray | None = None
-) -> tuple[float | np.ndarray, float | np.ndarray]:
-    """Of calling pneumonia where the score reaches ``threshold``."""
-    called, ill, weights = pneumonia_score(probabilities) >= threshold, labels > 0, _counted(labels, weights)
+def sensitivity(
+    probabilities: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None, threshold: float = 0.5
+) -> float | np.ndarray:
+    """Share of the pneumonias whose score reaches ``threshold``."""
+    ill = _counted(labels, weights) * (labels > 0)
     with np.errstate(invalid="ignore"):
-        return weights @ (called & ill) / (weights @ ill), weights @ (~called & ~ill) / (weights @ ~ill)
+        return ill @ (pneumonia_score(probabilities) >= threshold) / ill.sum(-1)
+
+
+def specificity(
+    probabilities: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None, threshold: float = 0.5
+) -> float | np.ndarray:
+    """Share of the normals whose score stays below ``threshold``."""
+    well = _counted(labels, weights) * (labels == 0)
+    with np.errstate(invalid="ignore"):
+        return well @ (pneumonia_score(probabilities) < threshold) / well.sum(-1)
 
 
 def sensitivity_at(probabilities: np.ndarray, labels: np.ndarray, specificity: float) -> float:

@@ -78,19 +78,24 @@ def test_confusion_counts_true_by_row_and_keeps_empty_classes():
 def test_best_threshold_maximises_sensitivity_plus_specificity():
     probabilities, labels = classifier(n=200)
     best = metrics.best_threshold(probabilities, labels)
-    reached = sum(metrics.sensitivity_specificity(probabilities, labels, best))
+
+    def reached(threshold):
+        both = metrics.sensitivity, metrics.specificity
+        return sum(score(probabilities, labels, threshold=threshold) for score in both)
+
     score = metrics.pneumonia_score(probabilities)
-    every = [sum(metrics.sensitivity_specificity(probabilities, labels, t)) for t in np.unique(score)]
     assert np.isfinite(best) and best in score
-    assert reached == pytest.approx(max(every))
+    assert reached(best) == pytest.approx(max(reached(t) for t in np.unique(score)))
 
 
 def test_sensitivity_and_specificity_by_hand():
     scores = np.array([0.1, 0.5, 0.6, 0.4, 0.9])
     probabilities = np.stack([1 - scores, scores / 2, scores / 2], 1)
     labels = np.array([0, 0, 1, 2, 2])
-    assert metrics.sensitivity_specificity(probabilities, labels, 0.5) == (pytest.approx(2 / 3), 0.5)
-    assert metrics.sensitivity_specificity(probabilities, labels, 0.0) == (1.0, 0.0)
+    for threshold, sensitivity, specificity in ((0.5, 2 / 3, 0.5), (0.0, 1.0, 0.0)):
+        assert metrics.sensitivity(probabilities, labels, threshold=threshold) == pytest.approx(sensitivity)
+        assert metrics.specificity(probabilities, labels, threshold=threshold) == specificity
+    assert metrics.specificity(probabilities, labels) == 0.5
 
 
 def test_calibration_of_a_calibrated_and_of_an_overconfident_model():
@@ -115,10 +120,7 @@ def test_calibration_of_a_calibrated_and_of_an_overconfident_model():
 
 @pytest.mark.parametrize("name", ["auroc", "accuracy", "mcc", "sensitivity", "specificity"])
 def test_a_film_with_a_weight_counts_as_often(name):
-    score = {
-        "sensitivity": lambda *of, weights=None: metrics.sensitivity_specificity(*of, weights=weights)[0],
-        "specificity": lambda *of, weights=None: metrics.sensitivity_specificity(*of, weights=weights)[1],
-    }.get(name) or getattr(metrics, name)
+    score = getattr(metrics, name)
     probabilities, labels = classifier(n=90)
     probabilities = probabilities.round(1)  # with ties
     weights = np.random.default_rng(5).integers(4, size=(6, 90))
