@@ -85,8 +85,15 @@ def resplits() -> str:
             per_split = [[short(found.get(f"{key}_{way}{split}")) for split in SPLITS] for key in ("auroc", "mcc3",
                          "specificity")]  # fmt: skip
             rows.append([label, *(" / ".join(filter(None, values)) for values in per_split)])
+    if not rows:
+        return ""
     head = ["original test films / re-split 1 / re-split 2", "AUROC", "MCC, 3 classes", "specificity at 0.5"]
-    return table(head, rows) if rows else ""
+    changes = [two[f"mcc3_clip_only{split}"]["mean"] - two[f"mcc3_federated{split}"]["mean"] for split in SPLITS]
+    changed = " / ".join(f"{change:+.3f}" for change in changes)
+    return (
+        "Re-splits are cut by patient from all films before anything is trained on them; the recipe stays as it is.\n\n"
+        f"{table(head, rows)}\n\nThe clip alone changes three-class MCC by {changed}."
+    )
 
 
 def differences() -> str:
