@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -256,17 +254,12 @@ def test_wrong_arguments_are_named(arguments, message):
         partition(films_of(30, 0).subset([]), 2)
 
 
-def with_own_pixels(films: ChestXrays) -> ChestXrays:
-    values = np.arange(len(films), dtype=np.uint16)
-    return replace(films, images=np.stack([values % 256, values // 256] * 2, 1).reshape(-1, 2, 2).astype(np.uint8))
-
-
 def test_a_resplit_is_as_large_as_the_split_that_came_and_cut_from_all_films():
-    films = with_own_pixels(films_of(400, seed=3))
+    films = films_of(400, seed=3)
     first, second = resplit(films, 1), resplit(films, 2)
     for other in (first, second):
         assert parts_per_patient(other.patient_id, other.split) == 1
-        np.testing.assert_array_equal(other.images, films.images)  # features computed once serve every split
+        assert other.images is films.images  # features computed once serve every split
         for name in ("train", "val", "test"):
             assert abs(np.sum(other.split == name) - np.sum(films.split == name)) <= 18
             for label in range(3):  # the classes' shares are those of all films
@@ -278,20 +271,6 @@ def test_a_resplit_is_as_large_as_the_split_that_came_and_cut_from_all_films():
     assert np.mean(first.split == second.split) < 0.8
 
 
-def test_patients_who_share_a_film_stay_together_in_a_resplit():
-    films = with_own_pixels(films_of(120, seed=5, max_films=3))
-    pixels = films.images.copy()
-    first = np.unique(films.patient_id, return_index=True)[1]
-    a, b, c = first[[4, 40, 90]]
-    pixels[b] = pixels[a]  # two patients share a film, and one of them another one with a third
-    more = np.flatnonzero((films.patient_id == films.patient_id[b]) & (np.arange(len(films)) != b))
-    pixels[c] = pixels[more[0] if len(more) else b]
-    films = replace(films, images=pixels)
-    family = np.isin(films.patient_id, films.patient_id[[a, b, c]])
-    for seed in range(12):
-        assert len(np.unique(resplit(films, seed).split[family])) == 1
-
-
 def test_films_without_a_test_part_are_resplit_without_one():
-    films = with_own_pixels(films_of(60, seed=1, splits=False))
+    films = films_of(60, seed=1, splits=False)
     assert set(resplit(films, 0).split) == {"train"}
