@@ -7,8 +7,8 @@ import math
 import torch
 from torch.nn import functional as F
 
-AUGMENTATIONS = ("flip", "shift", "jitter", "mixup")
-VIEWS = {"flip": 1, "shift": 2, "jitter": 3}  # cached views of each kind for a frozen network
+AUGMENTATIONS = ("flip", "shift", "jitter", "stretch", "mixup")
+VIEWS = {"flip": 1, "shift": 2, "jitter": 3, "stretch": 1}  # cached views of each kind for a frozen network
 
 
 def flip(films: torch.Tensor, generator: torch.Generator, probability: float = 0.5) -> torch.Tensor:
@@ -56,6 +56,22 @@ def jitter(films: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     films = (films - mean) * (0.75 + 0.5 * column[:, 6:7]) + mean + 0.2 * (column[:, 7:8] - 0.5)
     noise = torch.randn(films.shape, generator=generator)
     return (films + 0.02 * column[:, 8:9] * noise).clamp(0, 1)
+
+
+def stretch(
+    films: torch.Tensor, generator: torch.Generator, log_scale: float = 0.35, reach: float = 0.10
+) -> torch.Tensor:
+    """What differs between two ways to frame a child: width and height, each by itself, and position.
+
+    Scales are exp(U(±``log_scale``)) for films [B, 1, H, W], moves U(±``reach``) of the half side; the border is
+    repeated.
+    """
+    draw = 2 * torch.rand(len(films), 4, generator=generator) - 1
+    rows = torch.zeros(len(films), 2, 3)
+    rows[:, 0, 0], rows[:, 1, 1] = torch.exp(log_scale * draw[:, :2]).unbind(1)
+    rows[:, :, 2] = reach * draw[:, 2:]
+    grid = F.affine_grid(rows, list(films.shape), align_corners=False)
+    return F.grid_sample(films, grid, align_corners=False, padding_mode="border")
 
 
 def _blur(films: torch.Tensor, sigma: float) -> torch.Tensor:

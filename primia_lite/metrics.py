@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -17,24 +16,43 @@ def pneumonia_score(probabilities: np.ndarray) -> np.ndarray:
     return 1.0 - probabilities[:, 0]
 
 
-def auroc(probabilities: np.ndarray, labels: np.ndarray) -> float:
-    """Area under the ROC curve, normal versus pneumonia of any kind; nan where only one of them is present."""
-    positive = labels > 0
-    if positive.all() or not positive.any():
-        return float("nan")
-    return float(sk.roc_auc_score(positive, pneumonia_score(probabilities)))
+def _counted(labels: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
+    return np.ones(len(labels)) if weights is None else np.asarray(weights, dtype=float)
 
 
-def accuracy(probabilities: np.ndarray, labels: np.ndarray) -> float:
+def auroc(probabilities: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None) -> float | np.ndarray:
+    """Area under the ROC curve, normal versus pneumonia of any kind; nan where only one of them is present.
+
+    ``weights``, here and below: float [..., N], how often each film counts, for a score [...]; default once.
+    """
+    score, ill, weights = pneumonia_score(probabilities), labels > 0, _counted(labels, weights)
+    if not np.isfinite(score).all():
+        raise ValueError("probabilities hold NaN or infinity")
+    order = np.argsort(score)
+    # Normals that score less than a film, and half of those that score the same (Mann and Whitney 1947).
+    below = np.insert(np.cumsum((weights * ~ill)[..., order], -1), 0, 0.0, -1)
+    first, last = (np.searchsorted(score[order], score[ill], side) for side in ("left", "right"))
+    wins = (weights[..., ill] * (below[..., first] + below[..., last])).sum(-1) / 2
+    with np.errstate(invalid="ignore"):
+        return wins / ((weights @ ill) * (weights @ ~ill))
+
+
+def accuracy(probabilities: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None) -> float | np.ndarray:
     """Share of films whose likeliest class is the true one."""
-    return float((probabilities.argmax(1) == labels).mean())
+    weights = _counted(labels, weights)
+    return weights @ (probabilities.argmax(1) == labels) / weights.sum(-1)
 
 
-def mcc(probabilities: np.ndarray, labels: np.ndarray) -> float:
+def mcc(probabilities: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None) -> float | np.ndarray:
     """Matthews correlation coefficient over all classes (Gorodkin 2004); 0 where only one is called or present."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return float(sk.matthews_corrcoef(labels, probabilities.argmax(1)))
+    weights, classes = _counted(labels, weights), np.eye(probabilities.shape[1])
+    true, called = classes[labels], classes[probabilities.argmax(1)]
+    n, right = weights.sum(-1), weights @ (true * called).sum(1)
+    of_true, of_called = weights @ true, weights @ called
+    spread = (n**2 - (of_true**2).sum(-1)) * (n**2 - (of_called**2).sum(-1))
+    with np.errstate(invalid="ignore"):
+        found = (right * n - (of_true * of_called).sum(-1)) / np.sqrt(spread)
+    return np.where(spread > 0, found, 0.0)[()]
 
 
 def scores(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -60,12 +78,28 @@ def best_threshold(probabilities: np.ndarray, labels: np.ndarray) -> float:
     return float(thresholds[1:][np.argmax((true_positive_rate - false_positive_rate)[1:])])
 
 
-def sensitivity_specificity(
-    probabilities: np.ndarray, labels: np.ndarray, threshold: float = 0.5
-) -> tuple[float, float]:
-    """Of calling pneumonia where the score reaches ``threshold``."""
-    called = pneumonia_score(probabilities) >= threshold
-    return float(called[labels > 0].mean()), float((~called[labels == 0]).mean())
+def sensitivity(
+    probabilities: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None, threshold: float = 0.5
+) -> float | np.ndarray:
+    """Share of the pneumonias whose score reaches ``threshold``."""
+    ill = _counted(labels, weights) * (labels > 0)
+    with np.errstate(invalid="ignore"):
+        return ill @ (pneumonia_score(probabilities) >= threshold) / ill.sum(-1)
+
+
+def specificity(
+    probabilities: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None, threshold: float = 0.5
+) -> float | np.ndarray:
+    """Share of the normals whose score stays below ``threshold``."""
+    well = _counted(labels, weights) * (labels == 0)
+    with np.errstate(invalid="ignore"):
+        return well @ (pneumonia_score(probabilities) < threshold) / well.sum(-1)
+
+
+def sensitivity_at(probabilities: np.ndarray, labels: np.ndarray, specificity: float) -> float:
+    """The largest sensitivity of a point of the ROC curve that has at least this specificity."""
+    false_positive_rate, true_positive_rate, _ = sk.roc_curve(labels > 0, pneumonia_score(probabilities))
+    return float(true_positive_rate[1 - false_positive_rate >= specificity - 1e-9].max())
 
 
 def confusion(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -90,31 +124,53 @@ def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray, bi
 
 
 def bootstrap(
-    statistic: Callable[[np.ndarray], float],
+    score: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray],
+    runs: Sequence[np.ndarray],
+    labels: np.ndarray,
     patient_id: np.ndarray,
+    minus: Sequence[np.ndarray] | None = None,
     *,
     draws: int = 1000,
     seed: int = 0,
     level: float = 0.95,
 ) -> tuple[float, float]:
-    """Percentile interval of a statistic, resampling whole patients (Efron and Tibshirani 1993).
+    """Percentile interval of a score's mean over runs, resampling runs and whole patients (Efron and Tibshirani 1993).
+
+    Each draw takes as many runs as there are, and the same patients for all of them. Few runs understate their own
+    spread: the variance of the mean of three by a third.
 
     Parameters
     ----------
-    statistic
-        Function of film indices, int [M]. For a paired comparison it returns a difference of two models.
+    score
+        Such as :func:`auroc`: of probabilities [N, K], labels [N] and weights [draws, N].
+    runs
+        Class probabilities [N, K] by each run of one way to train.
+    minus
+        Those of another way, run by run with the same seeds: the interval is of the paired difference.
+
+    Raises
+    ------
+    UserError
+        Fewer than 100 draws, or runs that can't be paired.
     """
     if draws < 100:
         raise UserError(f"draws is {draws}: an interval needs at least 100")
+    if minus is not None and len(minus) != len(runs):
+        raise UserError(f"{len(runs)} runs and {len(minus)} to subtract can't be paired: give as many, in one order")
     rng = np.random.default_rng(seed)
-    order = np.argsort(patient_id, kind="stable")
-    films_of = np.split(order, np.flatnonzero(np.diff(np.unique(patient_id, return_inverse=True)[1][order])) + 1)
-    values = []
-    for _ in range(draws):
-        chosen = rng.integers(len(films_of), size=len(films_of))
-        values.append(statistic(np.concatenate([films_of[i] for i in chosen])))
+
+    def taken(n: int) -> np.ndarray:
+        """How often each of n is drawn, int64 [draws, n]."""
+        return rng.multinomial(n, np.full(n, 1 / n), size=draws)
+
+    patients, patient_of_film = np.unique(patient_id, return_inverse=True)
+    weights = taken(len(patients))[:, patient_of_film].astype(float)
+    values = np.stack([score(p, labels, weights) for p in runs], 1)
+    if minus is not None:
+        values -= np.stack([score(p, labels, weights) for p in minus], 1)
+    means = (taken(len(runs)) * values).sum(1) / len(runs)
     tail = 50 * (1 - level)
-    low, high = np.nanpercentile(values, [tail, 100 - tail])
+    low, high = np.nanpercentile(means, [tail, 100 - tail])
     return float(low), float(high)
 
 

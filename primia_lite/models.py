@@ -403,9 +403,9 @@ def prepare(
     Parameters
     ----------
     augmentation
-        For a frozen network ``flip``, ``shift`` and ``jitter`` add 1, 2 and 3 views of each film, computed once; with
-        DP training averages their gradients, without it picks one at random. Networks that are trained whole draw anew
-        at each step.
+        For a frozen network ``flip``, ``shift``, ``jitter`` and ``stretch`` add 1, 2, 3 and 1 views of each film,
+        computed once; with DP training averages their gradients, without it picks one at random. Networks that are
+        trained whole draw anew at each step.
     normalisation
         Mean and standard deviation of pixels in [0, 1]; the public constants if left out. Frozen networks keep the
         constants that they were trained with.
@@ -447,7 +447,7 @@ def _views(images: np.ndarray, augmentation: tuple[str, ...]) -> Iterator[np.nda
     film can do.
     """
     for kind in sorted(set(augmentation) & set(aug.VIEWS)):
-        change = {"flip": lambda films, _: films.flip(-1), "shift": aug.shift, "jitter": aug.jitter}[kind]
+        change = (lambda films, _: films.flip(-1)) if kind == "flip" else getattr(aug, kind)
         for number in range(aug.VIEWS[kind]):
             out = np.empty_like(images)
             for i, image in enumerate(images):

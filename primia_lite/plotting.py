@@ -154,7 +154,12 @@ def plot_partition(hospitals: Mapping[str, ChestXrays]) -> plt.Figure:
     return figure
 
 
-def plot_roc(models: Mapping[str, np.ndarray], labels: np.ndarray, note: str = "") -> plt.Figure:
+def plot_roc(
+    models: Mapping[str, np.ndarray],
+    labels: np.ndarray,
+    note: str = "",
+    readers: Mapping[str, tuple[float, float]] | None = None,
+) -> plt.Figure:
     """ROC curves, normal versus pneumonia, and calibration of the same models.
 
     Parameters
@@ -163,6 +168,8 @@ def plot_roc(models: Mapping[str, np.ndarray], labels: np.ndarray, note: str = "
         Name -> class probabilities [N, K] on the same films.
     note
         What the films are (see :func:`source_note`).
+    readers
+        Name -> sensitivity and specificity of a person who read them: a dot.
     """
     from sklearn.metrics import roc_curve
 
@@ -176,6 +183,8 @@ def plot_roc(models: Mapping[str, np.ndarray], labels: np.ndarray, note: str = "
     for axis in (left, right):
         axis.plot([0, 1], [0, 1], color="0.6", linewidth=1, linestyle=(0, (1, 3)))
         axis.set_aspect("equal")
+    for name, (sensitivity, specificity) in (readers or {}).items():
+        left.plot(1 - specificity, sensitivity, "*", color=OKABE_ITO[7], markersize=12, label=name)
     left.set(xlabel="1 - specificity", ylabel="sensitivity", title="ROC (AUROC in the legend)")
     right.set(
         xlabel="mean score of the bin", ylabel="observed share of pneumonia", title="calibration, 10 quantile bins"

@@ -46,8 +46,9 @@ class Training:
     model_options : the network's own, by name (see :mod:`primia_lite.networks`)
     max_grad_norm : without DP, clips each patient's gradient to this L2 norm and samples patients as DP-SGD does, but
         adds no noise: what clipping alone does to training. It protects nobody. With DP ``Privacy`` says it
-    augmentation : any of ``flip``, ``shift``, ``jitter`` (see :mod:`primia_lite.augmentation`) and ``mixup`` (Zhang
-        et al. 2018; not with DP: it blends films, so that no step's sensitivity to one film is bounded by clipping)
+    augmentation : any of ``flip``, ``shift``, ``jitter``, ``stretch`` (see :mod:`primia_lite.augmentation`) and
+        ``mixup`` (Zhang et al. 2018; not with DP: it blends films, so that no step's sensitivity to one film is bounded
+        by clipping)
     """
 
     model: str = "litenet"
@@ -349,6 +350,8 @@ def augment(films, index: torch.Tensor, augmentation: tuple[str, ...], generator
             pixels = aug.flip(pixels, generator)
         if "shift" in augmentation:
             pixels = aug.shift(pixels, generator)
+        if "stretch" in augmentation:
+            pixels = aug.stretch(pixels, generator)
         if "jitter" in augmentation:
             pixels = films.normalise(aug.jitter(films.denormalise(pixels), generator))
         inputs = pixels[:, None]

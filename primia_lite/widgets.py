@@ -48,7 +48,7 @@ def plot_threshold(probabilities: np.ndarray, labels: np.ndarray, threshold: flo
     labels : int [N]
     """
     score = metrics.pneumonia_score(probabilities)
-    sensitivity, specificity = metrics.sensitivity_specificity(probabilities, labels, threshold)
+    found, spared = (f(probabilities, labels, threshold=threshold) for f in (metrics.sensitivity, metrics.specificity))
     figure, axis = plt.subplots(figsize=(7.5, 3.0))
     bins = np.linspace(0, 1, 26)
     for positive, name, colour, hatch in ((False, "normal", OKABE_ITO[0], ""), (True, "pneumonia", OKABE_ITO[1], "//")):
@@ -60,7 +60,7 @@ def plot_threshold(probabilities: np.ndarray, labels: np.ndarray, threshold: flo
     alarms = int(((score >= threshold) & (labels == 0)).sum())
     axis.set(
         xlabel="pneumonia score", ylabel="test films", xlim=(0, 1),
-        title=f"sensitivity {sensitivity:.3f}, specificity {specificity:.3f}: {missed} missed, {alarms} false alarms",
+        title=f"sensitivity {found:.3f}, specificity {spared:.3f}: {missed} missed, {alarms} false alarms",
     )  # fmt: skip
     axis.legend(loc="upper center")
     if note:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -91,6 +92,13 @@ def split_by_patient(
             )
         part[these] = _deal(n_films[these], shares, _rng(seed, f"split{label}"), fill=True)
     return np.array(list(fractions), dtype=str)[part[of_film]]
+
+
+def resplit(films: ChestXrays, seed: int) -> ChestXrays:
+    """The same films in parts that are cut anew from all of them, by patient: as large as before, alike in classes."""
+    fractions = {name: np.mean(films.split == name) for name in SPLITS}
+    split = split_by_patient(films.labels, films.patient_id, fractions, seed, class_names=films.class_names)
+    return replace(films, split=split)
 
 
 def choose_films(labels: np.ndarray, patient_id: np.ndarray, split: np.ndarray, n_films: int, seed: int) -> np.ndarray:

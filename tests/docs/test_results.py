@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -45,6 +46,23 @@ def test_readme_quotes_what_privacy_costs(label, network):
     for name in ("auroc", "mcc3"):
         assert quoted(found[f"{name}_{network}patient_eps{label}"]) in README
     assert f"({found[f'epsilon_patient_eps{label}']['mean']:.3f} spent)" in README
+
+
+def test_readmes_results_on_real_films_are_made_from_the_files():
+    """If this fails after new results: python docs/results.py."""
+    spec = importlib.util.spec_from_file_location("results", ROOT / "docs" / "results.py")
+    results = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(results)
+    assert results.made(README) == README
+
+
+def test_the_experts_scores_are_those_that_were_recomputed_from_the_published_labels():
+    found = {name: entry["mean"] for name, entry in metrics("bench/expert.json").items()}
+    assert found["n_right"] == 398 and metrics("bench/expert.json")["n_right"]["n"] == 624
+    assert found["mcc"] == pytest.approx(0.4986, abs=5e-5)
+    assert (found["sensitivity"], found["specificity"]) == pytest.approx((0.795, 0.808), abs=5e-4)
+    assert found["n_unusable"] == found["n_unusable_pneumonia"] == 48
+    assert (found["accuracy_usable"], found["mcc_usable"]) == pytest.approx((0.667, 0.531), abs=5e-4)
 
 
 def test_readme_quotes_the_benchmark_of_private_steps():

@@ -8,7 +8,7 @@ import torch
 from primia_lite import augmentation as aug
 from primia_lite.data import phantom
 
-CHANGES = {"flip": aug.flip, "shift": aug.shift, "jitter": aug.jitter}
+CHANGES = {"flip": aug.flip, "shift": aug.shift, "jitter": aug.jitter, "stretch": aug.stretch}
 
 
 def generator(seed=0):
@@ -95,6 +95,27 @@ def test_films_are_jittered_independently():
     film = torch.rand(1, 1, 32, 32).repeat(6, 1, 1, 1)
     changed = aug.jitter(film, generator())
     assert all(not torch.equal(changed[i], changed[j]) for i in range(6) for j in range(i))
+
+
+def test_stretch_scales_width_and_height_by_themselves():
+    """A bright square in the middle: how wide and how high it becomes."""
+    side = 96
+    films = torch.zeros(400, 1, side, side)
+    films[:, :, side // 3 : 2 * side // 3, side // 3 : 2 * side // 3] = 1.0
+    changed = aug.stretch(films, generator(1), log_scale=0.35, reach=0.0)[:, 0]
+    height, width = (torch.log(changed.amax(axis).sum(1) / (side / 3)) for axis in (2, 1))
+    for size in (height, width):
+        assert size.abs().max() < 0.40 and size.min() < -0.30 and size.max() > 0.30
+        assert float(size.std()) == pytest.approx(0.35 / 3**0.5, abs=0.03)  # uniform
+    assert abs(torch.corrcoef(torch.stack([height, width]))[0, 1]) < 0.15
+    moved = aug.stretch(films, generator(1), log_scale=0.0, reach=0.10)[:, 0]
+    middle = (moved.sum(1) * torch.arange(side)).sum(1) / moved.sum((1, 2)) - (side - 1) / 2
+    assert middle.abs().max() <= 0.10 * side / 2 + 0.1 and middle.abs().max() > 0.08 * side / 2
+
+
+def test_stretch_repeats_the_border():
+    films = torch.full((20, 1, 16, 16), 0.6)
+    torch.testing.assert_close(aug.stretch(films, generator()), films)
 
 
 @pytest.mark.parametrize("sigma", [0.14, 0.32, 1.5])

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from primia_lite.data import CLASSES_3, ChestXrays, DataError, partition, split_by_patient
-from primia_lite.data.split import choose_films
+from primia_lite.data.split import choose_films, resplit
 
 properties = settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -252,3 +252,25 @@ def test_wrong_arguments_are_named(arguments, message):
         partition(films_of(30, 0), **arguments)
     with pytest.raises(DataError, match="no films"):
         partition(films_of(30, 0).subset([]), 2)
+
+
+def test_a_resplit_is_as_large_as_the_split_that_came_and_cut_from_all_films():
+    films = films_of(400, seed=3)
+    first, second = resplit(films, 1), resplit(films, 2)
+    for other in (first, second):
+        assert parts_per_patient(other.patient_id, other.split) == 1
+        assert other.images is films.images  # features computed once serve every split
+        for name in ("train", "val", "test"):
+            assert abs(np.sum(other.split == name) - np.sum(films.split == name)) <= 18
+            for label in range(3):  # the classes' shares are those of all films
+                share = np.mean(other.labels[other.split == name] == label)
+                assert share == pytest.approx(np.mean(films.labels == label), abs=0.03)
+    np.testing.assert_array_equal(resplit(films, 1).split, first.split)
+    was_test = films.split == "test"
+    assert 0 < np.mean(first.split[was_test] == "test") < 0.5  # drawn from all, the old test films among them
+    assert np.mean(first.split == second.split) < 0.8
+
+
+def test_films_without_a_test_part_are_resplit_without_one():
+    films = films_of(60, seed=1, splits=False)
+    assert set(resplit(films, 0).split) == {"train"}

@@ -78,19 +78,24 @@ def test_confusion_counts_true_by_row_and_keeps_empty_classes():
 def test_best_threshold_maximises_sensitivity_plus_specificity():
     probabilities, labels = classifier(n=200)
     best = metrics.best_threshold(probabilities, labels)
-    reached = sum(metrics.sensitivity_specificity(probabilities, labels, best))
+
+    def reached(threshold):
+        both = metrics.sensitivity, metrics.specificity
+        return sum(score(probabilities, labels, threshold=threshold) for score in both)
+
     score = metrics.pneumonia_score(probabilities)
-    every = [sum(metrics.sensitivity_specificity(probabilities, labels, t)) for t in np.unique(score)]
     assert np.isfinite(best) and best in score
-    assert reached == pytest.approx(max(every))
+    assert reached(best) == pytest.approx(max(reached(t) for t in np.unique(score)))
 
 
 def test_sensitivity_and_specificity_by_hand():
     scores = np.array([0.1, 0.5, 0.6, 0.4, 0.9])
     probabilities = np.stack([1 - scores, scores / 2, scores / 2], 1)
     labels = np.array([0, 0, 1, 2, 2])
-    assert metrics.sensitivity_specificity(probabilities, labels, 0.5) == (pytest.approx(2 / 3), 0.5)
-    assert metrics.sensitivity_specificity(probabilities, labels, 0.0) == (1.0, 0.0)
+    for threshold, sensitivity, specificity in ((0.5, 2 / 3, 0.5), (0.0, 1.0, 0.0)):
+        assert metrics.sensitivity(probabilities, labels, threshold=threshold) == pytest.approx(sensitivity)
+        assert metrics.specificity(probabilities, labels, threshold=threshold) == specificity
+    assert metrics.specificity(probabilities, labels) == 0.5
 
 
 def test_calibration_of_a_calibrated_and_of_an_overconfident_model():
@@ -113,16 +118,68 @@ def test_calibration_of_a_calibrated_and_of_an_overconfident_model():
 # --- intervals --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["auroc", "accuracy", "mcc", "sensitivity", "specificity"])
+def test_a_film_with_a_weight_counts_as_often(name):
+    score = getattr(metrics, name)
+    probabilities, labels = classifier(n=90)
+    probabilities = probabilities.round(1)  # with ties
+    weights = np.random.default_rng(5).integers(4, size=(6, 90))
+    repeated = [score(probabilities[i], labels[i]) for i in (np.repeat(np.arange(90), w) for w in weights)]
+    assert score(probabilities, labels, weights=weights) == pytest.approx(repeated)
+
+
+def mean_of(values, labels, weights):
+    """A score for tests: the mean of numbers that stand in for probabilities."""
+    return weights @ values / weights.sum(-1)
+
+
+def interval(values, patient, **options):
+    return metrics.bootstrap(mean_of, [values], np.zeros(len(values), dtype=int), patient, **options)
+
+
 def test_the_interval_covers_a_mean_as_often_as_it_says():
     rng = np.random.default_rng(1)
     trials, covered = 200, 0
     for trial in range(trials):
-        values = rng.normal(3.0, 2.0, 60)
-        low, high = metrics.bootstrap(
-            lambda i, values=values: values[i].mean(), np.arange(60), draws=200, seed=trial, level=0.9
-        )
+        low, high = interval(rng.normal(3.0, 2.0, 60), np.arange(60), draws=200, seed=trial, level=0.9)
         covered += low <= 3.0 <= high
     assert 0.82 < covered / trials < 0.96
+
+
+def test_the_interval_covers_what_other_runs_and_other_patients_would_give():
+    # Each run has luck of its own, shared by all patients: an interval over patients alone would miss it.
+    rng = np.random.default_rng(3)
+    trials, covered, by_patients = 200, 0, 0
+    labels, patient = np.zeros(100, dtype=int), np.arange(100)
+    for trial in range(trials):
+        of_patients = rng.normal(3.0, 1.0, 100)
+        runs = [of_patients + rng.normal(0.0, 0.3) + rng.normal(0.0, 0.2, 100) for _ in range(10)]
+        low, high = metrics.bootstrap(mean_of, runs, labels, patient, draws=200, seed=trial, level=0.9)
+        covered += low <= 3.0 <= high
+        low, high = interval(np.mean(runs, axis=0), patient, draws=200, seed=trial, level=0.9)
+        by_patients += low <= 3.0 <= high
+    assert 0.82 < covered / trials < 0.96
+    assert by_patients < covered - 10
+
+
+def test_a_difference_whose_sign_hangs_on_the_run_has_zero_inside():
+    labels, patient = np.zeros(400, dtype=int), np.arange(400)
+    base = np.random.default_rng(4).normal(size=400)
+    runs, others = [base - 0.02, base + 0.004, base - 0.001], [base, base, base]
+    low, high = metrics.bootstrap(mean_of, runs, labels, patient, others)
+    assert low < 0 < high  # by patients alone: -0.0057 for certain
+    assert low == pytest.approx(-0.02) and high == pytest.approx(0.004)
+
+
+def test_runs_are_paired_by_their_place():
+    labels, patient = np.zeros(50, dtype=int), np.repeat(np.arange(25), 2)
+    runs = [np.full(50, luck) for luck in (1.0, 5.0, 9.0)]
+    others = [run - 0.5 for run in runs]
+    assert metrics.bootstrap(mean_of, runs, labels, patient, others, draws=100) == (0.5, 0.5)
+    low, high = metrics.bootstrap(mean_of, runs, labels, patient, others[::-1], draws=100)
+    assert high - low > 5
+    with pytest.raises(UserError, match="paired"):
+        metrics.bootstrap(mean_of, runs, labels, patient, others[:2])
 
 
 @pytest.mark.parametrize("shuffled", [False, True])
@@ -135,9 +192,9 @@ def test_whole_patients_are_resampled(shuffled):
     if shuffled:
         order = rng.permutation(400)
         patient, values = patient[order], values[order]
-    low, high = metrics.bootstrap(lambda i: values[i].mean(), patient, draws=2000)
-    low_1, high_1 = metrics.bootstrap(lambda i: per_patient[i].mean(), np.arange(80), draws=2000)
-    by_film = metrics.bootstrap(lambda i: values[i].mean(), np.arange(400), draws=2000)
+    low, high = interval(values, patient, draws=2000)
+    low_1, high_1 = interval(per_patient, np.arange(80), draws=2000)
+    by_film = interval(values, np.arange(400), draws=2000)
     assert high - low == pytest.approx(high_1 - low_1, rel=0.08)
     assert high - low > 1.9 * (by_film[1] - by_film[0])
     standard_error = per_patient.std() / np.sqrt(80)
@@ -148,43 +205,48 @@ def test_every_draw_takes_all_films_of_as_many_patients():
     patient = np.array(["b", "a", "c", "a", "b", "a"])
     seen = []
 
-    def statistic(index):
-        seen.append(index)
-        return 0.0
+    def score(values, labels, weights):
+        seen.append(weights)
+        return weights.sum(1)
 
-    metrics.bootstrap(statistic, patient, draws=100)
-    sizes = {"a": 3, "b": 2, "c": 1}
-    for index in seen:
-        drawn = {name: np.sum(patient[index] == name) / size for name, size in sizes.items()}
-        assert all(share == int(share) for share in drawn.values()) and sum(drawn.values()) == 3
-        assert all(len(set(np.bincount(index, minlength=6)[patient == name])) == 1 for name in sizes)
+    metrics.bootstrap(score, [np.zeros(6)] * 3, np.zeros(6, dtype=int), patient, draws=100)
+    assert all(np.array_equal(seen[0], other) for other in seen)  # the same patients for every run
+    assert seen[0].shape == (100, 6) and len(np.unique(seen[0], axis=0)) > 5
+    for name in "abc":
+        of_patient = seen[0][:, patient == name]
+        assert (of_patient == of_patient[:, :1]).all()
+    assert (seen[0][:, [0, 1, 2]].sum(1) == 3).all()  # one film of each patient: three patients in all
 
 
 def test_a_paired_difference_of_a_model_and_itself_is_nothing():
     probabilities, labels = classifier(n=100)
     patient = np.repeat(np.arange(50), 2)
-
-    def difference(i):
-        return metrics.accuracy(probabilities[i], labels[i]) - metrics.accuracy(probabilities[i].copy(), labels[i])
-
-    assert metrics.bootstrap(difference, patient, draws=100) == (0.0, 0.0)
+    for score in (metrics.auroc, metrics.accuracy, metrics.mcc):
+        same = metrics.bootstrap(score, [probabilities], labels, patient, [probabilities.copy()], draws=100)
+        assert same == (0.0, 0.0)
 
 
 def test_an_interval_repeats_by_seed_and_leaves_out_draws_without_a_value():
-    probabilities, labels = classifier(n=12)
+    probabilities, _ = classifier(n=12)
     labels = np.array([1] + [0] * 11)  # a third of the draws has no pneumonia: no AUROC
-
-    def auroc(i):
-        return metrics.auroc(probabilities[i], labels[i])
-
-    first, second = (metrics.bootstrap(auroc, np.arange(12), draws=100, seed=3) for _ in range(2))
-    assert first == second != metrics.bootstrap(auroc, np.arange(12), draws=100, seed=4)
+    first, second, other = (
+        metrics.bootstrap(metrics.auroc, [probabilities], labels, np.arange(12), draws=100, seed=s) for s in (3, 3, 4)
+    )
+    assert first == second != other
     assert 0 <= first[0] <= first[1] <= 1
 
 
 def test_too_few_draws_are_refused():
     with pytest.raises(UserError, match="draws is 20: an interval needs at least 100"):
-        metrics.bootstrap(lambda i: 0.0, np.arange(5), draws=20)
+        interval(np.zeros(5), np.arange(5), draws=20)
+
+
+def test_sensitivity_at_a_specificity_is_a_point_of_the_roc_curve():
+    scores = np.array([0.1, 0.2, 0.5, 0.8, 0.3, 0.6, 0.9, 0.9])
+    probabilities = np.stack([1 - scores, scores], 1)
+    labels = np.array([0, 0, 0, 0, 1, 1, 1, 1])
+    for specificity, sensitivity in ((1.0, 0.5), (0.75, 0.75), (0.6, 0.75), (0.5, 1.0), (0.0, 1.0)):
+        assert metrics.sensitivity_at(probabilities, labels, specificity) == sensitivity
 
 
 # --- films that an attacker reconstructs ------------------------------------------------------------------------------

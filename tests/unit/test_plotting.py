@@ -131,6 +131,14 @@ def test_plot_roc_draws_scikit_learns_curve_and_the_calibration():
     assert "n = 90" in text_of(figure)
 
 
+def test_plot_roc_draws_a_reader_as_a_dot():
+    given, labels = probabilities()
+    left, _ = plotting.plot_roc({"a": given}, labels, readers={"one reader": (0.8, 0.7)}).axes
+    (dot,) = [line for line in left.lines if line.get_label() == "one reader"]
+    assert (dot.get_xdata(), dot.get_ydata()) == (pytest.approx([0.3]), pytest.approx([0.8]))
+    assert "one reader" in [text.get_text() for text in left.get_legend().get_texts()]
+
+
 def test_plot_confusions_prints_counts_and_shades_shares():
     given, labels = probabilities()
     names = ("normal", "bacterial", "viral")

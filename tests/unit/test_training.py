@@ -194,7 +194,7 @@ def test_pixels_are_changed_anew_and_keep_their_scale(all_views):
     index, generator = torch.arange(12), torch.Generator().manual_seed(0)
     plain = augment(films, index, (), generator, all_views=all_views)
     assert torch.equal(plain, films.inputs)
-    kinds = ("flip", "shift", "jitter")
+    kinds = ("flip", "shift", "jitter", "stretch")
     first, second = (augment(films, index, kinds, generator, all_views=all_views) for _ in range(2))
     assert first.shape == plain.shape and not torch.equal(first, second)
     grey = films.denormalise(first)
