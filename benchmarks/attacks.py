@@ -19,7 +19,6 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import argparse
 import contextlib
 import copy
 import functools
@@ -47,7 +46,8 @@ from torch.nn import functional as F
 from primia_lite import models, runtime, training
 from primia_lite.attacks import inversion
 from primia_lite.attacks.view import AttackerView
-from primia_lite.config import UserError, cache_dir
+from primia_lite.bench import Options
+from primia_lite.config import UserError, cache_dir, check_writable
 from primia_lite.data import ChestXrays, DataError, load
 from primia_lite.privacy.rng import SecureGenerator
 
@@ -94,6 +94,7 @@ def install_peer() -> Path:
     if folder.is_dir():
         return folder
     print(f"installing {', '.join(PEER)} into {folder}", flush=True)
+    check_writable(folder.parent)
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".partial-"))
     # Without dependencies: they would bring a torchvision that doesn't fit our torch.
@@ -413,7 +414,7 @@ def table(duels: dict[str, Duel]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="primia-lite bench attacks", description=__doc__.splitlines()[0])
+    parser = Options("attacks", __doc__)
     parser.add_argument("--films", type=int, default=16, help="cases of the rows with one film each (default 16)")
     parser.add_argument("--batches", type=int, default=4, help="cases of the rows with several films (default 4)")
     parser.add_argument(
@@ -423,7 +424,7 @@ def main() -> None:
         help="cases of each row, none of them scored, to choose breaching's weights on (default 4)",
     )
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="default all")
-    options = parser.parse_args()
+    options = parser.read()
     if min(options.films, options.batches, options.chosen_on) < 1:
         parser.error("--films, --batches and --chosen-on must be at least 1")
     torch.set_num_threads(1)

@@ -23,7 +23,6 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = os.environ["GOMAXPROCS"] = "1"
 
-import argparse
 import contextlib
 import io
 import json
@@ -44,7 +43,8 @@ import torch
 from torch import nn
 
 from primia_lite import runtime, serve
-from primia_lite.config import UserError, cache_dir
+from primia_lite.bench import Options
+from primia_lite.config import UserError, cache_dir, check_writable
 from primia_lite.encrypted.card import ModelCard
 from primia_lite.encrypted.ckks import Client, Server
 from primia_lite.networks import Square
@@ -53,7 +53,7 @@ PEERS = {
     "orion": ("orion-v2-compiler==2.1.8", "orion-v2-evaluator==2.1.8", "orion-v2-lattigo==6.2.4"),
     "crypten": ("crypten==0.4.1", "omegaconf==2.3.0", "antlr4-python3-runtime==4.9.3"),
 }
-INSTALL_LIMIT_S = 300
+LIMIT_S = 1800  # of pip, and of a peer's run
 
 
 # --- networks ---------------------------------------------------------------------------------------------------------
@@ -342,17 +342,18 @@ def install(peer: str) -> Path:
     if folder.is_dir():
         return folder
     print(f"installing {', '.join(wanted)} into {folder}", flush=True)
+    check_writable(folder.parent)
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".partial-"))
     # Without dependencies: they would bring another torch.
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--target"]
     try:
-        done = subprocess.run([*pip, str(partial), *wanted], capture_output=True, text=True, timeout=INSTALL_LIMIT_S)
+        done = subprocess.run([*pip, str(partial), *wanted], capture_output=True, text=True, timeout=LIMIT_S)
         if done.returncode:
             raise UserError(f"doesn't install: {(done.stderr.strip().splitlines() or ['pip said nothing'])[-1]}")
         partial.rename(folder)
     except subprocess.TimeoutExpired:
-        raise UserError(f"doesn't install: pip took more than {INSTALL_LIMIT_S} s") from None
+        raise UserError(f"doesn't install: pip took more than {LIMIT_S} s") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
@@ -377,7 +378,7 @@ def crypten(row: Row, rounds: int) -> dict:
         script = Path(__file__).with_name("_crypten.py")
         done = subprocess.run(
             [sys.executable, str(script), str(folder), str(path), str(rounds)],
-            capture_output=True, text=True, timeout=300,
+            capture_output=True, text=True, timeout=LIMIT_S,
         )  # fmt: skip
     if done.returncode:
         raise UserError(f"doesn't run: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
@@ -575,13 +576,13 @@ def table(found: dict[str, dict[str, Scores]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="primia-lite bench ckks", description=__doc__.splitlines()[0])
+    parser = Options("ckks", __doc__)
     known = rows()
     parser.add_argument("--rounds", type=int, default=5, help="of each network (default 5)")
     parser.add_argument("--rows", nargs="+", choices=[*known, "batch"], default=[*known, "batch"], help="default all")
     parser.add_argument("--requests", type=int, default=10_000, help="to the service (default 10000)")
     parser.add_argument("--quick", action="store_true", help="one round, a small batch, no results file")
-    options = parser.parse_args()
+    options = parser.read()
     if min(options.rounds, options.requests) < 1:
         parser.error("--rounds and --requests must be at least 1")
     rounds, reasons, found, core = 1 if options.quick else options.rounds, {}, {}, None

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 from primia_lite import runtime
+from primia_lite.bench import Options
 from primia_lite.config import repo_root
 
 
@@ -45,6 +46,7 @@ def disk_bytes(folder: Path) -> int:
 
 
 def main() -> None:
+    Options("commands", __doc__).read()
     folder = Path(tempfile.mkdtemp(prefix="primia-lite-"))
     clone, cache = folder / "clone", folder / "pip"
     try:
@@ -53,7 +55,7 @@ def main() -> None:
         disk = disk_bytes(clone) + disk_bytes(cache)
         again_s = make("setup", clone, cache)
         run_s = make("run", clone, cache)
-        summary = json.loads((clone / "runs" / "smoke-phantom" / "summary.json").read_text())["notebooks"]
+        summary = json.loads((clone / "runs" / "smoke-phantom" / "summary.json").read_text("utf-8"))["notebooks"]
         test_s = make("test", clone, cache)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -27,6 +27,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from primia_lite import models, runtime
+from primia_lite.bench import Options
 from primia_lite.models import Films
 from primia_lite.privacy.accounting import Release, calibrate_noise_multiplier, epsilon_bracket
 from primia_lite.privacy.clipping import clipped_sum
@@ -210,6 +211,7 @@ def ratio(over: list[float], under: list[float], unit: str) -> dict:
 
 
 def main() -> None:
+    Options("dpsgd", __doc__).read()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     found = {}

@@ -8,7 +8,6 @@ patients, not readers: there is one.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import hashlib
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from primia_lite import metrics, runtime
+from primia_lite.bench import Options
 from primia_lite.config import DataError, UserError, data_root
 from primia_lite.data.kermany import label_and_patient
 
@@ -70,7 +70,7 @@ def scored(truth: np.ndarray, expert: np.ndarray, patients: np.ndarray, suffix: 
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    Options("expert", __doc__).read()
     path = data_root() / FILE
     try:
         truth, expert, unusable, patients = read(path)

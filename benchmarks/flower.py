@@ -13,7 +13,6 @@ Without Flower in this environment the one that `make flower` made is used.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import os
@@ -27,6 +26,7 @@ from pathlib import Path
 from unittest import mock
 
 from primia_lite import runtime
+from primia_lite.bench import Options
 from primia_lite.config import UserError, repo_root
 
 EXCHANGES, TLS_ROUNDS, INLINE_RUNS = 3, 6, 5
@@ -65,7 +65,7 @@ def train(message, context):
 def exchange(grid, theirs):
     messages = [Message(RecordDict(), node, "train") for node in grid.get_node_ids()]
     if theirs:
-        return list(grid.send_and_receive(messages, timeout=120))
+        return list(grid.send_and_receive(messages, timeout=600))
     waiting, replies = set(grid.push_messages(messages)), []
     while waiting:
         for reply in grid.pull_messages(waiting):
@@ -86,7 +86,7 @@ def main(grid, context):
             for _ in range(config["exchanges"]):
                 assert len(exchange(grid, way == "theirs")) == 3
             found[way].append(time.monotonic() - started)
-    Path(config["out"]).write_text(json.dumps(found))
+    Path(config["out"]).write_text(json.dumps(found), "utf-8")
 """,
 }
 
@@ -118,7 +118,7 @@ def flower_s(folder: Path, rounds: int = TLS_ROUNDS) -> dict[str, list[float]]:
     app, out = folder / "empty-app", folder / "empty.json"
     for name, text in EMPTY.items():
         (app / name).parent.mkdir(parents=True, exist_ok=True)
-        (app / name).write_text(text)
+        (app / name).write_text(text, "utf-8")
 
     def stock(arguments):  # ours lets no other app in
         module, *others = arguments
@@ -130,13 +130,13 @@ def flower_s(folder: Path, rounds: int = TLS_ROUNDS) -> dict[str, list[float]]:
     try:
         settings = {"rounds": rounds - 1, "exchanges": EXCHANGES, "out": str(out.resolve())}
         run = flower_deploy.submit(folder, settings, app)
-        deadline = time.monotonic() + 600
+        deadline = time.monotonic() + 1800
         while not out.exists():
             if time.monotonic() > deadline:
                 raise UserError(f"the empty app hasn't ended: {flower_deploy.run_status(folder, run)}")
             time.sleep(1)
         time.sleep(1)
-        return json.loads(out.read_text())
+        return json.loads(out.read_text("utf-8"))
     finally:
         flower_deploy.stop(folder)
 
@@ -210,15 +210,15 @@ def _elsewhere(rounds: int, port: int) -> dict[str, dict]:
         command = [str(python), __file__, "--json", str(out), "--rounds", str(rounds), "--port", str(port)]
         if subprocess.run(command).returncode:
             raise UserError(f"the benchmark of Flower failed in {python.parent.parent.name}: see above")
-        return json.loads(out.read_text())
+        return json.loads(out.read_text("utf-8"))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="primia-lite bench flower", description=__doc__.splitlines()[0])
+    parser = Options("flower", __doc__)
     parser.add_argument("--rounds", type=int, default=TLS_ROUNDS, help=f"over TLS, at least 3 (default {TLS_ROUNDS})")
     parser.add_argument("--port", type=int, default=9400, help="the first of four (default 9400)")
     parser.add_argument("--json", type=Path, help="write what was found there, and no results file")
-    options = parser.parse_args()
+    options = parser.read()
     if options.rounds < 3:
         parser.error("--rounds must be at least 3")
     load = os.getloadavg() if hasattr(os, "getloadavg") else ()
@@ -226,7 +226,7 @@ def main() -> None:
     for name, entry in found.items():
         print(f"{name:<22} {entry['median']:7.2f} ({entry['min']:.2f} to {entry['max']:.2f})  {entry['unit']}")
     if options.json:
-        options.json.write_text(json.dumps(found))
+        options.json.write_text(json.dumps(found), "utf-8")
         return
     origin = runtime.origin(
         data_source="phantom", data_fingerprint="drawn from the seeds", seeds=[0], command="primia-lite bench flower",

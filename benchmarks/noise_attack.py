@@ -9,7 +9,6 @@ world.
 
 from __future__ import annotations
 
-import argparse
 import math
 
 import numpy as np
@@ -18,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from primia_lite import runtime
+from primia_lite.bench import Options
 from primia_lite.models import Films
 from primia_lite.privacy.accounting import calibrate_noise_multiplier
 from primia_lite.privacy.dpsgd import ClippedStep, ClippedSum, PoissonBatch, Privacy, PrivateStep
@@ -86,9 +86,9 @@ def right(step_of, sample_rate: float, plays: int, seed: int) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="primia-lite bench noise_attack", description=__doc__.splitlines()[0])
-    parser.add_argument("--plays", type=int, default=1000)
-    plays = parser.parse_args().plays
+    options = Options("noise_attack", __doc__)
+    options.add_argument("--plays", type=int, default=1000)
+    plays = options.read().plays
     torch.set_num_threads(1)
     found = {}
     for label, rate in (("", 1.0), ("_sampled", 0.5)):

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from primia_lite import metrics, models, runtime
+from primia_lite.bench import Options
 from primia_lite.data import phantom
 from primia_lite.federation.hospital import Hospital
 from primia_lite.federation.rounds import Schedule, federate
@@ -62,6 +63,7 @@ def phantom_auroc(seed: int) -> float:
 
 
 def main() -> None:
+    Options("pipeline", __doc__).read()
     torch.set_num_threads(1)
     images = torch.from_numpy(phantom.generate(96, 224, 1).images)
     extractor, peer = models.LiteNetExtractor(), own_network(images)

@@ -21,7 +21,6 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import argparse
 import importlib.util
 import itertools
 import random
@@ -42,6 +41,7 @@ import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from primia_lite import runtime
+from primia_lite.bench import Options
 from primia_lite.config import UserError
 from primia_lite.encrypted.keys import SecretKey
 from primia_lite.encrypted.seal import Context
@@ -548,11 +548,11 @@ HEADLINES = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="primia-lite bench secagg", description=__doc__.splitlines()[0])
+    parser = Options("secagg", __doc__)
     parser.add_argument("--rounds", type=int, default=7, help="of each way in the duel (default 7; CKKS at most 3)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default all; else no results file")
     parser.add_argument("--quick", action="store_true", help="short vectors, few hospitals, no results file")
-    options = parser.parse_args()
+    options = parser.read()
     if options.rounds < 1:
         parser.error("--rounds must be at least 1")
     # Python puts a script's folder first: syft.py in there would hide the package.

@@ -20,6 +20,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from primia_lite import models, runtime  # noqa: E402
+from primia_lite.bench import Options  # noqa: E402
 from primia_lite.federation.hospital import Hospital  # noqa: E402
 from primia_lite.federation.rounds import Schedule, Server  # noqa: E402
 from primia_lite.federation.secagg import Agreement  # noqa: E402
@@ -84,6 +85,7 @@ def measure(rounds: int = ROUNDS) -> dict[str, dict]:
 
 
 if __name__ == "__main__":
+    Options("syft", __doc__).read()
     load = os.getloadavg() if hasattr(os, "getloadavg") else ()
     out = measure()
     for name, entry in out.items():

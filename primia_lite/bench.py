@@ -3,6 +3,7 @@ measures, and what it finds goes to ``results/bench/<name>.json`` (``write_resul
 
 from __future__ import annotations
 
+import argparse
 import ast
 import os
 import subprocess
@@ -10,7 +11,32 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from primia_lite.config import UserError, repo_root
+from primia_lite.config import UserError, check_writable, repo_root, results_dir
+from primia_lite.runtime import any_console
+
+
+class Options(argparse.ArgumentParser):
+    """What every benchmark reads its arguments with, also one that takes none.
+
+    Parameters
+    ----------
+    name, text
+        Of the benchmark; of ``text``, its docstring, ``--help`` shows the first line.
+    """
+
+    def __init__(self, name: str, text: str):
+        any_console()
+        super().__init__(prog=f"primia-lite bench {name}", description=text.splitlines()[0])
+
+    def read(self) -> argparse.Namespace:
+        """The arguments; ends the process with status 2 if there is an unknown one, or if what will be measured
+        couldn't be written."""
+        arguments = self.parse_args()
+        try:
+            check_writable(results_dir())
+        except UserError as error:
+            self.error(str(error))
+        return arguments
 
 
 def benchmarks(folder: Path | None = None) -> dict[str, str]:

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 import sys
 from collections.abc import Sequence
 
 from primia_lite import __version__
-from primia_lite.config import DATA_SOURCES, UserError
+from primia_lite.config import DATA_SOURCES, UserError, elsewhere, set_variable
 from primia_lite.deploy import add_arguments as deploy_arguments
+from primia_lite.runtime import any_console
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+_REFUSED = {  # what the system says of a file or folder that can't be written
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR,
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Returns 0, 1 (something failed), 2 (wrong use, message on stderr) or 130 (Ctrl-C)."""
+    any_console()
     args = _parser().parse_args(argv)
     try:
         return args.call(args)
@@ -27,6 +34,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # primia-lite data | head
         sys.stderr.close()
         return 0
+    except OSError as error:  # a folder that can't be written, a full disk
+        print(f"primia-lite {args.command}: {_said(error)}", file=sys.stderr)
+        return EXIT_USAGE
+
+
+def _said(error: OSError) -> str:
+    """What the system said, and what to do."""
+    said = str(error.strerror or error)
+    if error.filename is not None:
+        said = f"{os.fsdecode(error.filename)}: {said}"
+    if "temporary directory" in said:
+        return f"{said}. Free space, or {set_variable('TMPDIR')}"
+    if error.errno in _REFUSED:
+        return f"{said}. Mend that, or {elsewhere(error.filename) if error.filename else 'choose another folder'}"
+    return said
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -38,7 +60,11 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--profile", default="smoke", help="configs/<profile>.yaml (default: smoke)")
     run.add_argument("--data", metavar="SOURCE", help=f"{', '.join(DATA_SOURCES)} (default: what the profile says)")
     run.add_argument("--only", metavar="NN,NN", help="some notebooks, by number or name: 00,02")
-    run.add_argument("--out", metavar="DIR", help="where everything goes (default: runs/<profile>-<data>)")
+    run.add_argument(
+        "--out",
+        metavar="DIR",
+        help="where all goes (default: <profile>-<data> in PRIMIA_LITE_RUNS or runs/)",
+    )
     run.add_argument("--skip-bad", action="store_true", help="leave out films that can't be read")
     run.add_argument("--jobs", type=int, metavar="N", help="run N side by side (default: 2 in profile smoke, else 1)")
     run.add_argument("--fresh", action="store_true", help="don't resume what a killed run left")

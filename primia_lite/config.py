@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 DATA_SOURCES = ("phantom", "kermany", "pneumoniamnist", "dicom")
@@ -29,37 +30,78 @@ def repo_root() -> Path:
     return Path(__file__).resolve().parent.parent
 
 
-def _folder(variable: str, default: Path) -> Path:
-    return Path(os.environ[variable]).expanduser().resolve() if os.environ.get(variable) else default
+def whole_path(path: str | Path, what: str) -> Path:
+    """A path that a user gave, without ``~`` and absolute. ``what`` names it where there is no home folder."""
+    try:
+        return Path(path).expanduser().resolve()
+    except RuntimeError as error:
+        raise UserError(f"{what} is {path}, but this user has no home folder: name a folder without ~") from error
+
+
+def folder_of(variable: str, default: Path) -> Path:
+    return whole_path(os.environ[variable], variable) if os.environ.get(variable) else default
 
 
 def data_root() -> Path:
     """Where films are looked for: ``PRIMIA_LITE_DATA``, or ``data/`` in the checkout."""
-    return _folder("PRIMIA_LITE_DATA", repo_root() / "data")
+    return folder_of("PRIMIA_LITE_DATA", repo_root() / "data")
 
 
 def cache_dir() -> Path:
     """Resized films and frozen features, safe to delete: ``PRIMIA_LITE_CACHE``, or ``.cache/``."""
-    return _folder("PRIMIA_LITE_CACHE", repo_root() / ".cache")
+    return folder_of("PRIMIA_LITE_CACHE", repo_root() / ".cache")
 
 
 def runs_dir() -> Path:
     """Checkpoints, stored updates and ledgers of runs: ``PRIMIA_LITE_RUNS``, or ``runs/``."""
-    return _folder("PRIMIA_LITE_RUNS", repo_root() / "runs")
+    return folder_of("PRIMIA_LITE_RUNS", repo_root() / "runs")
 
 
 def figures_dir() -> Path:
-    """Where ``save_figure`` writes: ``PRIMIA_LITE_FIGURES``, or ``runs/figures/``.
+    """Where ``save_figure`` writes: ``PRIMIA_LITE_FIGURES``, or ``figures/`` in :func:`runs_dir`.
 
     ``primia-lite run --profile paper`` points it at the committed ``figures/``; everything else leaves that folder
     alone.
     """
-    return _folder("PRIMIA_LITE_FIGURES", repo_root() / "runs" / "figures")
+    return folder_of("PRIMIA_LITE_FIGURES", runs_dir() / "figures")
 
 
 def results_dir() -> Path:
-    """Where ``write_results`` writes: ``PRIMIA_LITE_RESULTS``, or ``runs/results/`` (see :func:`figures_dir`)."""
-    return _folder("PRIMIA_LITE_RESULTS", repo_root() / "runs" / "results")
+    """Where ``write_results`` writes: ``PRIMIA_LITE_RESULTS``, or ``results/`` in :func:`runs_dir`."""
+    return folder_of("PRIMIA_LITE_RESULTS", runs_dir() / "results")
+
+
+def elsewhere(path: str | Path) -> str:
+    """How to have a file or folder elsewhere: by the variable that names its folder, if one does."""
+    folders = {"CACHE": cache_dir, "FIGURES": figures_dir, "RESULTS": results_dir, "RUNS": runs_dir}
+    path = Path(path).resolve()
+    name = next((name for name, folder in folders.items() if path.is_relative_to(folder())), None)
+    if name is None:
+        return "choose another folder"
+    if name != "CACHE" and "PRIMIA_LITE_COMMAND" in os.environ:  # in a run, which sets the variables of its notebooks
+        return "give `primia-lite run` another folder by --out"
+    return set_variable(f"PRIMIA_LITE_{name}")
+
+
+def set_variable(name: str) -> str:
+    return f"set {name} to a folder that can be written"
+
+
+def check_writable(folder: Path, advice: str | None = None) -> None:
+    """Try a folder, or the one in which it would be made, and leave nothing there.
+
+    Raises
+    ------
+    UserError
+        It can't be written; with ``advice`` how to have another, if left out :func:`elsewhere`'s.
+    """
+    try:
+        there = next(p for p in (folder, *folder.parents) if p.exists())
+        with tempfile.TemporaryFile(dir=there) as file:
+            file.write(bytes(4096))  # a full disk still makes empty files
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{folder} can't be written: {reason}. Mend that, or {advice or elsewhere(folder)}") from error
 
 
 def profile_names() -> list[str]:
@@ -80,7 +122,7 @@ def load_profile(name: str) -> dict[str, dict]:
     if name not in profile_names():
         raise UserError(f"unknown profile {name!r}: choose one of {', '.join(profile_names())} (configs/*.yaml)")
     try:
-        profile = yaml.safe_load(path.read_text()) or {}
+        profile = yaml.safe_load(path.read_text("utf-8")) or {}
     except yaml.YAMLError as error:
         raise UserError(f"configs/{name}.yaml is not valid YAML: {error}") from error
     known = {p.stem for p in (repo_root() / "notebooks").glob("*.ipynb")}

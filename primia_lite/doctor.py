@@ -6,13 +6,24 @@ import os
 import platform
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TextIO
 
-from primia_lite.config import cache_dir, data_root, repo_root, runs_dir
+from primia_lite.config import (
+    UserError,
+    cache_dir,
+    check_writable,
+    data_root,
+    figures_dir,
+    repo_root,
+    results_dir,
+    runs_dir,
+    set_variable,
+)
 
 MIN_MEMORY_GIB, MIN_DISK_GIB = 4, 2
 SET_UP = "run `make setup` (or the README's lines for a machine without make)"
@@ -54,8 +65,8 @@ def examine() -> Iterator[Check]:
     yield check_torchvision()
     yield Check("cores", "ok", f"{_cores()}, {platform.machine()}, {platform.system()}")
     yield check_memory()
-    yield check_disk(repo_root())
-    yield from (check_writable(name, folder) for name, folder in (("runs", runs_dir()), ("cache", cache_dir())))
+    yield check_disk(runs_dir())
+    yield from check_folders()
     yield check_kernel()
     yield check_browser()
     yield check_data_folder()
@@ -132,18 +143,28 @@ def check_memory() -> Check:
 
 
 def check_disk(folder: Path) -> Check:
-    free = shutil.disk_usage(folder).free / 2**30
+    there = next(p for p in (folder, *folder.parents) if p.exists())
+    free = shutil.disk_usage(there).free / 2**30
     if free < MIN_DISK_GIB:
         return Check("disk", "BROKEN", f"{free:.1f} GiB free", f"free {MIN_DISK_GIB} GiB (`make clean` deletes runs)")
     return Check("disk", "ok", f"{free:.1f} GiB free")
 
 
-def check_writable(name: str, folder: Path) -> Check:
-    parent = next(p for p in (folder, *folder.parents) if p.exists())
-    if not (parent.is_dir() and os.access(parent, os.W_OK)):
-        fix = f"make it writable, or set PRIMIA_LITE_{name.upper()} to a folder that is"
-        return Check(name, "BROKEN", f"{folder} can't be written", fix)
-    return Check(name, "ok", str(folder))
+def check_folders() -> Iterator[Check]:
+    """Those that are written: without a cache all works, but takes longer."""
+    for name, folder in (("runs", runs_dir), ("figures", figures_dir), ("results", results_dir), ("cache", cache_dir)):
+        if name in ("figures", "results") and not os.environ.get(f"PRIMIA_LITE_{name.upper()}"):
+            continue  # they lie in runs
+        try:
+            check_writable(folder())
+            yield Check(name, "ok", str(folder()))
+        except UserError as error:
+            value, fix = str(error).rsplit(". ", 1)
+            yield Check(name, "note" if name == "cache" else "BROKEN", value, fix)
+    try:
+        yield Check("temporary", "ok", tempfile.gettempdir())
+    except OSError as error:
+        yield Check("temporary", "BROKEN", str(error.strerror), set_variable("TMPDIR"))
 
 
 def check_kernel() -> Check:

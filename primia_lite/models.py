@@ -13,6 +13,7 @@ import inspect
 import io
 import json
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -27,7 +28,7 @@ from primia_lite import augmentation as aug
 from primia_lite import networks
 from primia_lite.config import UserError, cache_dir
 from primia_lite.data import ChestXrays, phantom, phantom_anatomy, phantom_render
-from primia_lite.runtime import cores, in_notebook, write_atomic
+from primia_lite.runtime import cores, in_notebook, write_cache
 
 # Mean and standard deviation of grey values, from chest films in general and no data set in particular: half of the
 # range, and a quarter of it. Public, so they cost no ε.
@@ -276,13 +277,10 @@ def _code_of_whitening() -> str:
 
 def _cached(path: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
     """The array in a file, or the one that ``make`` gives, which is then kept there."""
-    if path.exists():
-        try:
-            return np.load(path)
-        except (ValueError, EOFError, OSError):
-            path.unlink(missing_ok=True)  # cut short or damaged: made again
+    with contextlib.suppress(OSError, ValueError, EOFError, zipfile.BadZipFile):  # not there, cut short or damaged
+        return np.load(path)
     out = make()
-    write_atomic(path, lambda file: np.save(file, out))
+    write_cache(path, lambda file: np.save(file, out))
     return out
 
 

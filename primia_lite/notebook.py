@@ -6,6 +6,7 @@ import json
 import os
 import queue
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from primia_lite.config import UserError
+from primia_lite.config import UserError, elsewhere
 
 POLL_S = 0.2
+WAIT_S = 600  # for a kernel that lives to start, and for messages that it has sent: only one that hangs meets it
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def execute(
     parameters: dict[str, Any],
     *,
     cell_timeout_s: int,
-    kernels: Path,
+    kernel_log: Path,
     on_cell: Callable[[int, int], None] = lambda cell, n_cells: None,
 ) -> Outcome:
     """Run ``source`` in its own folder and write the executed copy to ``target``, also when a cell fails.
@@ -63,7 +65,7 @@ def execute(
     Parameters
     ----------
     cell_timeout_s : a cell that takes longer fails
-    kernels : folder for the kernel's description (see :func:`own_kernel`) and its log
+    kernel_log : file that gets what the kernel prints
     on_cell : called with the number of the cell that starts, from 1, and the number of cells
 
     Raises
@@ -88,8 +90,10 @@ def execute(
         on_cell(running["cell"], n_cells)
 
     started, status, cell, text, message = time.perf_counter(), "ok", None, "", None
-    with own_kernel(kernels) as kernel_name, PeakMemory() as memory:
-        try:
+    memory = PeakMemory()
+    try:
+        kernel_log.parent.mkdir(parents=True, exist_ok=True)
+        with own_kernel() as kernel_name, memory:
             papermill.execute_notebook(
                 str(source),
                 str(target),
@@ -98,16 +102,17 @@ def execute(
                 kernel_name=kernel_name,
                 cwd=str(source.parent),
                 progress_bar=False,
+                start_timeout=WAIT_S,
                 execution_timeout=cell_timeout_s,
                 on_cell=cell_started,
-                kernel_log=kernels / "kernel.log",
+                kernel_log=kernel_log,
             )
-        except PapermillExecutionError as error:
-            # A notebook stops at its first failing cell, so the last one started is the one to name.
-            status, cell, text, message = "failed", running["cell"], running["text"], f"{error.ename}: {error.evalue}"
-        except Exception as error:  # a dead kernel, a timeout, a full disk: the next notebook may still run
-            status, cell, text = "failed", running["cell"], running["text"]
-            message = _explain(error, cell_timeout_s, kernels / "kernel.log")
+    except PapermillExecutionError as error:
+        # A notebook stops at its first failing cell, so the last one started is the one to name.
+        status, cell, text, message = "failed", running["cell"], running["text"], f"{error.ename}: {error.evalue}"
+    except Exception as error:  # a dead kernel, a timeout, a full disk: the next notebook may still run
+        status, cell, text = "failed", running["cell"], running["text"]
+        message = _explain(error, cell_timeout_s, kernel_log)
     seconds = time.perf_counter() - started
     return Outcome(source.stem, status, seconds, memory.peak_mib, n_cells, cell, first_line(text) or None, message)
 
@@ -125,6 +130,8 @@ def _explain(error: Exception, cell_timeout_s: int, kernel_log: Path) -> str:
         return f"the cell took longer than {cell_timeout_s} s"
     if name == "DeadKernelError":
         return f"the kernel died: out of memory? (its last words: {kernel_log})"
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename} can't be written: {error.strerror}. Free space, or {elsewhere(error.filename)}"
     return f"{name}: {error}"
 
 
@@ -148,7 +155,7 @@ def _engine():
             nb_man.cell_start = cell_start
             client = PapermillNotebookClient(
                 nb_man, kernel_name=kernel_name, startup_timeout=start_timeout, timeout=execution_timeout,
-                on_notebook_start=lambda notebook: look_again(client.kc),
+                iopub_timeout=WAIT_S, on_notebook_start=lambda notebook: look_again(client.kc),
             )  # fmt: skip
             with open(kernel_log, "ab") as log:
                 return client.execute(stderr=log)
@@ -160,7 +167,7 @@ def look_again(kernel_client, every_s: float = 1.0) -> None:
     """Let a client look for messages every second, however long it waits.
 
     Waiting in asyncio on a ZeroMQ socket can miss that a message came (its file descriptor tells of changes only), and
-    then sleeps until its timeout, here a cell's 300 s, though the answer is there: seen in cells with widgets.
+    then sleeps until its timeout, here a cell's, though the answer is there: seen in cells with widgets.
     """
     for channel in (kernel_client.shell_channel, kernel_client.iopub_channel):
         channel.get_msg = _in_slices(channel.get_msg, every_s)
@@ -181,28 +188,40 @@ def _in_slices(get_msg, every_s: float):
 
 
 @contextmanager
-def own_kernel(folder: Path) -> Iterator[str]:
-    """Describe a kernel that is this very interpreter and put it first, whatever kernels a user has installed.
+def own_kernel() -> Iterator[str]:
+    """Describe a kernel that is this very interpreter and put it first, whatever kernels and settings a user has. It
+    needs no home folder.
 
     Yields
     ------
     its name, ``python3``
     """
-    spec = folder / "kernels" / "python3"
-    spec.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-    (spec / "kernel.json").write_text(
-        json.dumps({"argv": command, "display_name": "Python 3", "language": "python"}), encoding="utf-8"
-    )
-    before = os.environ.get("JUPYTER_PATH")
-    os.environ["JUPYTER_PATH"] = os.pathsep.join([str(folder), *([before] if before else [])])
+    with tempfile.TemporaryDirectory(prefix="primia-lite-", ignore_cleanup_errors=True) as folder:
+        place = Path(folder)
+        spec = place / "kernels" / "python3"
+        spec.mkdir(parents=True)
+        command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        content = {"argv": command, "display_name": "Python 3", "language": "python"}
+        (spec / "kernel.json").write_text(json.dumps(content), "utf-8")
+        path = os.pathsep.join(filter(None, [folder, os.environ.get("JUPYTER_PATH")]))
+        runtime, ipython = str(place / "runtime"), str(place / "ipython")
+        with variables({"JUPYTER_PATH": path, "JUPYTER_RUNTIME_DIR": runtime, "IPYTHONDIR": ipython}):
+            yield "python3"
+
+
+@contextmanager
+def variables(values: dict[str, str]) -> Iterator[None]:
+    """Variables of the environment, while the context lasts."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
     try:
-        yield "python3"
+        yield
     finally:
-        if before is None:
-            del os.environ["JUPYTER_PATH"]
-        else:
-            os.environ["JUPYTER_PATH"] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 class PeakMemory:

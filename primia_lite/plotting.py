@@ -13,6 +13,7 @@ import seaborn as sns
 from primia_lite import metrics
 from primia_lite.config import figures_dir
 from primia_lite.data import ChestXrays
+from primia_lite.runtime import write_atomic
 
 # Okabe and Ito (2008): told apart with any colour vision; always with a marker or a line style as well.
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
@@ -41,11 +42,16 @@ def use_style() -> None:
 
 
 def save_figure(figure: plt.Figure, name: str) -> Path:
-    """Write a figure as ``<figures folder>/<name>.png``, 150 dpi."""
-    path = figures_dir() / f"{name}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, bbox_inches="tight")
-    return path
+    """Write a figure as ``<figures folder>/<name>.png``, 150 dpi.
+
+    Raises
+    ------
+    UserError
+        It can't be written; see :func:`primia_lite.runtime.write_atomic`.
+    """
+    return write_atomic(
+        figures_dir() / f"{name}.png", lambda file: figure.savefig(file, format="png", bbox_inches="tight")
+    )
 
 
 def source_note(films: ChestXrays | str) -> str:

@@ -11,18 +11,29 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, TextIO
 
-from primia_lite.config import DATA_SOURCES, UserError, data_root, load_profile, repo_root
-from primia_lite.notebook import Outcome, execute, parameter_names
+from primia_lite.config import (
+    DATA_SOURCES,
+    UserError,
+    check_writable,
+    data_root,
+    folder_of,
+    load_profile,
+    repo_root,
+    runs_dir,
+    set_variable,
+    whole_path,
+)
+from primia_lite.notebook import Outcome, execute, parameter_names, variables
 from primia_lite.runtime import cores, write_atomic
 
 SOURCE, SKIP_BAD = "source", "skip_bad"  # the notebooks' parameters that the command line sets
-CELL_TIMEOUT_S = {"smoke": 300}  # other profiles train for longer
+CELL_TIMEOUT_S = {"smoke": 1800}  # for a slow and busy machine; other profiles train for longer
 LONG_CELL_TIMEOUT_S = 3 * 3600
 CLEAR = "\r\x1b[K"  # back to the start of a terminal's line, and empty it
 STOP_S = 20  # for the kernels of an interrupted run to end
@@ -55,14 +66,16 @@ def run_notebooks(
     ``jobs`` is how many run side by side. Default: two in profile ``smoke`` where there are two cores; one in others,
     whose timings are published.
 
-    ``out`` (default ``runs/<profile>-<source>``) gets the executed notebooks, ``summary.json`` and ``summary.md``,
-    ``figures/``, ``results/`` and ``state/`` (checkpoints; a killed run resumes from them). One exception: profile
-    ``paper`` on real films, with no ``out`` given, writes the repository's ``figures/`` and ``results/paper/``.
+    ``out`` (default ``<profile>-<source>`` in ``runs_dir()``) gets the executed notebooks, ``summary.json`` and
+    ``summary.md``, ``figures/``, ``results/`` and ``state/`` (checkpoints; a killed run resumes from them). Two
+    exceptions, where no ``out`` is given: profile ``paper`` on real films writes the repository's ``figures/`` and
+    ``results/paper/``; and ``PRIMIA_LITE_FIGURES`` and ``PRIMIA_LITE_RESULTS`` count where they are set.
 
     Raises
     ------
     UserError
-        Unknown profile, notebook, data source or parameter, or ``jobs`` below 1. Nothing has run then.
+        Unknown profile, notebook, data source or parameter, ``jobs`` below 1, or a folder that can't be written.
+        Nothing has run then. Or the disk is full, and no summary can be written.
     KeyboardInterrupt
         After the summary of what ran so far has been written.
     """
@@ -72,19 +85,22 @@ def run_notebooks(
     if jobs < 1:
         raise UserError("--jobs must be at least 1")
     label = source or next((p.parameters[SOURCE] for p in plans if SOURCE in p.parameters), "phantom")
-    folder = Path(out).expanduser().resolve() if out else repo_root() / "runs" / f"{profile}-{label}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {folder} can't be written: {error.strerror}. Name another folder.") from error
-    forget_finished(folder, [p.path.stem for p in plans], everything=fresh)
+    folder = whole_path(out, "--out") if out else runs_dir() / f"{profile}-{label}"
     timeout = cell_timeout_s or CELL_TIMEOUT_S.get(profile, LONG_CELL_TIMEOUT_S)
+    tasks = [
+        Task(todo, folder, places(folder, profile if todo.publish else None, out is None), profile, label, timeout,
+             _threads(jobs)) for todo in plans
+    ]  # fmt: skip
+    written = {("PRIMIA_LITE_RUNS", folder), *(place for task in tasks for place in task.places.items())}
+    for name, path in sorted(written, reverse=True):
+        check_writable(path, "name another folder by --out" if out else set_variable(name))
+    folder.mkdir(parents=True, exist_ok=True)
+    forget_finished(folder, [p.path.stem for p in plans], everything=fresh)
 
     at_a_time = f", {jobs} at a time" if jobs > 1 else ""
     print(f"profile {profile}, data {label}, notebooks: {len(plans)}{at_a_time} -> {folder}", file=stream, flush=True)
     outcomes: dict[int, Outcome] = {}
     progress = Progress(stream, len(plans))
-    tasks = [Task(todo, folder, profile, label, timeout, _threads(jobs)) for todo in plans]
 
     def save() -> None:
         save_summary(folder, profile, label, [outcomes[number] for number in sorted(outcomes)])
@@ -122,6 +138,7 @@ class Task:
 
     plan: Plan
     folder: Path
+    places: dict[str, Path]
     profile: str
     label: str
     cell_timeout_s: int
@@ -130,13 +147,13 @@ class Task:
     def run(self, on_cell: Callable[[int, int], None]) -> Outcome:
         todo, name = self.plan, self.plan.path.stem
         command = f"primia-lite run --profile {self.profile} --data {self.label} --only {name}"
-        with environment(self.folder, self.profile if todo.publish else None, command, self.threads):
+        with environment(self.places, command, self.threads):
             return execute(
                 todo.path,
                 self.folder / todo.path.name,
                 todo.parameters,
                 cell_timeout_s=self.cell_timeout_s,
-                kernels=self.folder / "state" / "jupyter" / name,
+                kernel_log=self.folder / "state" / "jupyter" / f"{name}.log",
                 on_cell=on_cell,
             )
 
@@ -299,16 +316,20 @@ def forget_finished(folder: Path, stems: list[str], *, everything: bool = False)
     summary.unlink(missing_ok=True)
 
 
-@contextmanager
-def environment(folder: Path, publish_profile: str | None, command: str, threads: int | None = None) -> Iterator[None]:
+def places(folder: Path, publish_profile: str | None, by_variables: bool) -> dict[str, Path]:
+    """Where a notebook writes, by the variable that tells its kernel."""
+    own = folder if publish_profile is None else repo_root()
+    figures, results = own / "figures", own / "results" / (publish_profile or "")
+    if by_variables:
+        figures = folder_of("PRIMIA_LITE_FIGURES", figures)
+        results = folder_of("PRIMIA_LITE_RESULTS", results)
+    return {"PRIMIA_LITE_RUNS": folder / "state", "PRIMIA_LITE_FIGURES": figures, "PRIMIA_LITE_RESULTS": results}
+
+
+def environment(places: dict[str, Path], command: str, threads: int | None = None) -> AbstractContextManager[None]:
     """What a notebook's kernel inherits: where it writes, where films are, that nobody is watching."""
-    figures, results = folder / "figures", folder / "results"
-    if publish_profile is not None:
-        figures, results = repo_root() / "figures", repo_root() / "results" / publish_profile
     values = {
-        "PRIMIA_LITE_FIGURES": str(figures),
-        "PRIMIA_LITE_RESULTS": str(results),
-        "PRIMIA_LITE_RUNS": str(folder / "state"),
+        **{name: str(path) for name, path in places.items()},
         "PRIMIA_LITE_DATA": str(data_root()),  # absolute: a kernel runs in the notebooks' folder
         "PRIMIA_LITE_HEADLESS": "1",
         "PRIMIA_LITE_COMMAND": command,
@@ -316,16 +337,7 @@ def environment(folder: Path, publish_profile: str | None, command: str, threads
     }
     if threads is not None:
         values["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+    return variables(values)
 
 
 @dataclass
@@ -413,4 +425,4 @@ def save_summary(folder: Path, profile: str, source: str, outcomes: list[Outcome
     """Write ``summary.json`` and ``summary.md``, after each notebook so that a killed run leaves them too."""
     content = {"profile": profile, "source": source, "notebooks": [asdict(o) for o in outcomes]}
     write_atomic(folder / "summary.json", (json.dumps(content, indent=2) + "\n").encode())
-    write_atomic(folder / "summary.md", (summary_table(outcomes) + "\n").encode())
+    write_atomic(folder / "summary.md", (summary_table(outcomes) + "\n").encode(errors="backslashreplace"))

@@ -1,8 +1,9 @@
-"""Seeds, threads, atomic writes, and the origin that every result carries."""
+"""Consoles, seeds, threads, files written whole, and the origin that every result carries."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import platform
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import metadata
@@ -17,7 +19,7 @@ from numbers import Real
 from pathlib import Path
 from typing import IO
 
-from primia_lite.config import UserError, results_dir
+from primia_lite.config import UserError, cache_dir, elsewhere, results_dir, set_variable
 
 _STARTED = time.time()
 os.umask(_UMASK := os.umask(0o022))
@@ -32,6 +34,15 @@ _REPORTED_PACKAGES = (
     "tenseal",
     "syft",
 )
+
+
+def any_console() -> None:
+    """Let this process and its children print any text to any console or file: what an encoding lacks is escaped."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    encoding = os.environ.get("PYTHONIOENCODING", "").partition(":")[0]
+    os.environ["PYTHONIOENCODING"] = f"{encoding}:backslashreplace"
 
 
 def seed_for(seed: int, *labels: object) -> int:
@@ -84,6 +95,48 @@ def in_notebook() -> bool:
     return get_ipython() is not None
 
 
+class _Raw(io.FileIO):
+    """A file that keeps what the system said: writers such as ``torch.save`` make an error of their own of it."""
+
+    refused: OSError | None = None
+
+    def write(self, data) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.refused = error
+            raise
+
+    def fileno(self) -> int:
+        raise io.UnsupportedOperation("fileno")  # or some writers go past write()
+
+
+def _write(path: Path, content: bytes | Callable[[IO[bytes]], object], private: bool = False) -> None:
+    """:func:`write_atomic`, but the system's own errors."""
+    partial = None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        raw = _Raw(descriptor, "w+b")
+        try:
+            with io.BufferedRandom(raw) as file:
+                file.write(content) if isinstance(content, bytes) else content(file)
+                file.flush()
+                os.fsync(descriptor)
+        except Exception:
+            if raw.refused:
+                raise raw.refused from None
+            raise
+        if not private:
+            os.chmod(partial, 0o666 & ~_UMASK)  # temporary files are private; results are as readable as any other file
+        os.replace(partial, path)
+        partial = None
+    finally:
+        if partial:
+            Path(partial).unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
 def write_atomic(path: str | Path, content: bytes | Callable[[IO[bytes]], object], *, private: bool = False) -> Path:
     """Write a file so that a reader sees the old content or the new, never a part, whatever kills the process.
 
@@ -100,28 +153,27 @@ def write_atomic(path: str | Path, content: bytes | Callable[[IO[bytes]], object
         The disk is full or the folder can't be written; an existing file is left as it was.
     """
     path = Path(path)
-    partial = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            partial = file.name
-            file.write(content) if isinstance(content, bytes) else content(file)
-            file.flush()
-            os.fsync(file.fileno())
-        if not private:
-            os.chmod(partial, 0o666 & ~_UMASK)  # temporary files are private; results are as readable as any other file
-        os.replace(partial, path)
-        partial = None
+        _write(path, content, private)
     except OSError as error:
         raise UserError(
-            f"could not write {path.name} in {path.parent}: {error.strerror or error}. Free space or choose another "
-            "folder, then start again: what was saved before is intact."
+            f"could not write {path.name} in {path.parent}: {error.strerror or error}. Free space or "
+            f"{elsewhere(path)}, then start again: what was saved before is intact."
         ) from error
-    finally:
-        if partial:
-            Path(partial).unlink(missing_ok=True)
-    sync_folder(path.parent)
     return path
+
+
+def write_cache(path: Path, content: Callable[[IO[bytes]], object]) -> None:
+    """Keep in :func:`~primia_lite.config.cache_dir` what can be made again. That it can't be written costs only time:
+    a warning says so, once."""
+    try:
+        _write(path, content)
+    except OSError as error:
+        warnings.warn(
+            f"nothing is kept in the cache {cache_dir()} ({error.strerror or error}): it is made anew each time. Free "
+            f"space, or {set_variable('PRIMIA_LITE_CACHE')}",
+            stacklevel=2,
+        )
 
 
 def sync_folder(folder: Path) -> None:

@@ -39,10 +39,11 @@ def serve(
     if workers < 1:
         raise UserError(f"--workers is {workers}: at least one process must compute")
     _check_port(host, port)
-    cards = {}
-    for entry in models:
-        name, separator, path = entry.partition("=")
-        cards[name if separator else Path(entry).stem] = ModelCard.load(path if separator else entry)
+    files = [_named(entry) for entry in models]
+    names = [name for name, _ in files] + ["demo"] * demo
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"two models are named {twice[0]}: give one another name, as NAME=FILE")
+    cards = {name: ModelCard.load(path) for name, path in files}
     if demo:
         cards["demo"] = demo_card()
     if not cards:
@@ -54,6 +55,15 @@ def serve(
     chosen = None if limits else service.NO_LIMITS
     service.serve(cards, host, port, limits=chosen, certfile=certfile, keyfile=keyfile, workers=workers)
     return 0
+
+
+def _named(entry: str) -> tuple[str, str]:
+    """Name and file of ``FILE`` or ``NAME=FILE``. Either may hold ``=``: what counts is which file is there."""
+    splits = [(entry[:i], entry[i + 1 :]) for i, letter in enumerate(entry) if letter == "="]
+    ways = [(Path(entry).stem, entry), *((name, path) for name, path in splits if name and path and "/" not in name)]
+    if found := [(name, path) for name, path in ways if Path(path).exists()]:
+        return found[0]
+    raise UserError(f"there is no {' and no '.join(path for _, path in ways)}: save a model there by ModelCard.save")
 
 
 def _check_port(host: str, port: int) -> None:
@@ -157,7 +167,7 @@ def running(cards: dict, *, limits: bool = True, wait_s: float = 600.0) -> Itera
                     if httpx.get(f"{url}/health", timeout=2, trust_env=False).is_success:
                         break
                 if process.poll() is not None or time.monotonic() > deadline:
-                    raise UserError(f"the service didn't start: {log.read_text()[-2000:]}")
+                    raise UserError(f"the service didn't start: {log.read_text('utf-8', 'replace')[-2000:]}")
                 time.sleep(0.1)
             yield url, process
         finally:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import warnings
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from primia_lite.config import DataError, UserError, cache_dir, data_root
+from primia_lite.config import DataError, cache_dir, data_root
 from primia_lite.data.pixels import (
     check_aspect,
     decode,
@@ -29,7 +28,7 @@ from primia_lite.data.pixels import (
 )
 from primia_lite.data.split import choose_films, split_by_patient
 from primia_lite.data.types import CLASSES_3, SPLITS, ChestXrays, check_patient_disjoint
-from primia_lite.runtime import write_atomic
+from primia_lite.runtime import write_cache
 
 _FOLDERS = (
     ".", "chest_xray", "chest_xray/chest_xray", "CellData/chest_xray", "ZhangLabData/CellData/chest_xray", "kermany",
@@ -226,7 +225,9 @@ def _images(
         read_one, files, names, size, skip_bad=skip_bad, progress=progress
     )
     if path:
-        _write_cache(path, images=images, keys=keys, good=good, skipped=np.array(skipped, dtype=str))
+        write_cache(
+            path, lambda file: np.savez(file, images=images, keys=keys, good=good, skipped=np.array(skipped, dtype=str))
+        )
     return result
 
 
@@ -266,10 +267,3 @@ def _read_cache(
     whole = whole and keys.dtype == good.dtype == np.int64 and keys.shape == good.shape
     bad = sorted(set(range(len(names))) - set(good.tolist()))
     return (images, keys, good, skipped) if whole and list(skipped) == [names[i] for i in bad] else None
-
-
-def _write_cache(path: Path, **arrays: np.ndarray) -> None:
-    try:
-        write_atomic(path, lambda file: np.savez(file, **arrays))
-    except UserError as error:
-        warnings.warn(f"films are not cached: {error}", stacklevel=2)

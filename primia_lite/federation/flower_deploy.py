@@ -25,7 +25,7 @@ from primia_lite.config import UserError, repo_root
 
 SERVER = "server"
 LINK = "superlink"  # the name of the server's process; a hospital's is the hospital's
-_START_S = 60.0
+_START_S = 600.0  # of a process that lives: only one that hangs meets it
 _STOP_S = 10.0
 
 
@@ -88,7 +88,7 @@ def running(folder: Path) -> dict[str, psutil.Process]:
     found = {}
     for path in sorted((folder / ".run").glob("*.pid")):
         try:
-            pid, started = path.read_text().split()
+            pid, started = path.read_text("utf-8").split()
             process = psutil.Process(int(pid))
             alive = abs(process.create_time() - float(started)) < 1 and process.status() != psutil.STATUS_ZOMBIE
         except (ValueError, psutil.Error):
@@ -109,7 +109,7 @@ def _launch(folder: Path, name: str, arguments: Sequence[str]) -> psutil.Process
             stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
     process = psutil.Process(started.pid)
-    (run / f"{name}.pid").write_text(f"{started.pid} {process.create_time()}")
+    (run / f"{name}.pid").write_text(f"{started.pid} {process.create_time()}", "utf-8")
     return process
 
 
@@ -187,7 +187,8 @@ def _start_superlink(folder: Path) -> None:
     (folder / ".flwr").mkdir(mode=0o700, exist_ok=True)
     (folder / ".flwr" / "config.toml").write_text(
         f'[superlink]\ndefault = "here"\n\n[superlink.here]\naddress = "{_local(host)}:{port}"\n'
-        f"root-certificates = {json.dumps(str((home / 'ca.crt').resolve()))}\n"
+        f"root-certificates = {json.dumps(str((home / 'ca.crt').resolve()))}\n",
+        "utf-8",
     )
     process = _launch(folder, LINK, [
         "superlink", "--ssl-certfile", f"{SERVER}/server.crt", "--ssl-keyfile", f"{SERVER}/server.key",
@@ -271,7 +272,10 @@ def status(folder: Path) -> str:
 
 def flwr(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-c", "from flwr.cli.app import app; app()", *arguments]
-    return subprocess.run(command, cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        command, cwd=folder, env=environment(folder), capture_output=True, text=True, errors="replace",
+        timeout=_START_S,
+    )  # fmt: skip
 
 
 def _json(folder: Path, *arguments: str, tries: int = 1) -> dict:
@@ -306,7 +310,7 @@ def submit(folder: Path, settings: Mapping[str, object], app: Path | None = None
 
         app = folder / SERVER / "app"
         app.mkdir(exist_ok=True)
-        (app / "pyproject.toml").write_text(APP)
+        (app / "pyproject.toml").write_text(APP, "utf-8")
     text = " ".join(f"{key}={json.dumps(value)}" for key, value in settings.items())
     return int(_json(folder, "run", str(app.resolve()), "here", "--run-config", text)["run-id"])
 
@@ -319,7 +323,7 @@ def run_status(folder: Path, run: int) -> tuple[str, str]:
 
 
 def _rounds(folder: Path, rounds: int | None) -> int:
-    agreed = json.loads((folder / SERVER / "study.json").read_text())["rounds"]
+    agreed = json.loads((folder / SERVER / "study.json").read_text("utf-8"))["rounds"]
     if rounds is not None and not 1 <= rounds <= agreed:
         raise UserError(f"rounds is {rounds}: the hospitals agreed to 1 to {agreed}")
     return agreed if rounds is None else rounds
@@ -353,7 +357,7 @@ def run(folder: Path, rounds: int | None, *, fresh: bool = False, ask_s: float =
     shown, asked = 0, time.monotonic()
     try:
         while True:
-            found = json.loads(history.read_text()) if history.exists() else {"rounds": [], "ended_s": []}
+            found = json.loads(history.read_text("utf-8")) if history.exists() else {"rounds": [], "ended_s": []}
             for record, ended_s in list(zip(found["rounds"], found["ended_s"], strict=True))[shown:]:
                 shown += 1
                 without = f", without {', '.join(record['absent'])}" if "absent" in record else ""
@@ -368,7 +372,7 @@ def run(folder: Path, rounds: int | None, *, fresh: bool = False, ask_s: float =
     except KeyboardInterrupt:
         flwr(folder, "stop", str(number), "here")
         raise
-    found = json.loads(history.read_text()) if history.exists() else {}
+    found = json.loads(history.read_text("utf-8")) if history.exists() else {}
     if state != "finished:completed" or "done" not in found:
         why = found.get("error") or details or f"`flwr log {number} here` may tell"
         raise UserError(f"run {number} failed ({state}). {why}")
@@ -415,6 +419,6 @@ def simulate(folder: Path, rounds: int | None, *, fresh: bool = False) -> dict:
     try:
         run_simulation(server_app, client_app, len(folders), backend_config=resources)
     except RuntimeError as error:
-        why = json.loads(history.read_text()).get("error", error) if history.exists() else error
+        why = json.loads(history.read_text("utf-8")).get("error", error) if history.exists() else error
         raise UserError(f"the simulation failed: {why}") from error
-    return json.loads(history.read_text())
+    return json.loads(history.read_text("utf-8"))

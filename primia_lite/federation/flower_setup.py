@@ -59,8 +59,12 @@ def write_new(path: Path, content: bytes | str, *, private: bool = False) -> Non
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o644)
     except FileExistsError as error:
         raise UserError(f"{path} is there already, and is never overwritten: choose another folder") from error
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+    except OSError:  # half of a key must not stand in the way of a whole one
+        path.unlink()
+        raise
 
 
 def _private_pem(key) -> bytes:

@@ -42,7 +42,7 @@ class Relay:
     def to(cls, folder: Path) -> Relay | None:
         """None where there is no such process."""
         try:
-            address = (folder / SOCKET).read_text()
+            address = (folder / SOCKET).read_text("utf-8")
             place = Path(address).parent.stat()
             # What a killed one left names a folder that, once gone, anybody may make anew.
             if place.st_uid != os.getuid() or place.st_mode & 0o077:
@@ -138,7 +138,7 @@ def serve(folder: Path) -> None:
 
     def leave(*_) -> None:
         with suppress(OSError):
-            if Path(path.read_text()).parent == place:  # and not that of one that was started since
+            if Path(path.read_text("utf-8")).parent == place:  # and not that of one that was started since
                 path.unlink()
         shutil.rmtree(place, ignore_errors=True)
         os._exit(0)

@@ -21,7 +21,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from primia_lite import models
-from primia_lite.config import UserError
+from primia_lite.config import UserError, elsewhere
 from primia_lite.federation.aggregation import Aggregator, Ask, SecureAggregation, WeightedMean
 from primia_lite.federation.hospital import Hospital, State
 from primia_lite.federation.progress import RoundProgress
@@ -173,7 +173,7 @@ def federate(
         raise UserError(f"another process is training in {folder}: wait for it, or choose another folder") from error
     except OSError as error:
         raise UserError(
-            f"can't work in {folder}: {error.strerror or error}. Free space, or choose a folder that can be written"
+            f"can't work in {folder}: {error.strerror or error}. Free space, or {elsewhere(folder)}"
         ) from error
 
 
@@ -419,7 +419,7 @@ class Server:
                     f"{folder} has a checkpoint but no run.json that says of which run: start anew, fresh=True"
                 )
             write_atomic(folder / "run.json", json.dumps({"salt": salt, "key": key}).encode())
-        if json.loads((folder / "run.json").read_text())["key"] != key:
+        if json.loads((folder / "run.json").read_text("utf-8"))["key"] != key:
             raise UserError(
                 f"{folder} holds a run with other films, hospitals, training or privacy: choose another folder, go "
                 "back to the old settings, or start anew with fresh=True or `primia-lite run --fresh` "
@@ -434,7 +434,7 @@ class Server:
 def _salt(folder: Path) -> str:
     """Of the run's key: without it, a hash of private films would confirm a guess at them."""
     try:
-        return json.loads((folder / "run.json").read_text()).get("salt", "")
+        return json.loads((folder / "run.json").read_text("utf-8")).get("salt", "")
     except FileNotFoundError:
         return os.urandom(16).hex()
 

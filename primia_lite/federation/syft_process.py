@@ -85,7 +85,7 @@ def run_job(
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     if status:
-        words = (folder / "stderr.txt").read_text(errors="replace").strip().splitlines()
+        words = (folder / "stderr.txt").read_text("utf-8", "replace").strip().splitlines()
         raise JobError(f"the job ended with status {status}: {words[-1] if words else 'it said nothing'}")
     try:
         vector = np.load(output, allow_pickle=False)

@@ -17,12 +17,12 @@ import secrets
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 
 from primia_lite import __version__
-from primia_lite.config import BudgetError, UserError
+from primia_lite.config import BudgetError, UserError, elsewhere
 from primia_lite.privacy.accounting import (
     FILTER_ORDERS,
     Release,
@@ -166,9 +166,9 @@ class Ledger:
                 f"target_epsilon is {target_epsilon:g}: at delta {target_delta:g} a filter of order up to "
                 f"{FILTER_ORDERS[-1]} could release nothing. Take a larger epsilon, or a plan"
             )
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         draft = self.path.with_name(f".{self.path.name}.{secrets.token_hex(8)}")
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             with closing(sqlite3.connect(draft, isolation_level=None)) as db:
                 db.execute("PRAGMA synchronous=EXTRA")
                 db.executescript(_SCHEMA)
@@ -176,14 +176,14 @@ class Ledger:
                 db.execute("INSERT INTO budget VALUES (?, ?, ?, ?, ?, ?)", row)
             os.link(draft, self.path)
             sync_folder(self.path.parent)
-        except FileExistsError:
-            pass  # another process was faster: its ledger counts
         except (sqlite3.Error, OSError) as error:
-            raise UserError(
-                f"{self.path} can't be made ({error}): free space, or choose a folder that can be written"
-            ) from error
+            if not self.path.exists():  # or another process was faster: its ledger counts
+                raise UserError(
+                    f"{self.path} can't be made ({error}): free space, or {elsewhere(self.path)}"
+                ) from error
         finally:
-            draft.unlink(missing_ok=True)
+            with suppress(OSError):
+                draft.unlink()
 
     def charges(self) -> list[Release]:
         with self._database() as db:

@@ -84,7 +84,7 @@ def lab(root, folder, tmp_path_factory):
                 server.kill()
 
 
-def _wait_until_up(address: str, server: subprocess.Popen, log: Path, seconds: int = 60) -> None:
+def _wait_until_up(address: str, server: subprocess.Popen, log: Path, seconds: int = 600) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and server.poll() is None:
         try:
@@ -92,7 +92,7 @@ def _wait_until_up(address: str, server: subprocess.Popen, log: Path, seconds: i
                 return
         except OSError:
             time.sleep(0.2)
-    pytest.fail(f"JupyterLab didn't start:\n{log.read_text()[-3000:]}")
+    pytest.fail(f"JupyterLab didn't start:\n{log.read_text('utf-8')[-3000:]}")
 
 
 @pytest.fixture(scope="session")

@@ -47,7 +47,7 @@ KEYS = {
 def open_notebook(page, address: str) -> None:
     page.goto(address)
     page.wait_for_function(
-        "() => window.jupyterapp?.shell?.currentWidget?.content?.model?.cells?.length", timeout=90_000
+        "() => window.jupyterapp?.shell?.currentWidget?.content?.model?.cells?.length", timeout=600_000
     )
     _wait(page, lambda state: state["status"] == "idle", 90, "the kernel to start")
 

@@ -22,7 +22,9 @@ README = ROOT / "README.md"
 SHELL, PYTHON = {"bash", "sh", "shell"}, {"python", "py"}
 
 ALL = [
-    pytest.param(page, b, id=f"{page.relative_to(ROOT)}:{b.line}") for page in PAGES for b in blocks(page.read_text())
+    pytest.param(page, b, id=f"{page.relative_to(ROOT)}:{b.line}")
+    for page in PAGES
+    for b in blocks(page.read_text("utf-8"))
 ]
 needs_readme = pytest.mark.skipif(not README.exists(), reason="no README.md yet")
 
@@ -37,7 +39,7 @@ def test_marked_block_runs(page: Path, block: Block, tmp_path):
     else:
         assert block.language in PYTHON, f"{page.name}:{block.line}: mark only bash and python blocks"
         command = [sys.executable, "-c", block.code]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, f"{page.name}:{block.line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
 
 
@@ -63,7 +65,7 @@ def test_make_targets_and_commands_exist(page: Path):
     from primia_lite.cli import _parser
 
     commands = set(next(a for a in _parser()._actions if a.dest == "command").choices)
-    code = [b.code for b in blocks(page.read_text())] + re.findall(r"`([^`\n]+)`", page.read_text())
+    code = [b.code for b in blocks(page.read_text("utf-8"))] + re.findall(r"`([^`\n]+)`", page.read_text("utf-8"))
     for text in code:
         for target in re.findall(r"^\s*make ([a-z][a-z-]*)\b", text, re.MULTILINE):
             assert target in targets, f"make {target}: no such target"
@@ -73,7 +75,7 @@ def test_make_targets_and_commands_exist(page: Path):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_to_our_files_lead_somewhere(page: Path):
-    text = re.sub(r"^ *```.*?^ *```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"^ *```.*?^ *```", "", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
     links = re.findall(r"\]\(([^)\s]+)(?:\s+\"[^\"]*\")?\)", text) + re.findall(r"(?:src|href)=\"([^\"]+)\"", text)
     broken = [
         link for link in links
@@ -84,7 +86,7 @@ def test_links_to_our_files_lead_somewhere(page: Path):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_no_path_of_one_machine(page: Path):
-    assert not re.findall(r"(?:/home/|/Users/|/root/|/work/)\w*", page.read_text())
+    assert not re.findall(r"(?:/home/|/Users/|/root/|/work/)\w*", page.read_text("utf-8"))
 
 
 @needs_readme

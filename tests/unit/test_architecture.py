@@ -1,4 +1,4 @@
-"""Imports point one way, as docs of the package's layers say; also the imports inside functions."""
+"""Imports point one way, as docs of the package's layers say, also those inside functions; texts have an encoding."""
 
 from __future__ import annotations
 
@@ -105,6 +105,38 @@ def test_the_check_sees_lazy_relative_and_named_imports(tmp_path):
     assert imports("import_module('primia_lite.attacks.audit')", "data.x") == {"attacks"}
     (tmp_path / "metrics.py").write_text("def f():\n    from primia_lite.training import evaluate\n")
     assert violations(graph(tmp_path)) == ["metrics imports training, which comes after it"]
+
+
+# --- text files name their encoding -----------------------------------------------------------------------------------
+
+
+def without_encoding(source: str) -> list[str]:
+    """Calls that would read or write a text as this machine's language settings say."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call) or any(keyword.arg == "encoding" for keyword in node.keywords):
+            continue
+        name = getattr(node.func, "attr", None) or getattr(node.func, "id", None)
+        texts = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+        if name in ("read_text", "write_text") and "utf-8" not in texts:
+            found.append(ast.unparse(node))
+        modes = [text for text in texts if text and set(text) <= set("rwaxb+t")]
+        # A method without a mode may be another's, as in session.open(keys).
+        if name == "open" and (modes or isinstance(node.func, ast.Name)) and "b" not in "".join(modes):
+            found.append(ast.unparse(node))
+    return found
+
+
+def test_every_text_file_names_its_encoding(root):
+    paths = [*(root / "primia_lite").rglob("*.py"), *(root / "benchmarks").glob("*.py")]
+    assert {path.name: found for path in paths if (found := without_encoding(path.read_text("utf-8")))} == {}
+
+
+def test_the_check_of_encodings_sees_them():
+    calls = ["p.read_text()", "p.write_text(x)", "open(p)", "open(p, 'w')", "p.open('a')"]
+    assert without_encoding("\n".join(calls)) == calls
+    fine = "p.read_text('utf-8')\np.write_text(x, encoding='utf-8')\nopen(p, 'rb')\nserver.open(keys)\np.open('ab')"
+    assert without_encoding(fine) == []
 
 
 # --- the aggregator's code holds no films and no unmasked update ------------------------------------------------------

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from primia_lite.config import UserError
 from primia_lite.data import CLASSES_3, DataError, kermany, load
 from primia_lite.data.pixels import decode
 
@@ -382,12 +381,10 @@ def test_a_damaged_cache_is_made_again(kaggle, tmp_path, kind):
         np.testing.assert_array_equal(stored["images"], original["images"])
 
 
-def test_a_cache_that_cannot_be_written_costs_only_time(kaggle, monkeypatch):
-    def full(*_):
-        raise UserError("could not write: No space left on device")
-
-    monkeypatch.setattr("primia_lite.data.kermany.write_atomic", full)
-    with pytest.warns(UserWarning, match="films are not cached: could not write: No space left"):
+def test_a_cache_that_cannot_be_written_costs_only_time(kaggle, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("PRIMIA_LITE_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.warns(UserWarning, match="PRIMIA_LITE_CACHE"):
         assert len(load("kermany", 16, root=kaggle)) == 84
 
 

@@ -230,7 +230,13 @@ def test_another_recipe_gives_another_whitening(few_public_films, monkeypatch, n
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda content: content[:-100], lambda content: b"", lambda content: b"not an array"]
+    "damage",
+    [
+        lambda content: content[:-100],
+        lambda content: b"",
+        lambda content: b"not an array",
+        lambda content: b"PK\x03\x04" + content,
+    ],
 )
 def test_a_damaged_cache_file_is_made_again(few_public_films, films, damage):
     first = models._extract("scatternet", films.images, True, False)
@@ -239,6 +245,15 @@ def test_a_damaged_cache_file_is_made_again(few_public_films, films, damage):
     path.write_bytes(damage(content))
     assert np.array_equal(models._extract("scatternet", films.images, True, False), first)
     assert path.read_bytes() == content
+
+
+def test_a_cache_that_cannot_be_written_costs_only_time(few_public_films, films, monkeypatch):
+    first = models.features("scatternet", films.images)
+    models._whitening.cache_clear()
+    (few_public_films / "file").write_text("")
+    monkeypatch.setenv("PRIMIA_LITE_CACHE", str(few_public_films / "file" / "cache"))
+    with pytest.warns(UserWarning, match="PRIMIA_LITE_CACHE"):
+        assert np.array_equal(models.features("scatternet", films.images), first)
 
 
 def test_the_cache_key_is_images_size_network_and_version(few_public_films, films, monkeypatch):

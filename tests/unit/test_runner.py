@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -79,13 +80,13 @@ def test_cell_numbers_do_not_count_the_injected_parameters(notebooks, tmp_path, 
 
 
 @pytest.mark.parametrize(
-    ("cell", "error"), [("import os; os._exit(9)", "kernel died"), ("import time; time.sleep(60)", "longer than 3 s")]
+    ("cell", "error"), [("import os; os._exit(9)", "kernel died"), ("import time; time.sleep(600)", "longer than 10 s")]
 )
 def test_a_dead_kernel_and_an_endless_cell_are_named(notebooks, tmp_path, write_notebook, cell, error):
     folder, _ = notebooks
     write_notebook(folder / "00_first.ipynb", "a = 1", cell)
     status = reproduce.run_notebooks(
-        "smoke", only="00", out=tmp_path / "out", notebooks=folder, stream=io.StringIO(), cell_timeout_s=3
+        "smoke", only="00", out=tmp_path / "out", notebooks=folder, stream=io.StringIO(), cell_timeout_s=10
     )
     row = json.loads((tmp_path / "out" / "summary.json").read_text())["notebooks"][0]
     assert status == 1 and row["cell"] == 3 and error in row["error"], row
@@ -176,11 +177,65 @@ def test_choose_takes_numbers_starts_and_names(notebooks):
         reproduce.choose(folder / "empty", None)
 
 
-def test_an_output_folder_that_cannot_be_made(notebooks, tmp_path):
+def test_an_output_folder_that_cannot_be_made(notebooks, tmp_path, monkeypatch):
     folder, _ = notebooks
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="can't be written"):
+    with pytest.raises(UserError, match="--out"):
         reproduce.run_notebooks("smoke", out=tmp_path / "file" / "out", notebooks=folder, stream=io.StringIO())
+    for profile, variable in (("smoke", "RUNS"), ("smoke", "FIGURES"), ("paper", "RESULTS")):
+        with monkeypatch.context() as patch, pytest.raises(UserError, match=f"set PRIMIA_LITE_{variable} to"):
+            patch.setenv(f"PRIMIA_LITE_{variable}", str(tmp_path / "file" / "folder"))
+            reproduce.run_notebooks(profile, notebooks=folder, stream=io.StringIO())
+
+
+def test_published_figures_are_asked_for_before_hours_of_work(notebooks, tmp_path, monkeypatch):
+    folder, _ = notebooks
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(reproduce, "repo_root", lambda: tmp_path / "file")
+    monkeypatch.delenv("PRIMIA_LITE_FIGURES")
+    with pytest.raises(UserError, match="set PRIMIA_LITE_FIGURES to"):
+        reproduce.run_notebooks("paper", notebooks=folder, stream=io.StringIO())
+
+
+def test_without_out_the_variables_say_where_a_run_writes(notebooks, tmp_path, write_notebook, monkeypatch):
+    folder, _ = notebooks
+    monkeypatch.setenv("PRIMIA_LITE_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("PRIMIA_LITE_FIGURES", str(tmp_path / "pictures"))
+    monkeypatch.delenv("PRIMIA_LITE_RESULTS")
+    cell = "import os\nprint([os.environ['PRIMIA_LITE_' + n] for n in ('RUNS', 'FIGURES', 'RESULTS')])"
+    write_notebook(folder / "00_first.ipynb", 'source = "phantom"', cell)
+    assert reproduce.run_notebooks("smoke", only="00", notebooks=folder, stream=io.StringIO()) == 0
+    out = tmp_path / "runs" / "smoke-phantom"
+    assert eval(outputs(out / "00_first.ipynb")) == [str(out / "state"), str(tmp_path / "pictures"), f"{out}/results"]
+
+
+def test_no_home_folder_is_needed(notebooks, tmp_path, write_notebook, monkeypatch):
+    folder, _ = notebooks
+    (tmp_path / "file").write_text("")
+    for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "XDG_DATA_HOME", "XDG_RUNTIME_DIR", "JUPYTER_DATA_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "file" / "home"))
+    write_notebook(folder / "00_first.ipynb", "a = 1", "print(a + 1)")
+    log = io.StringIO()
+    assert reproduce.run_notebooks("smoke", only="00", out=tmp_path / "o", notebooks=folder, stream=log) == 0, log
+    assert outputs(tmp_path / "o" / "00_first.ipynb") == "2\n"
+    assert "IPYTHONDIR" not in os.environ and "JUPYTER_RUNTIME_DIR" not in os.environ
+
+
+def test_a_notebook_that_cannot_be_written_is_one_sentence(notebooks, tmp_path):
+    folder, _ = notebooks
+    (tmp_path / "out" / "00_first.ipynb").mkdir(parents=True)  # where a file is to lie
+    log = io.StringIO()
+    assert reproduce.run_notebooks("smoke", only="00,01", out=tmp_path / "out", notebooks=folder, stream=log) == 1
+    first, second = json.loads((tmp_path / "out" / "summary.json").read_text())["notebooks"]
+    assert "can't be written" in first["error"] and second["status"] == "ok"
+
+
+def test_no_cell_meets_its_limit_on_a_slow_and_busy_laptop(root):
+    assert reproduce.CELL_TIMEOUT_S["smoke"] >= 1800
+    checked = (root / "Makefile").read_text("utf-8")
+    assert int(re.search(r"--nbval-cell-timeout (\d+)", checked)[1]) >= 1800
+    assert int(re.search(r"--nbval-kernel-startup-timeout (\d+)", checked)[1]) >= 600
 
 
 def test_state_is_kept_for_what_was_killed_and_deleted_for_what_ended_well(tmp_path):
@@ -202,7 +257,7 @@ def start_sleepers(tmp_path, folder, write_notebook, jobs):
     """`primia-lite run` of notebooks of which the first ``jobs`` never end; their kernels' processes."""
     flags = [tmp_path / f"pid{number}" for number in range(jobs)]
     for flag, name in zip(flags, ("00_first", "01_second"), strict=False):
-        cell = f"import os, pathlib, time\npathlib.Path({str(flag)!r}).write_text(str(os.getpid()))\ntime.sleep(100)"
+        cell = f"import os, pathlib, time\npathlib.Path({str(flag)!r}).write_text(str(os.getpid()))\ntime.sleep(2000)"
         write_notebook(folder / f"{name}.ipynb", "a = 1", cell)
     code = (
         "import sys, pathlib; from primia_lite import cli, reproduce\n"
@@ -214,10 +269,17 @@ def start_sleepers(tmp_path, folder, write_notebook, jobs):
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
     )  # fmt: skip
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while not all(flag.exists() and flag.read_text() for flag in flags) and time.monotonic() < deadline:
         time.sleep(0.1)
     return process, [int(flag.read_text()) for flag in flags]
+
+
+def wait_for_the_end_of(kernels):
+    deadline = time.monotonic() + 600
+    while any(map(psutil.pid_exists, kernels)):
+        assert time.monotonic() < deadline, kernels
+        time.sleep(0.1)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
@@ -225,17 +287,14 @@ def start_sleepers(tmp_path, folder, write_notebook, jobs):
 def test_ctrl_c_stops_the_kernels_saves_the_summary_and_exits_130(notebooks, tmp_path, write_notebook, jobs):
     process, kernels = start_sleepers(tmp_path, notebooks[0], write_notebook, jobs)
     os.killpg(process.pid, signal.SIGINT)  # what a terminal does
-    stdout, stderr = process.communicate(timeout=60)
+    stdout, stderr = process.communicate(timeout=600)
     assert process.returncode == 130, (stdout, stderr)
     assert stderr.strip() == "interrupted"
     rows = json.loads((tmp_path / "out" / "summary.json").read_text())["notebooks"]
     assert [(row["notebook"], row["status"]) for row in rows] == [
         (name, "interrupted") for name in ("00_first", "01_second")[:jobs]
     ], "and none of the others begins"
-    time.sleep(0.5)
-    for kernel in kernels:
-        with pytest.raises(ProcessLookupError):
-            os.kill(kernel, 0)
+    wait_for_the_end_of(kernels)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGKILL")
@@ -243,10 +302,7 @@ def test_kernels_side_by_side_end_with_a_run_that_is_killed(notebooks, tmp_path,
     """Or a run that goes on from there would share its state with them."""
     process, kernels = start_sleepers(tmp_path, notebooks[0], write_notebook, 2)
     process.kill()
-    deadline = time.monotonic() + 30
-    while any(map(psutil.pid_exists, kernels)):
-        assert time.monotonic() < deadline, kernels
-        time.sleep(0.1)
+    wait_for_the_end_of(kernels)
 
 
 def test_two_run_at_once_and_the_summary_keeps_their_order(notebooks, tmp_path, write_notebook):
@@ -260,7 +316,7 @@ def test_two_run_at_once_and_the_summary_keeps_their_order(notebooks, tmp_path, 
     write_notebook(folder / "00_first.ipynb", "mine, other, late = 'a', 'b', 2", meet)
     write_notebook(folder / "01_second.ipynb", "mine, other, late = 'b', 'a', 0", meet)
     out, log = tmp_path / "out", io.StringIO()
-    options = {"only": "00,01", "jobs": 2, "cell_timeout_s": 60}
+    options = {"only": "00,01", "jobs": 2, "cell_timeout_s": 600}
     assert reproduce.run_notebooks("smoke", out=out, notebooks=folder, stream=log, **options) == 0
     rows = json.loads((out / "summary.json").read_text())["notebooks"]
     assert [(r["notebook"], r["status"]) for r in rows] == [("00_first", "ok"), ("01_second", "ok")]
@@ -352,7 +408,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_weights(tmp_path, write_noteb
 
     process = start(tmp_path / "killed")
     checkpoint = tmp_path / "killed" / "state" / "00_long" / "checkpoint.pt"
-    deadline = time.time() + 60
+    deadline = time.time() + 600
     while not checkpoint.exists() and time.time() < deadline:
         time.sleep(0.05)
     for child in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
@@ -361,7 +417,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_weights(tmp_path, write_noteb
     assert checkpoint.exists() and not (tmp_path / "killed" / "summary.json").exists()
     first = torch_rounds(checkpoint)
     assert 1 <= first < 12
-    assert start(tmp_path / "killed").wait(timeout=120) == 0
+    assert start(tmp_path / "killed").wait(timeout=600) == 0
     assert outputs(tmp_path / "killed" / "00_long.ipynb").strip() == whole.strip().splitlines()[-1]
 
 
@@ -390,9 +446,9 @@ def test_a_message_whose_arrival_was_missed_is_found():
 
     notebook.look_again(Client, every_s=0.05)
     started = time.monotonic()
-    assert asyncio.run(Client.shell_channel.get_msg(timeout=20)) == "message"
+    assert asyncio.run(Client.shell_channel.get_msg(timeout=600)) == "message"
     assert asyncio.run(Client.iopub_channel.get_msg()) == "message"
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 150
     came = time.monotonic() + 60
     with pytest.raises(queue.Empty):
         asyncio.run(Client.shell_channel.get_msg(timeout=0.2))

@@ -1,21 +1,24 @@
-"""Atomic writes, results files, seeds and threads."""
+"""Atomic writes, folders that can't be written, results files, consoles, seeds and threads."""
 
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import stat
 import subprocess
 import sys
+import warnings
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 
-from primia_lite import runtime
+from primia_lite import config, runtime
 from primia_lite.config import UserError
-from primia_lite.runtime import write_atomic, write_results
+from primia_lite.runtime import write_atomic, write_cache, write_results
 
 
 def no_space(*_):
@@ -65,6 +68,43 @@ def test_old_content_survives_a_full_disk_and_the_message_says_what_to_do(tmp_pa
     assert os.listdir(tmp_path) == ["kept"]
 
 
+@contextmanager
+def small_files(most=20_000):
+    """No file may hold more bytes: as on a full disk, but for the name of the error."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def picture(kind):
+    from PIL import Image
+
+    return lambda file: Image.fromarray(np.random.default_rng(0).integers(0, 255, (400, 400), np.uint8)).save(
+        file, kind
+    )
+
+
+@pytest.mark.parametrize("writer", [
+    lambda file: torch.save({"a": torch.zeros(10**6)}, file),
+    lambda file: torch.save({k: torch.zeros(2000) for k in "abcdefgh"}, file),
+    lambda file: torch.save({"a": torch.zeros(10**6)}, file, _use_new_zipfile_serialization=False),
+    lambda file: np.save(file, np.zeros(10**6)),
+    lambda file: np.savez(file, a=np.zeros(10), b=np.zeros(10**6)),
+    picture("PNG"),
+    picture("JPEG"),
+], ids=["torch", "torch, many", "torch, old format", "npy", "npz", "png", "jpeg"])  # fmt: skip
+def test_whatever_writes_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, writer):
+    path = write_atomic(tmp_path / "kept", b"old")
+    with small_files(), pytest.raises(UserError, match="Free space"):
+        write_atomic(path, writer)
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["kept"]
+    assert len(write_atomic(path, writer).read_bytes()) > 20_000
+
+
 def test_content_is_on_disk_before_it_is_renamed(tmp_path, monkeypatch):
     order = []
     for name in ("fsync", "replace"):
@@ -78,6 +118,107 @@ def test_a_folder_that_is_a_file_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="could not write a in .*file"):
         write_atomic(tmp_path / "file" / "a", b"content")
+
+
+# --- folders that can't be written: a file in the place of a folder, which stops root, too ---
+
+
+def save_a_figure(folder):
+    from primia_lite import plotting
+
+    plotting.save_figure(plotting.plt.figure(), "a")
+
+
+def make_a_ledger(folder):
+    from primia_lite.privacy.ledger import Ledger
+
+    Ledger(folder / "ledger-A.sqlite", 8.0, 1e-4)
+
+
+def begin_a_federation(folder):
+    from primia_lite.federation.hospital import Hospital
+    from primia_lite.federation.rounds import Schedule, federate
+    from primia_lite.models import Films
+    from primia_lite.training import Training
+
+    films = Films(torch.randn(6, 1, 5), torch.arange(6) % 3, np.arange(6).astype(str))
+    federate([Hospital("A", films)], Training(), Schedule(1), seed=0, folder=folder / "run", progress=None)
+
+
+@pytest.mark.parametrize(("variable", "work"), [
+    ("RESULTS", lambda folder: write_results("a", {}, {})),
+    ("FIGURES", save_a_figure),
+    ("RUNS", make_a_ledger),
+    ("RUNS", begin_a_federation),
+    ("RUNS", lambda folder: write_atomic(folder / "a" / "checkpoint.pt", b"")),
+    ("RUNS", config.check_writable),
+])  # fmt: skip
+def test_the_variable_that_moves_a_folder_is_named(tmp_path, monkeypatch, variable, work):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(f"PRIMIA_LITE_{variable}", str(tmp_path / "file" / "folder"))
+    with pytest.raises(UserError, match=f"set PRIMIA_LITE_{variable} to"):
+        work(tmp_path / "file" / "folder")
+
+
+def test_one_variable_moves_figures_and_results_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("PRIMIA_LITE_RUNS", str(tmp_path))
+    monkeypatch.delenv("PRIMIA_LITE_FIGURES")
+    monkeypatch.delenv("PRIMIA_LITE_RESULTS")
+    assert config.figures_dir() == tmp_path / "figures" and config.results_dir() == tmp_path / "results"
+
+
+def test_a_notebook_of_a_run_is_moved_by_the_runs_option(tmp_path, monkeypatch):
+    monkeypatch.setenv("PRIMIA_LITE_RUNS", str(tmp_path / "state"))
+    monkeypatch.setenv("PRIMIA_LITE_COMMAND", "primia-lite run")
+    assert "--out" in config.elsewhere(tmp_path / "state" / "a")
+    assert "PRIMIA_LITE_CACHE" in config.elsewhere(config.cache_dir() / "a")
+    assert "PRIMIA" not in config.elsewhere(tmp_path / "a")
+
+
+def test_trying_a_folder_leaves_nothing(tmp_path):
+    config.check_writable(tmp_path / "new" / "folder")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_full_disk_is_noticed_though_it_takes_empty_files(tmp_path):
+    with small_files(100), pytest.raises(UserError, match="can't be written"):
+        config.check_writable(tmp_path)
+
+
+def test_a_home_folder_that_is_nowhere_is_named(monkeypatch):
+    def nowhere(self):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(config.Path, "expanduser", nowhere)
+    monkeypatch.setenv("PRIMIA_LITE_RUNS", "~/runs")
+    with pytest.raises(UserError, match="PRIMIA_LITE_RUNS"):
+        config.runs_dir()
+
+
+def test_a_cache_that_cannot_be_written_warns_once_and_names_the_variable(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("PRIMIA_LITE_CACHE", str(tmp_path / "file" / "cache"))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("default")
+        for name in "abc":
+            write_cache(config.cache_dir() / name, lambda file: file.write(b"content"))
+    assert len(seen) == 1 and "set PRIMIA_LITE_CACHE to" in str(seen[0].message)
+
+
+# --- consoles ---
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
+def test_any_text_can_be_printed_on_any_console(monkeypatch, encoding):
+    monkeypatch.setenv("PYTHONIOENCODING", encoding)
+    out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())  # one that can't be changed
+    runtime.any_console()
+    print("ε = 8 █ 肺 caf\udce9.png", flush=True)
+    assert rb"caf\udce9.png" in out.buffer.getvalue()
+    child = [sys.executable, "-c", "print('ε = 8 █ 肺 caf\\udce9.png')"]
+    assert rb"caf\udce9.png" in subprocess.run(child, capture_output=True, check=True).stdout
 
 
 @pytest.mark.skipif(os.name != "posix", reason="permission bits")
