@@ -46,7 +46,7 @@ _ORDERS = (*(n / 10 for n in range(11, 110)), *range(11, 65), 80, 96, 128, 192, 
 # Of a filter: its one order is fixed in advance, and small budgets need a large one.
 FILTER_ORDERS = (*range(2, 257), 512, 1024, 2048)
 _POINTS = 2**18  # of a grid of privacy losses, about, at most
-_PRV_ARRAYS = 16  # as long as its grid, held at once
+_PRV_ARRAYS = 12  # as long as its grid, held at once
 ACCOUNTANTS = {
     "pld": "upper bound, by privacy loss distributions",
     "prv": "upper bound, by privacy random variables: removal only",
