@@ -154,8 +154,9 @@ class Hospital:
     ----------
     name : such as ``A``
     films : its training films; nobody else sees them
-    declared_size : the public number of its films: its own choice, or 0 for the true one rounded (:func:`declare_size`).
-        Where patients are the unit of DP it is sent nowhere, and is to be kept: a patient's films change it
+    declared_size : the public number of its films: its own choice, or 0 for the true one, rounded
+        (:func:`declare_size`). Where patients are the unit of DP it is sent nowhere, and is to be kept: a patient's
+        films change it
     declared_patients : the public number of its patients, likewise
     lasting_ledger : a ledger for all its releases, whatever the run; None where each run's folder has one of its own,
         which is right for simulations only
@@ -319,10 +320,10 @@ def mean_and_std_under_dp(
 ) -> tuple[float, float]:
     """PriMIA's normalisation: pixel mean and standard deviation of all hospitals' films, shared under DP.
 
-    Each unit (see ``Privacy.unit``) adds (mean pixel, mean squared pixel) of its films, both in [0, 1], and an empty one
-    nothing, so it changes a hospital's sum by at most √2 in L2 norm; Gaussian noise of standard deviation √2 σ is added by each hospital.
-    Charged to the hospital's ledger before it is computed, as one release with sample rate 1. Training in the same
-    ``folder`` adds to that ledger: leave room for both by
+    Each unit (see ``Privacy.unit``) adds (mean pixel, mean squared pixel) of its films, both in [0, 1], and an empty
+    one nothing, so it changes a hospital's sum by at most √2 in L2 norm; Gaussian noise of standard deviation √2 σ is
+    added by each hospital. Charged to the hospital's ledger before it is computed, as one release with sample rate 1.
+    Training in the same ``folder`` adds to that ledger: leave room for both by
     ``Privacy.for_budget(..., also=(Release(noise_multiplier, 1.0, 1),))``.
 
     Parameters

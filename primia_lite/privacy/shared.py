@@ -4,7 +4,7 @@ Secure aggregation adds whole numbers modulo 2^32, so each hospital sends the su
 whole numbers, and adds discrete Gaussian noise (the distributed discrete Gaussian of Kairouz, Liu and Steinke, ICML
 2021). What has to hold, for C the clip, s the scale, d the parameters:
 
-Sensitivity. One unit, there or empty (zero-out), moves the scaled sum by at most s C in L2, and rounding it by less than 1 more in each coordinate:
+Sensitivity. One unit moves the scaled sum by at most s C in L2, and rounding it by less than 1 more in each coordinate:
 s C (1 + 2^-10) + √d. The 2^-10 is for gradients that are computed, and in part added up, in float32: nothing here
 proves that it is enough, but a test measures less than a hundredth of it. Before rounding each coordinate is held
 within ±C times the declared units: that moves no two sums further apart.

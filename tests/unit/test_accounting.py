@@ -188,11 +188,14 @@ def test_the_accountants_are_ordered_as_labelled():
 @pytest.mark.parametrize(
     ("releases", "mu"),
     [
-        ([Release(0.02, 1.0, 1)], 50.0), ([Release(0.01, 1.0, 1)], 100.0), ([Release(1e-4, 1.0, 1)], 1e4),
-        ([Release(5.46, 1.0, 101)], math.sqrt(101) / 5.46), ([Release(3.0, 1.0, 9), Release(4.0, 1.0, 16)], math.sqrt(2)),
+        ([Release(0.02, 1.0, 1)], 50.0),
+        ([Release(0.01, 1.0, 1)], 100.0),
+        ([Release(1e-4, 1.0, 1)], 1e4),
+        ([Release(5.46, 1.0, 101)], math.sqrt(101) / 5.46),
+        ([Release(3.0, 1.0, 9), Release(4.0, 1.0, 16)], math.sqrt(2)),
         ([Release(2.0 + n, 1.0, 1) for n in range(40)], math.sqrt(sum((2.0 + n) ** -2 for n in range(40)))),
     ],
-)  # fmt: skip
+)
 def test_full_batches_are_one_gaussian_exactly(accountant, releases, mu):
     for delta in (1e-4, 1e-12, 1e-30):
         assert epsilon(releases, delta, accountant) == pytest.approx(gaussian_epsilon(mu, delta), rel=1e-9)
@@ -230,19 +233,28 @@ def optimistic(release: Release, delta: float, interval: float) -> float:
     from dp_accounting.pld import privacy_loss_distribution as pld
 
     total = pld.from_gaussian_mechanism(
-        release.noise_multiplier, sampling_prob=release.sample_rate, pessimistic_estimate=False,
-        use_connect_dots=False, value_discretization_interval=interval,
-    ).self_compose(release.steps)  # fmt: skip
+        release.noise_multiplier,
+        sampling_prob=release.sample_rate,
+        pessimistic_estimate=False,
+        use_connect_dots=False,
+        value_discretization_interval=interval,
+    ).self_compose(release.steps)
     return total.get_epsilon_for_delta(delta * 1.01 + 1e-14)
 
 
 @pytest.mark.parametrize(
     ("release", "interval"),
     [
-        (Release(0.1, 0.5, 1), 1e-2), (Release(0.05, 0.3, 1), 5e-2), (Release(0.3, 0.1, 100), 1e-2), (Release(0.5, 0.5, 200), 1e-2),
-        (Release(1.0, 0.01, 3000), 5e-4), (Release(2.0, 0.25, 60), 1e-3), (Release(1.0, 0.5, 2), 1e-3), (Release(20.0, 0.2, 500), 1e-4),
+        (Release(0.1, 0.5, 1), 1e-2),
+        (Release(0.05, 0.3, 1), 5e-2),
+        (Release(0.3, 0.1, 100), 1e-2),
+        (Release(0.5, 0.5, 200), 1e-2),
+        (Release(1.0, 0.01, 3000), 5e-4),
+        (Release(2.0, 0.25, 60), 1e-3),
+        (Release(1.0, 0.5, 2), 1e-3),
+        (Release(20.0, 0.2, 500), 1e-4),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("delta", [1e-4, 1e-9, 1e-12, 1e-15, 1e-30])
 def test_every_accountant_bounds_from_above_or_refuses(release, interval, delta):
     below = optimistic(release, delta, interval) if delta > 1e-14 else optimistic(release, 1e-13, interval)
@@ -260,11 +272,17 @@ def test_every_accountant_bounds_from_above_or_refuses(release, interval, delta)
 @pytest.mark.parametrize(
     ("releases", "delta", "why"),
     [
-        (Release(0.02, 1.0, 1), 1e-5, "overflows"), (Release(0.03, 1.0, 1), 1e-5, "overflows"), (Release(0.01, 0.5, 1), 1e-5, "overflows"),
-        (Release(1e-4, 0.5, 1), 1e-5, "690"), (Release(1.0, 1.0, 1000), 1e-5, "690"), (Release(1.0, 0.2, 10), 1e-12, "rounding"),
-        (Release(1.0, 0.2, 10), 1e-30, "rounding"), (Release(1.0, 1.0, 1), 1e-300, "rounding"), (Release(50.0, 0.5, 3 * 10**6), 1e-5, "GiB"),
+        (Release(0.02, 1.0, 1), 1e-5, "overflows"),
+        (Release(0.03, 1.0, 1), 1e-5, "overflows"),
+        (Release(0.01, 0.5, 1), 1e-5, "overflows"),
+        (Release(1e-4, 0.5, 1), 1e-5, "690"),
+        (Release(1.0, 1.0, 1000), 1e-5, "690"),
+        (Release(1.0, 0.2, 10), 1e-12, "rounding"),
+        (Release(1.0, 0.2, 10), 1e-30, "rounding"),
+        (Release(1.0, 1.0, 1), 1e-300, "rounding"),
+        (Release(50.0, 0.5, 3 * 10**6), 1e-5, "GiB"),
     ],
-)  # fmt: skip
+)
 def test_prv_refuses_where_it_is_no_bound(releases, delta, why):
     for count in (lambda: epsilon(releases, delta, "prv"), lambda: epsilon_bracket(releases, delta, "prv")):
         with pytest.raises(UserError, match=why):
