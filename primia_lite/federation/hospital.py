@@ -80,8 +80,9 @@ def local_update(
     rng
         Makes one release: with DP, an unseeded one that was used before is refused, because its noise would come again.
     declared_size
-        The public, rounded number of units (patients, or films where they are the unit); sample rate times this is the
-        denominator of a private step. Required with DP.
+        The public number of units (patients, or films where they are the unit), see :func:`declare_size`; sample rate
+        times this is the denominator of a private step. Required with DP, which hides whether a unit is there or empty,
+        not how many there are (zero-out adjacency, see :mod:`primia_lite.privacy.accounting`).
     observe
         Called with the list of step losses, which are private: a simulation may plot them, a deployment leaves it None.
         Not called with shared noise.
@@ -139,7 +140,10 @@ def _checked_model(global_state: State, films: Films, training: Training, privac
 def declare_size(n: int, to: int = 10) -> int:
     """The number of films or patients that a hospital makes public, rounded to tens.
 
-    Public by declaration, not by DP: one more may move it to the next ten. It is declared once for a cohort.
+    Public by declaration: DP hides what each unit holds, and takes their number as known (zero-out adjacency). Rounding
+    is modesty, not protection: of one cohort in ten a patient more moves the number to the next ten. Whoever minds that
+    declares a number of their own, such as last year's, and declares it once for a cohort; a number that is off changes
+    a hospital's weight and the length of its steps, and not what is promised.
     """
     return max(to, to * round(n / to))
 
@@ -152,8 +156,10 @@ class Hospital:
     ----------
     name : such as ``A``
     films : its training films; nobody else sees them
-    declared_size : the public, rounded number of its films
-    declared_patients : the public, rounded number of its patients
+    declared_size : the public number of its films: its own choice, or 0 for the true one, rounded
+        (:func:`declare_size`). Where patients are the unit of DP it is sent nowhere, and is to be kept: a patient's
+        films change it
+    declared_patients : the public number of its patients, likewise
     lasting_ledger : a ledger for all its releases, whatever the run; None where each run's folder has one of its own,
         which is right for simulations only
     simulated_losses : step losses by round. Simulation only: private in a deployment
@@ -312,14 +318,14 @@ def mean_and_std_under_dp(
     *,
     fresh: bool = False,
     lasting_ledgers: Mapping[str, Ledger] | None = None,
+    declared: Mapping[str, int] | None = None,
 ) -> tuple[float, float]:
     """PriMIA's normalisation: pixel mean and standard deviation of all hospitals' films, shared under DP.
 
-    Each unit (see ``Privacy.unit``) adds (mean pixel, mean squared pixel) of its films, both in [0, 1], so it changes a
-    hospital's sum by at most √2 in L2 norm; each hospital adds noise of standard deviation √2 σ
-    (:func:`primia_lite.privacy.noise.local_noise`).
-    Charged to the hospital's ledger before it is computed, as one release with sample rate 1. Training in the same
-    ``folder`` adds to that ledger: leave room for both by
+    Each unit (see ``Privacy.unit``) adds (mean pixel, mean squared pixel) of its films, both in [0, 1], and an empty
+    one nothing, so it changes a hospital's sum by at most √2 in L2 norm; each hospital adds noise of standard deviation
+    √2 σ (:func:`primia_lite.privacy.noise.local_noise`). Charged to the hospital's ledger before it is computed, as one
+    release with sample rate 1. Training in the same ``folder`` adds to that ledger: leave room for both by
     ``Privacy.for_budget(..., also=(Release(noise_multiplier, 1.0, 1),))``.
 
     Parameters
@@ -333,6 +339,8 @@ def mean_and_std_under_dp(
     lasting_ledgers
         Of the hospitals that keep one whatever the run, by name (see :class:`Hospital`); charged in place of the
         folder's.
+    declared
+        Public numbers of units, by name, of the hospitals that declare one of their own (see :func:`declare_size`).
 
     Raises
     ------
@@ -346,7 +354,9 @@ def mean_and_std_under_dp(
     -------
     mean, std of pixels in [0, 1], for ``prepare(normalisation=...)``
     """
-    sums, declared = np.zeros(2), 0
+    if wrong := {name: number for name, number in (declared or {}).items() if number < 1}:
+        raise UserError(f"declared is {wrong}: numbers of units are at least 1")
+    sums, count = np.zeros(2), 0
     for name, films in hospitals:
         path = folder / f"ledger-{name}.sqlite"
         if fresh and (folder / "run.json").exists():
@@ -377,7 +387,7 @@ def mean_and_std_under_dp(
         noise = _own(rng.child("normalisation", name))
         total = {"moments": torch.from_numpy(moments.sum(0))}
         sums += local_noise(total, noise_multiplier, math.sqrt(2.0), noise)["moments"].numpy()
-        declared += declare_size(len(moments))
-    mean, square = sums / declared
+        count += (declared or {}).get(name, declare_size(len(moments)))
+    mean, square = sums / count
     mean = float(np.clip(mean, 0.05, 0.95))
     return mean, float(np.sqrt(np.clip(square - mean**2, 0.01, 0.25)))

@@ -1,9 +1,10 @@
 """DP-SGD at one hospital: per-unit gradients, clipping, Gaussian noise (Abadi et al., CCS 2016).
 
-The unit is a patient with all their films (McMahan et al. 2018 call it user-level), or a single film. Sampling and
-noise come from :class:`~primia_lite.privacy.rng.SecureGenerator`, and the noise is of whole numbers
-(:mod:`primia_lite.privacy.noise`). ε doesn't cover that a step is refused because a gradient isn't finite: that can be
-seen from outside.
+The unit is a patient with all their films (McMahan et al. 2018 call it user-level), or a single film. What is hidden is
+whether a unit is there or empty; how many there are is public (zero-out adjacency, see
+:mod:`primia_lite.privacy.accounting`): an empty unit's gradient is zero, sampled or not. Sampling and noise come from
+:class:`~primia_lite.privacy.rng.SecureGenerator`, and the noise is of whole numbers (:mod:`primia_lite.privacy.noise`).
+ε doesn't cover that a step is refused because a gradient isn't finite: that can be seen from outside.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class Privacy:
     max_grad_norm : C, the L2 norm to which each unit's gradient is clipped
     target_epsilon, target_delta : the budget of a hospital; a step that would exceed it is refused. With ``shared`` the
         ledger counts at this δ, and :meth:`promised_delta` is what holds in all
-    unit : whose presence is hidden: ``patient`` (with all their films at the hospital) or ``film``
+    unit : what may be there or empty without anybody's knowing: a ``patient`` (with all their films at the hospital) or
+        a ``film``. How many there are is public (zero-out adjacency)
     plan : the releases that are fixed in advance; without one the ledger counts by a filter
     shared : how hospitals make the noise together, as whole numbers within a secure sum; None: each by itself
     """

@@ -13,6 +13,7 @@ What may still be released is decided in one of two ways, fixed when the file is
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import sqlite3
 import time
@@ -51,7 +52,9 @@ CREATE TABLE charges (
     code TEXT NOT NULL
 );
 """
-MECHANISM = "Poisson-subsampled Gaussian, add or remove one unit"
+# Older ledgers say "add or remove one unit", and are counted alike.
+MECHANISM = "Poisson-subsampled Gaussian, one unit zeroed out"
+_AGAIN = re.compile(r"(.*) \(again ([0-9]{1,9})\)", re.DOTALL)
 
 
 class Ledger:
@@ -216,8 +219,9 @@ class Ledger:
         release
         """
         charges = self.charges()
+        by_filter, by_pld = self._filter(charges), epsilon(charges, self.target_delta)
         return {
-            "epsilon": self.epsilon(), "filter": self._filter(charges), "pld": epsilon(charges, self.target_delta),
+            "epsilon": by_pld if self.by_plan else by_filter, "filter": by_filter, "pld": by_pld,
             "budget": self.target_epsilon, "delta": self.target_delta, "unit": self.unit, "order": self.order,
             "rule": "plan" if self.by_plan else "filter",
         }  # fmt: skip
@@ -227,9 +231,9 @@ class Ledger:
         with self._database() as db:
             cursor = db.execute("SELECT * FROM charges ORDER BY id")
             rows = [dict(zip([column[0] for column in cursor.description], row, strict=True)) for row in cursor]
-        so_far: list[Release] = []
+        so_far: tuple[Release, ...] = ()
         for row in rows:
-            so_far.append(Release(row["noise_multiplier"], row["sample_rate"], row["steps"]))
+            so_far = merge([*so_far, Release(row["noise_multiplier"], row["sample_rate"], row["steps"])])
             row["filter_epsilon"] = self._filter(so_far)
         return rows
 
@@ -261,21 +265,21 @@ class Ledger:
                     db.execute("ROLLBACK")
 
     def _charge(self, db: sqlite3.Connection, what: str, release: Release, repeatable: bool) -> None:
-        names = (what, f"{what} (again %")
-        again = db.execute("SELECT COUNT(*) FROM charges WHERE what = ? OR what LIKE ?", names).fetchone()[0]
-        same = db.execute(
-            "SELECT COUNT(*) FROM charges WHERE (what = ? OR what LIKE ?) AND noise_multiplier = ? "
-            "AND sample_rate = ? AND steps = ?",
-            (*names, release.noise_multiplier, release.sample_rate, release.steps),
-        ).fetchone()[0]
-        if same and repeatable:
+        what = what.encode(errors="backslashreplace").decode()  # a folder's name may have no UTF-8
+        spent = _releases(db)
+        written = [_name_and_number(name) for (name,) in db.execute("SELECT what FROM charges ORDER BY id")]
+        before = {number: old for (name, number), old in zip(written, spent, strict=True) if name == what}
+        if repeatable and release in before.values():
             return
-        self._allow(what, _releases(db), release)
+        self._allow(what, spent, release)
+        again = max(before, default=-1) + 1
+        if again or _AGAIN.fullmatch(what):
+            what = f"{what} (again {again})"
         db.execute(
             "INSERT INTO charges (time, what, mechanism, noise_multiplier, sample_rate, steps, unit, code) "
             "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-            (time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), f"{what} (again {again})" if again else what,
-             MECHANISM, release.noise_multiplier, release.sample_rate, release.steps, self.unit, __version__),
+            (time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), what, MECHANISM, release.noise_multiplier,
+             release.sample_rate, release.steps, self.unit, __version__),
         )  # fmt: skip
         db.execute("COMMIT")
 
@@ -327,6 +331,12 @@ def charged_for(path: Path) -> list[str]:
             f"{path} can't be read ({error}), so it isn't deleted: wait for the process that holds it; a damaged "
             "ledger of a mere simulation you may delete by hand"
         ) from error
+
+
+def _name_and_number(written: str) -> tuple[str, int]:
+    """The name that was charged, and how often before: no two names are written alike, whatever they end with."""
+    match = _AGAIN.fullmatch(written)
+    return (match[1], int(match[2])) if match else (written, 0)
 
 
 def _check_budget(target_epsilon: float, target_delta: float | None, unit: str) -> None:

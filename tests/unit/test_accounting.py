@@ -181,6 +181,194 @@ def test_the_accountants_are_ordered_as_labelled():
     assert epsilon(release, 1e-4, "prv") < epsilon(release, 1e-4, "rdp") <= filter_epsilon(release, 1e-4, 3) * 1.0001
 
 
+# --- where floats end -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accountant", ["pld", "gdp"])
+@pytest.mark.parametrize(
+    ("releases", "mu"),
+    [
+        ([Release(0.02, 1.0, 1)], 50.0),
+        ([Release(0.01, 1.0, 1)], 100.0),
+        ([Release(1e-4, 1.0, 1)], 1e4),
+        ([Release(5.46, 1.0, 101)], math.sqrt(101) / 5.46),
+        ([Release(3.0, 1.0, 9), Release(4.0, 1.0, 16)], math.sqrt(2)),
+        ([Release(2.0 + n, 1.0, 1) for n in range(40)], math.sqrt(sum((2.0 + n) ** -2 for n in range(40)))),
+    ],
+)
+def test_full_batches_are_one_gaussian_exactly(accountant, releases, mu):
+    for delta in (1e-4, 1e-12, 1e-30):
+        assert epsilon(releases, delta, accountant) == pytest.approx(gaussian_epsilon(mu, delta), rel=1e-9)
+    bracket = epsilon_bracket(releases, 1e-5)
+    assert bracket.lower <= gaussian_epsilon(mu, 1e-5) <= bracket.upper * (1 + 1e-9) and bracket.gap < 1e-9
+
+
+def test_gaussian_dp_is_that_of_dp_accounting_and_mixes_with_sampled_steps():
+    from dp_accounting.pld import privacy_loss_distribution as pld
+
+    theirs = pld.from_gaussian_mechanism(4.0, value_discretization_interval=1e-4).self_compose(10)
+    assert epsilon(Release(4.0, 1.0, 10), 1e-5, "gdp") == pytest.approx(theirs.get_epsilon_for_delta(1e-5), rel=1e-4)
+    full, sampled = Release(4.0, 1.0, 10), Release(20.0, 0.1, 2000)
+    assert clt_mu([full, sampled]) == pytest.approx(math.hypot(math.sqrt(10) / 4, clt_mu(sampled)))
+    assert epsilon([full, sampled], 1e-5, "gdp") == pytest.approx(epsilon([full, sampled], 1e-5), rel=0.01)
+
+
+def test_the_exact_gaussian_neither_overflows_nor_hangs():
+    for mu, delta in ((1e-9, 1e-5), (1e-3, 1e-5), (1e3, 1e-5), (1e10, 1e-5), (1.0, 1e-30), (1.0, 1e-300), (7.0, 0.9)):
+        value = gaussian_epsilon(mu, delta)
+        # Between what a tail bound and the tail of the loss alone give (the loss is N(mu^2 / 2, mu^2)).
+        assert 0 <= value <= max(0.0, mu * (mu / 2 - norm.ppf(delta))) * (1 + 1e-9) + 1e-9
+        assert value == 0 or value >= mu * (mu / 2 - norm.ppf(delta)) * 0.3 - mu
+    assert gaussian_epsilon(1e200, 1e-5) == math.inf and gaussian_epsilon(0.0, 1e-5) == 0
+    assert gaussian_delta(0.0, 1e5) == 1 and gaussian_delta(1e12, 1.0) == 0
+    # High precision by mpmath, once: mu = 1, delta = 1e-20 and 1e-100.
+    assert gaussian_epsilon(1.0, 1e-20) == pytest.approx(9.510936240574, rel=1e-9)
+    for mu, delta in ((1.0, 0.0), (1.0, 1.0), (-1.0, 1e-5), (math.nan, 1e-5)):
+        with pytest.raises(UserError):
+            gaussian_epsilon(mu, delta)
+
+
+def optimistic(release: Release, delta: float, interval: float) -> float:
+    """A lower bound by dp-accounting alone."""
+    from dp_accounting.pld import privacy_loss_distribution as pld
+
+    total = pld.from_gaussian_mechanism(
+        release.noise_multiplier,
+        sampling_prob=release.sample_rate,
+        pessimistic_estimate=False,
+        use_connect_dots=False,
+        value_discretization_interval=interval,
+    ).self_compose(release.steps)
+    return total.get_epsilon_for_delta(delta * 1.01 + 1e-14)
+
+
+@pytest.mark.parametrize(
+    ("release", "interval"),
+    [
+        (Release(0.1, 0.5, 1), 1e-2),
+        (Release(0.05, 0.3, 1), 5e-2),
+        (Release(0.3, 0.1, 100), 1e-2),
+        (Release(0.5, 0.5, 200), 1e-2),
+        (Release(1.0, 0.01, 3000), 5e-4),
+        (Release(2.0, 0.25, 60), 1e-3),
+        (Release(1.0, 0.5, 2), 1e-3),
+        (Release(20.0, 0.2, 500), 1e-4),
+    ],
+)
+@pytest.mark.parametrize("delta", [1e-4, 1e-9, 1e-12, 1e-15, 1e-30])
+def test_every_accountant_bounds_from_above_or_refuses(release, interval, delta):
+    below = optimistic(release, delta, interval) if delta > 1e-14 else optimistic(release, 1e-13, interval)
+    rdp, pld = epsilon(release, delta, "rdp"), epsilon(release, delta, "pld")
+    assert below <= pld <= rdp * (1 + 1e-6) and math.isfinite(pld)
+    try:
+        prv = epsilon(release, delta, "prv")
+    except UserError as error:
+        assert "use pld" in str(error) and (delta < 1e-9 or pld > 300)
+    else:
+        assert below <= prv == pytest.approx(pld, rel=0.01)
+        assert epsilon_bracket(release, delta, "prv").lower <= pld
+
+
+@pytest.mark.parametrize(
+    ("releases", "delta", "why"),
+    [
+        (Release(0.02, 1.0, 1), 1e-5, "overflows"),
+        (Release(0.03, 1.0, 1), 1e-5, "overflows"),
+        (Release(0.01, 0.5, 1), 1e-5, "overflows"),
+        (Release(1e-4, 0.5, 1), 1e-5, "690"),
+        (Release(1.0, 1.0, 1000), 1e-5, "690"),
+        (Release(1.0, 0.2, 10), 1e-12, "rounding"),
+        (Release(1.0, 0.2, 10), 1e-30, "rounding"),
+        (Release(1.0, 1.0, 1), 1e-300, "rounding"),
+        (Release(50.0, 0.5, 3 * 10**6), 1e-5, "GiB"),
+    ],
+)
+def test_prv_refuses_where_it_is_no_bound(releases, delta, why):
+    for count in (lambda: epsilon(releases, delta, "prv"), lambda: epsilon_bracket(releases, delta, "prv")):
+        with pytest.raises(UserError, match=why):
+            count()
+    assert epsilon(releases, delta) < math.inf  # and here is what to use instead
+
+
+def test_losses_that_floats_do_not_hold_are_bounded_by_the_noise_without_sampling():
+    for sigma in (0.02, 0.01, 1e-3, 1e-200):
+        exact, sampled = gaussian_epsilon(1 / sigma, 1e-5), epsilon(Release(sigma, 0.5, 1), 1e-5)
+        assert sampled <= exact and (sampled >= 0.98 * exact or sigma == 1e-200)  # sampling takes off log 2 or so
+        assert attacker_power(Release(sigma, 0.5, 1), [0.01])[0] <= 1
+    for releases in (Release(0.05, 0.5, 1000), [Release(0.01, 0.5, 1), Release(400.0, 0.01, 10**5)]):
+        assert 0 < epsilon(releases, 1e-5) < math.inf
+        assert math.isfinite(epsilon(releases, 1e-5, "rdp"))
+    with pytest.raises(UserError, match="lower bound"):
+        epsilon_bracket(Release(0.005, 0.5, 1), 1e-5)
+    assert child_epsilon(Release(0.1, 0.5, 10), 30, 1e-30) == gaussian_epsilon(30 * math.sqrt(10) / 0.1, 1e-30)
+
+
+@pytest.mark.parametrize(("sigma", "q"), [(1.0, 0.01), (0.3, 0.5), (5.0, 0.25), (0.8, 0.999), (0.7, 1e-4)])
+def test_a_steps_losses_are_those_of_dp_accounting(sigma, q):
+    from dp_accounting.pld import privacy_loss_distribution as pld
+
+    for steps in (1, 7):
+        theirs = pld.from_gaussian_mechanism(sigma, sampling_prob=q, value_discretization_interval=1e-4 / sigma)
+        want = theirs.self_compose(steps).get_epsilon_for_delta(1e-6)
+        assert want * (1 - 1e-6) <= epsilon(Release(sigma, q, steps), 1e-6) <= want * 1.0002 + 1e-5
+
+
+def test_fractional_orders_bound_more_closely_and_stay_bounds():
+    from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
+    from dp_accounting.rdp import RdpAccountant
+
+    for sigma, q, steps in (
+        (0.3, 0.01, 100),
+        (0.5, 0.1, 100),
+        (0.8, 0.25, 50),
+        (0.6, 0.9, 10),
+        (1.5, 0.5, 40),
+        (4.0, 1.0, 9),
+    ):
+        theirs = RdpAccountant()
+        theirs.compose(PoissonSampledDpEvent(q, GaussianDpEvent(sigma)), steps)
+        ours = epsilon(Release(sigma, q, steps), 1e-5, "rdp")
+        assert epsilon(Release(sigma, q, steps), 1e-5) <= ours <= theirs.get_epsilon(1e-5) * (1 + 1e-9)
+    whole = RdpAccountant(list(range(2, 65)))
+    whole.compose(PoissonSampledDpEvent(0.01, GaussianDpEvent(0.3)), 100)
+    assert epsilon(Release(0.3, 0.01, 100), 1e-5, "rdp") < 0.2 * whole.get_epsilon(1e-5)
+
+
+def test_rdp_says_nothing_of_orders_that_do_not_converge(capfd):
+    assert epsilon(Release(0.51, 0.49, 3), 1e-5, "rdp") > 0
+    assert "converge" not in capfd.readouterr().err
+
+
+def test_calibration_reaches_what_only_the_tight_count_allows():
+    sigma = calibrate_noise_multiplier(0.02, 1e-10, 1.0, 1)
+    assert 0.99 * 0.02 <= epsilon(Release(sigma, 1.0, 1), 1e-10) <= 0.02
+    assert calibrate_noise_multiplier(1e5, 1e-4, 0.5, 1) == 0.1
+    sigma = calibrate_noise_multiplier(8.0, 1e-30, 0.25, 20)
+    assert 0.95 * 8 <= epsilon(Release(sigma, 0.25, 20), 1e-30) <= 8
+
+
+def test_zero_out_and_add_or_remove_are_one_pair_of_distributions():
+    """A patient against an empty record: enumerated over who is sampled, one step in one dimension."""
+    sigma, q = 1.3, 0.3
+    others, child = np.array([0.4, -0.9]), 1.0
+    x = np.linspace(-14, 14, 200_001)
+
+    def density(gradients):
+        total = np.zeros_like(x)
+        for taken in np.ndindex(*(2,) * len(gradients)):
+            weight = np.prod(np.where(taken, q, 1 - q))
+            total += weight * norm.pdf(x, np.dot(taken, gradients), sigma)
+        return total
+
+    there, empty, gone = density([*others, child]), density([*others, 0.0]), density(others)
+    np.testing.assert_allclose(empty, gone, atol=1e-15)
+    eps = 0.4
+    for one, other in ((there, empty), (empty, there)):
+        delta = np.trapezoid(np.clip(one - math.exp(eps) * other, 0, None), x)
+        assert epsilon(Release(sigma, q, 1), delta) <= eps * 1.001 or delta == pytest.approx(0, abs=1e-12)
+        assert delta <= gaussian_delta(eps, 1 / sigma)
+
+
 # --- parameters chosen along the way ----------------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ import sys
 import textwrap
 import time
 
+import numpy as np
 import pytest
 
 from primia_lite.config import BudgetError, UserError
@@ -38,6 +39,73 @@ def test_a_name_that_comes_again_is_charged_again_unless_repeatable(tmp_path):
     assert len(ledger.charges()) == 4
     ledger.charge("round 2", Release(2.0, 0.25, 2), repeatable=True)  # another mechanism is another release
     assert len(ledger.charges()) == 5
+
+
+@pytest.mark.parametrize(
+    ("charged", "asked"),
+    [
+        ("runX1", "run_1"), ("run 1", "run%"), ("run 1", "RUN 1"), ("é", "e\u0301"), ("run", "ru'n"), ("run", "run\\"),
+        ("run 1", "run 1 "), ("run", "run (again 1)"), ("run (again 1)", "run"), ("run (again 1)", "run (again 2)"),
+        ("a" * 5000, "a" * 5001), ("run (again 1): round 1", "run: round 1"), ("run (again 1", "run"), ("", "run"),
+        ("run\n (again 1)", "run\n"), ("run\0a", "run\0b"),
+    ],
+)  # fmt: skip
+def test_another_name_is_another_release(tmp_path, charged, asked):
+    ledger = Ledger(tmp_path / "a.sqlite", 500.0, 1e-4)
+    ledger.charge(charged, STEP)
+    ledger.charge(charged, STEP)
+    for _ in range(2):
+        ledger.charge(asked, STEP, repeatable=True)
+    assert len(ledger.charges()) == 3
+    ledger.charge(charged, STEP, repeatable=True)
+    assert len(ledger.charges()) == 3 == len(set(charged_for(ledger.path)))
+
+
+def test_a_name_without_utf8_is_charged(tmp_path):
+    ledger = Ledger(tmp_path / "a.sqlite", 500.0, 1e-4)
+    for _ in range(2):
+        ledger.charge(b"M\xfcnchen".decode(errors="surrogateescape"), STEP, repeatable=True)
+    assert ledger.charges() == [STEP] and "nchen" in charged_for(ledger.path)[0]
+
+
+def test_numpys_numbers_are_charged_as_plain_ones(tmp_path):
+    ledger = Ledger(tmp_path / "a.sqlite", 500.0, 1e-4, plan=Release(np.float64(1.0), 0.25, np.int64(2)))
+    ledger.charge("round 1", Release(np.float32(1.0), 0.25, np.int64(2)))
+    assert Ledger(tmp_path / "a.sqlite").plan == (STEP,) == tuple(ledger.charges())
+
+
+def test_a_ledger_that_says_add_or_remove_is_read_and_counted_on(tmp_path):
+    """As older ones do: their mechanism is a word for the same accounting."""
+    import sqlite3
+
+    ledger = Ledger(tmp_path / "a.sqlite", 500.0, 1e-4)
+    ledger.charge("round 1", STEP)
+    spent = ledger.spent()
+    with sqlite3.connect(ledger.path) as db:
+        db.execute("UPDATE charges SET mechanism = 'Poisson-subsampled Gaussian, add or remove one unit'")
+    db.close()
+    again = Ledger(tmp_path / "a.sqlite", 500.0, 1e-4)
+    assert again.spent() == spent
+    again.charge("round 1", STEP, repeatable=True)
+    again.charge("round 2", STEP)
+    assert [row["mechanism"].rpartition(", ")[2] for row in again.statement()] == [
+        "add or remove one unit", "one unit zeroed out",
+    ]  # fmt: skip
+
+
+def test_a_ledger_of_many_mechanisms_is_counted_once_and_the_same_whatever_the_order_of_looks(tmp_path):
+    releases = [Release(30.0 + n % 7 + n / 60, 0.25, 1) for n in range(60)]
+    alone = epsilon(releases, 1e-4)  # imports, and counts
+    ledger = Ledger(tmp_path / "a.sqlite", 8.0, 1e-4)
+    begin = time.process_time()
+    for number, release in enumerate(releases):
+        ledger.charge(f"look {number}", release)
+        if number % 6 == 5:
+            ledger.spent()
+    took = time.process_time() - begin
+    assert ledger.spent()["pld"] == alone and Ledger(ledger.path).spent()["pld"] == alone
+    assert len(ledger.statement()) == 60
+    assert took < 30  # CPU seconds; counted anew at every look it was above 60
 
 
 def test_charges_outlive_the_process(tmp_path):

@@ -165,6 +165,15 @@ def test_a_patients_films_count_as_one(hospitals, tmp_path, without_accountant):
     assert mean == pytest.approx(want, abs=1e-6) and std == pytest.approx(np.sqrt(square - want**2), abs=1e-6)
 
 
+def test_a_hospital_declares_a_number_of_its_own(hospitals, tmp_path, without_accountant):
+    own = {"A": 40, "B": 1}
+    mean, _ = mean_and_std_under_dp(hospitals, TINY, tmp_path, ANY, SecureGenerator(), declared=own)
+    pixels = np.concatenate([f.images.reshape(len(f), -1) for _, f in hospitals]) / 255.0
+    assert mean == pytest.approx(np.clip(pixels.mean(1).sum() / 41, 0.05, 0.95), abs=1e-6)
+    with pytest.raises(UserError, match="declared"):
+        mean_and_std_under_dp(hospitals, TINY, tmp_path, ANY, SecureGenerator(), declared={"A": 0})
+
+
 def test_a_lasting_ledger_is_charged_for_it_too(hospitals, tmp_path):
     lasting = Ledger(tmp_path / "hospital-A.sqlite", 8.0, 1e-4, "film")
     mean_and_std_under_dp(hospitals, 5.0, tmp_path, PRIVACY, SecureGenerator(), lasting_ledgers={"A": lasting})
