@@ -17,8 +17,8 @@ from primia_lite.config import UserError
 
 COMPLETE_UP_TO = 100  # so few hospitals share a mask with every other
 # A server may draw many graphs and keep the worst: it chooses which advertisements to relay, and its own hospitals'
-# keys. So many may it try, each of them a hash for every hospital (with 1,000 hospitals 2^50 hashes, a day of a graphics
-# card), and a bad one is then among them with a chance of 2^-40. Twice as many tries take one bit of that.
+# keys. So many may it try, each of them a hash for every hospital (with 1,000 hospitals 2^50 hashes, a day of a
+# graphics card), and a bad one is then among them with a chance of 2^-40. Twice as many tries take one bit of that.
 TRIES_BITS = 40
 SECURITY_BITS = 40
 # Of a round that can't be unmasked although few enough hospitals are gone.

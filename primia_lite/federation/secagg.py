@@ -404,9 +404,9 @@ def _derive(secret: X25519PrivateKey, public: bytes, *what: object) -> bytes:
 
 def _mask_seed(
     agreement: Agreement, session: int, a: str, b: str, secret: X25519PrivateKey, public: bytes,
-    question: Question | None = None,
+    question: Iterable[str] = (),
 ) -> bytes:  # fmt: skip
-    return _derive(secret, public, "mask", agreement.digest, session, *sorted((a, b)), *(question or ()))
+    return _derive(secret, public, "mask", agreement.digest, session, *sorted((a, b)), *question)
 
 
 def _sign(mine: str, other: str) -> int:
@@ -608,7 +608,7 @@ class Client:
         seeds = [(mine.own_seed, 1)]
         for other in sorted(mine.shares.keys() - {self.name}):
             public = bytes.fromhex(mine.advertised[other][0])
-            seed = _mask_seed(agreement, session, self.name, other, secret, public, question)
+            seed = _mask_seed(agreement, session, self.name, other, secret, public, question or ())
             seeds.append((seed, _sign(self.name, other)))
         values = np.asarray(update())
         wanted = np.float32 if agreement.weighted else np.int64
@@ -776,8 +776,6 @@ class Server:
     ----------
     session
         Number of the round: above that of every round before.
-    question
-        What hospitals are to answer, where no noise protects it; known from step ``mask`` on.
 
     Attributes
     ----------
@@ -786,8 +784,8 @@ class Server:
     survivors : whose updates are in it
     """
 
-    def __init__(self, agreement: Agreement, session: int, question: Question | None = None):
-        self.agreement, self.session, self.question = agreement, session, question
+    def __init__(self, agreement: Agreement, session: int):
+        self.agreement, self.session = agreement, session
         self.step: str | None = STEPS[0]
         self.total: np.ndarray | None = None
         self.survivors: tuple[str, ...] = ()
@@ -876,8 +874,12 @@ class Server:
 
     def _take_mask(self, reply: Reply) -> None:
         sender, unopened, came = reply.sender, reply.body["unopened"], self._replies["mask"]
-        if reply.body["question"] != list(self.question or ()):
-            raise ProtocolError(f"{sender} answers for another round, or other weights: it is left out")
+        first = next(iter(came.values()), reply)
+        if reply.body["question"] != first.body["question"]:
+            raise ProtocolError(
+                f"{sender} answers for another round, or other weights, than {first.sender}, who came first: it is "
+                "left out"
+            )
         if not isinstance(unopened, list) or not set(unopened) <= set(self._neighbours[sender]):
             raise ProtocolError(f"{sender} names shares that it wasn't sent")
         # They have no mask together, so one sum can't hold both.
@@ -937,12 +939,13 @@ class Server:
         answered = self._replies[self.step]
         if len(answered) < self.agreement.threshold:
             gone = sorted(set(self.agreement.names) - set(answered))
-            step = self.step
+            step, asked = self.step, any(reply.body["question"] for reply in self._replies["mask"].values())
+            signed = f" (without DP: {', '.join(self.survivors)}, and no others)" if asked and self.survivors else ""
             self._end()
             raise TooFewSurvivors(
                 f"round {self.session} ended at {step}: {len(answered)} hospitals answered, fewer than the threshold "
                 f"of {self.agreement.threshold} (missing: {', '.join(gone)}). There is no sum, and what was charged to "
-                "ledgers stays charged. Ask again once they are back"
+                f"ledgers stays charged. Ask again once they are back{signed}"
             )
         if self.step == "mask":
             self.survivors = tuple(sorted(answered))
@@ -990,7 +993,8 @@ class Server:
                 raise ProtocolError(f"the shares of {gone}'s key don't give its key: there is no sum")
             for other in staying:
                 public = bytes.fromhex(self._replies["advertise"][other].body["keys"][0])
-                seed = _mask_seed(self.agreement, self.session, gone, other, secret, public, self.question)
+                question = self._replies["mask"][other].body["question"]
+                seed = _mask_seed(self.agreement, self.session, gone, other, secret, public, question)
                 seeds.append((seed, -_sign(other, gone)))
         add_masks(self._sum, seeds)
         self.total, self._sum = centred(self._sum), None
