@@ -184,9 +184,11 @@ class SecureAggregation:
 
 
 def check(ask: Mapping[str, object], sizes: Mapping[str, int]) -> None:
-    """Raise UserError unless both name the same hospitals."""
+    """Raise UserError unless both name the same hospitals, and each has a size."""
     if ask.keys() != sizes.keys():
         raise UserError(f"updates from {sorted(ask)} but sizes of {sorted(sizes)}: they must name the same")
+    if min(sizes.values(), default=0) < 1:
+        raise UserError(f"declared sizes are {dict(sizes)}: each must be at least 1")
 
 
 def length(like: State) -> int:
