@@ -882,12 +882,16 @@ class Server:
             )
         if not isinstance(unopened, list) or not set(unopened) <= set(self._neighbours[sender]):
             raise ProtocolError(f"{sender} names shares that it wasn't sent")
-        # They have no mask together, so one sum can't hold both.
-        if before := [other for other in unopened if other in came]:
-            raise ProtocolError(
-                f"{before[0]} sent {sender} a share that doesn't open, and is in the sum already: {sender} is left "
-                f"out. If others say so too, leave out {before[0]}"
-            )
+        # They have no mask together, so one sum can't hold both. Who sealed the share goes, if it hasn't come yet and
+        # enough of the others have its shares: its masks with them are to be taken off.
+        for other in unopened:
+            without = {sender} | {name for name, masked in came.items() if other in masked.body["unopened"]}
+            holders = set(self._neighbours[other]) & self._replies["share"].keys() - without
+            if other in came or len(holders) < self.agreement.share_threshold:
+                raise ProtocolError(
+                    f"{other} sent {sender} a share that doesn't open, and the sum needs {other}: {sender} is left "
+                    f"out. If that comes again, leave out {other}"
+                )
         if after := [other for other, masked in came.items() if sender in masked.body["unopened"]]:
             raise ProtocolError(f"{sender} sent {after[0]} a share that doesn't open: {sender} is left out")
         if self._sum is None:

@@ -185,7 +185,7 @@ def opened_by_nobody(party, sender, receivers):
     """A hospital that lies, and signs it: what it sealed for some others doesn't open."""
     replies = {reply.sender: reply for reply in party.replies()}
     shares = replies[sender].body["shares"]
-    body = replies[sender].body | {"shares": shares | dict.fromkeys(receivers, shares[receivers[0]][::-1])}
+    body = replies[sender].body | {"shares": shares | dict.fromkeys(receivers, secagg._encode(bytes(secagg._SEALED)))}
     for reply in (replies | {sender: party.resigned(replies[sender], body=body)}).values():
         party.server.receive(reply)
     party.server.close()
@@ -194,14 +194,14 @@ def opened_by_nobody(party, sender, receivers):
 
 @pytest.mark.parametrize("late", [False, True])
 def test_who_sealed_a_share_that_does_not_open_is_named_and_the_receiver_stays_if_it_came_first(late):
-    party = opened_by_nobody(at("share", 5), "B", "A")
+    party = opened_by_nobody(Round(5, threshold=3).until("share"), "B", "A")
     replies = {reply.sender: reply for reply in party.replies()}
     assert {name: reply.body["unopened"] for name, reply in replies.items()} == {"A": ["B"]} | {
         name: [] for name in "BCDE"
     }
     first, second = ("B", "A") if late else ("A", "B")
     party.server.receive(replies[first])
-    with pytest.raises(ProtocolError, match=f"(B sent A|B is in) .*doesn't open.*{second} is left out"):
+    with pytest.raises(ProtocolError, match=f"B sent A a share that doesn't open.*{second} is left out"):
         party.server.receive(replies[second])
     for name in "CDE":
         party.server.receive(replies[name])
@@ -209,6 +209,15 @@ def test_who_sealed_a_share_that_does_not_open_is_named_and_the_receiver_stays_i
     party.gone.add(second)
     party.finish()
     assert party.server.survivors == tuple(sorted({*"ABCDE"} - {second}))
+    assert np.array_equal(party.server.total, party.exact(party.server.survivors))
+
+
+@pytest.mark.parametrize("n", [3, 4])
+def test_without_a_hospital_to_spare_the_receiver_of_a_bad_share_is_left_out_and_the_sender_named(n):
+    party = opened_by_nobody(at("share", n), "B", "A")
+    refused = secagg.run(party.server, party.exchange)
+    assert len(refused) == 1 and "B sent A a share that doesn't open" in refused[0]
+    assert party.server.survivors == tuple(names(n)[1:])
     assert np.array_equal(party.server.total, party.exact(party.server.survivors))
 
 
