@@ -48,7 +48,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -219,6 +219,7 @@ class Agreement:
         return graphs.neighbours(list(advertised), self.degree, seed)
 
 
+@lru_cache(maxsize=2**14)
 def _is_weak(identity: bytes) -> bool:
     """Whether a point has small order, so that a signature of one message passes for others, or is written oddly.
 
@@ -226,8 +227,8 @@ def _is_weak(identity: bytes) -> bool:
     """
     p = 2**255 - 19
     y = int.from_bytes(identity, "little") % 2**255
-    u = (1 + y) * pow(1 - y, p - 2, p) % p
     try:
+        u = (1 + y) * pow(1 - y, -1, p) % p  # y = 1 has none
         X25519PrivateKey.from_private_bytes(bytes(32)).exchange(
             X25519PublicKey.from_public_bytes(u.to_bytes(32, "little"))
         )
