@@ -121,7 +121,7 @@ class Site:
                 f"need the same {STUDY}"
             )
         replies = []
-        clients, answered = self._clients()
+        clients = self._clients()
         for request in requests:
             try:
                 session = json.loads(request)["session"]
@@ -132,18 +132,15 @@ class Site:
             except Exception as error:  # the others mustn't learn why: it may tell of films
                 log.warning("hospital %s refuses a request: %s: %s", self.name, type(error).__name__, error)
         # Before a reply leaves: what is kept never says less than what others have been told.
-        kept = {"clients": [client.save().decode() for client in clients], "answered": answered}
-        self._keep(json.dumps(kept).encode())
+        self._keep(json.dumps([client.save().decode() for client in clients]).encode())
         return replies
 
-    def _clients(self) -> tuple[list[secagg.Client], dict]:
-        """Those of even and odd rounds, and what both have answered."""
-        kept = json.loads(self._kept() or '{"clients": [], "answered": {}}')
-        answered = kept["answered"]
+    def _clients(self) -> list[secagg.Client]:
+        kept, answered = self._kept(), {}
         clients = [secagg.Client(self.name, self._identity, self.agreement, answered=answered) for _ in range(2)]
-        for client, content in zip(clients, kept["clients"], strict=False):
+        for client, content in zip(clients, json.loads(kept) if kept else (), strict=False):
             client.restore(content.encode())
-        return clients, answered
+        return clients
 
     def _question(self, number: int, weights: Mapping[str, np.ndarray] | None) -> secagg.Question | None:
         rounds = self.study.rounds

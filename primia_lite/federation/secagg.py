@@ -23,11 +23,11 @@ learns the sum of the others, one that lies may split it into sums of groups, an
 One round, one answer. Two sums of the same updates with different survivors give their difference away. So where no
 noise protects an update, a hospital is told which :class:`Question` it answers. The question goes into the masks:
 updates of other rounds, or from other weights, don't cancel. And a hospital signs one list of survivors for a round of
-a study, and one set of weights, whatever the session, and remembers it for good (``answered``, which its keeper writes
-to the disk before a reply leaves). What was signed may be asked for again, and gives the same sum. A round that ended
-before ``confirm`` may be asked again with anybody; one that ended later only with the hospitals that were on the list:
-others may have opened that sum, and nobody can tell. If these don't come back, take another study. With DP no such
-memory is kept: each answer is charged to a ledger, or is a noisy update that was charged and is sent again.
+a study, and one set of weights, whatever the session, and remembers it for good (see :meth:`Client.save`). What was
+signed may be asked for again, and gives the same sum. A round that ended before ``confirm`` may be asked again with
+anybody; one that ended later only with the hospitals that were on the list: others may have opened that sum, and nobody
+can tell. If these don't come back, take another study. With DP no such memory is kept: each answer is charged to a
+ledger, or is a noisy update that was charged and is sent again.
 
 What doesn't hold: with two survivors each learns the other's update, from the sum; a hospital that lies about its
 update within the clip isn't noticed; nor is anybody kept from spoiling a round, or a server from giving the same
@@ -450,9 +450,8 @@ class Client:
         update summed twice, with other hospitals each time, and subtract. Rounds of an agreement never start anew at 1:
         keep the number (see :meth:`save`), or agree on new identities.
     answered
-        By round: the weights and survivors that it has signed for (see the module's text). One for all of a hospital's
-        clients, whatever their agreement. The client adds to it; write it down with :meth:`save`, before a reply
-        leaves.
+        By round: the weights and survivors that it has signed for (see the module's text), to which it adds. One for
+        all of a hospital's clients, whatever their agreement; :meth:`save` and :meth:`restore` know of it.
 
     Raises
     ------
@@ -693,9 +692,11 @@ class Client:
         copy in a second process) answers a step again, and no code here can tell: two masked updates from one state
         give their difference away, two lists of survivors both secrets of a hospital, and with them its update.
         """
-        return json.dumps(
-            {"last_session": self.last_session, "round": self._round and _hexadecimal(vars(self._round))}
-        ).encode()
+        round_ = self._round and _hexadecimal(vars(self._round))
+        kept = {"last_session": self.last_session, "round": round_}
+        if self._answered:
+            kept["answered"] = self._answered
+        return json.dumps(kept).encode()
 
     def restore(self, content: bytes) -> Client:
         """Go on from what :meth:`save` kept. Returns itself.
@@ -712,6 +713,7 @@ class Client:
                 f"{kept['last_session']}: it doesn't go back. Restore into a new Client, once"
             )
         self.last_session = kept["last_session"]
+        self._answered.update(kept.get("answered", {}))
         if kept["round"]:
             secrets = {k: bytes.fromhex(kept["round"][k]) for k in ("mask_key", "share_key", "own_seed")}
             self._round = _Round(**kept["round"] | secrets)

@@ -106,7 +106,6 @@ class Site:
         self.approvals = {key: Approval.from_dict(value) for key, value in self._kept("approvals", {}).items()}
         self._round = self._kept("round", {"digest": "", "client": ""})  # the protocol's state
         self._secagg: secagg.Client | None = None
-        self._answered: dict = self._kept("answered", {})  # rounds without noise, of every study
         self._names: list[str] = self._kept("names", [])  # of rounds' jobs; each comes once
         self.journal: list[str] = []
         self.seconds: dict[str, float] = {}
@@ -352,18 +351,16 @@ class Site:
             # Before the reply leaves: a state that comes back after a crash would answer twice.
             self._secagg, self._round = client, {"digest": key, "client": client.save().decode()}
             self._keep("round", self._round)
-            self._keep("answered", self._answered)
         return reply.to_bytes()
 
     def _client(self, key: str, study: Study) -> secagg.Client:
         if self._round["digest"] == key and self._secagg is not None:
             return self._secagg
         if self._round["digest"] == key:
-            client = secagg.Client(self.name, self._identity, study.agreement, answered=self._answered)
-            return client.restore(self._round["client"].encode())
-        # Another study: its rounds go on counting where the last one's stopped.
-        last = json.loads(self._round["client"])["last_session"] if self._round["client"] else 0
-        return secagg.Client(self.name, self._identity, study.agreement, last, self._answered)
+            return secagg.Client(self.name, self._identity, study.agreement).restore(self._round["client"].encode())
+        # Another study: its rounds go on counting where the last one's stopped, and none is answered anew.
+        last = json.loads(self._round["client"] or '{"last_session": 0}')
+        return secagg.Client(self.name, self._identity, study.agreement, last["last_session"], last.get("answered"))
 
     def _update(self, job: str, key: str, study: Study, files: Files, timeout_s: float) -> np.ndarray:
         """The job's update, after the round is counted and charged."""
