@@ -45,7 +45,14 @@ class Aggregator(Protocol):
         ...
 
     def aggregate(
-        self, ask: Mapping[str, Ask], sizes: Mapping[str, int], like: State, number: int, *, summed: bool = False
+        self,
+        ask: Mapping[str, Ask],
+        sizes: Mapping[str, int],
+        like: State,
+        number: int,
+        *,
+        summed: bool = False,
+        question: secagg.Question | None = None,
     ) -> Aggregate:
         """One round.
 
@@ -61,6 +68,8 @@ class Aggregator(Protocol):
             Of the round.
         summed
             Updates are integers, summed as they are: noise is shared among the hospitals.
+        question
+            What updates without DP answer, for hospitals in this process; elsewhere they see it themselves.
 
         Raises
         ------
@@ -78,7 +87,7 @@ class WeightedMean:
     def fewest(self, hospitals: int) -> int:
         return 1
 
-    def aggregate(self, ask, sizes, like, number, *, summed=False) -> Aggregate:
+    def aggregate(self, ask, sizes, like, number, *, summed=False, question=None) -> Aggregate:
         check(ask, sizes)
         # float64 and a fixed order, so that the sum doesn't depend on who answered first.
         names, total = sorted(ask), sum(sizes.values())
@@ -122,6 +131,7 @@ class SecureAggregation:
         self.threshold, self.clip, self.absent, self.listen = threshold, clip, absent, listen
         self._identities: dict[str, Ed25519PrivateKey] = {}
         self._clients: dict[str, secagg.Client] = {}
+        self._answered: dict[str, dict] = {}  # by hospital
         self._agreement: secagg.Agreement | None = None
         self._session = 0
 
@@ -132,7 +142,7 @@ class SecureAggregation:
     def name(self) -> str:
         return f"secure aggregation, threshold {self.threshold or 'two thirds'}, clip {self.clip:g}"
 
-    def aggregate(self, ask, sizes, like, number, *, summed=False) -> Aggregate:
+    def aggregate(self, ask, sizes, like, number, *, summed=False, question=None) -> Aggregate:
         check(ask, sizes)
         self._agree(ask, sizes, length(like), weighted=not summed)
         self._session += 1
@@ -145,7 +155,8 @@ class SecureAggregation:
                 self._tell(number, step, "request", name, request)
                 if name in gone:
                     continue
-                reply = self._clients[name].answer(request, lambda name=name: flat(ask[name]().delta, like, name))
+                update = lambda name=name: flat(ask[name]().delta, like, name)  # noqa: E731
+                reply = self._clients[name].answer(request, update, question)
                 self._tell(number, step, "reply", name, reply)
                 yield reply
 
@@ -161,7 +172,11 @@ class SecureAggregation:
         agreement = secagg.Agreement(identities, dict(sizes), n, self.clip, self.threshold, weighted)
         if agreement != self._agreement:
             self._agreement = agreement
-            self._clients = {name: secagg.Client(name, self._identities[name], agreement) for name in names}
+            self._clients = {
+                name: secagg.Client(name, key, agreement, answered=self._answered.setdefault(name, {}))
+                for name, key in self._identities.items()
+                if name in identities
+            }
 
     def _tell(self, *what) -> None:
         if self.listen:
@@ -169,9 +184,11 @@ class SecureAggregation:
 
 
 def check(ask: Mapping[str, object], sizes: Mapping[str, int]) -> None:
-    """Raise UserError unless both name the same hospitals."""
+    """Raise UserError unless both name the same hospitals, and each has a size."""
     if ask.keys() != sizes.keys():
         raise UserError(f"updates from {sorted(ask)} but sizes of {sorted(sizes)}: they must name the same")
+    if min(sizes.values(), default=0) < 1:
+        raise UserError(f"declared sizes are {dict(sizes)}: each must be at least 1")
 
 
 def length(like: State) -> int:

@@ -13,10 +13,12 @@ Threat model, weaker than that of masks:
 - **The server and one hospital together see everything**: each hospital has the key to every other's upload. So the
   server must work with none of them, and no hospital may see another's upload on its way.
 - The server must follow the protocol. One that passes a single hospital's ciphertexts off as the sum is told that
-  update by whoever decrypts it, and one that makes up ciphertexts voids what flooding promises (its noise is no longer
-  bounded). Masks withstand both.
-- What the server is told, the flooded mean, doesn't help it to the key: see :mod:`primia_lite.encrypted.flooding` for
-  the guarantee and what it assumes.
+  update by whoever decrypts it. **One sum that the server makes up gives the key away**: flooding hides the noise of
+  honest sums, while a ciphertext can be chosen so that its decryption is the key itself, far above any noise, and no
+  hospital can tell it from a sum. With the key go all uploads that the server has or will get under it, past and
+  future, of every hospital. Masks withstand both.
+- What a server that follows the protocol is told, the flooded mean, doesn't help it to the key: see
+  :mod:`primia_lite.encrypted.flooding` for the guarantee and what it assumes.
 - As there: with two survivors each learns the other's update, and a hospital that lies within the clip isn't noticed.
 
 Nothing is lost when hospitals vanish: any ciphertexts add up, and the weights of those who stay are public. A mean
@@ -324,7 +326,10 @@ class CkksAggregation:
     def name(self) -> str:
         return f"CKKS aggregation, one key for all hospitals, clip {self.clip:g}"
 
-    def aggregate(self, ask, sizes, like, number, *, summed=False) -> Aggregate:
+    def fewest(self, hospitals: int) -> int:
+        return self.threshold
+
+    def aggregate(self, ask, sizes, like, number, *, summed=False, question=None) -> Aggregate:
         check(ask, sizes)
         if summed:
             raise UserError(

@@ -126,7 +126,8 @@ class Site:
             try:
                 session = json.loads(request)["session"]
                 client = clients[session % 2]
-                replies.append(client.answer(request, lambda: self._update(number, weights)))
+                question = self._question(number, weights) if json.loads(request)["step"] == "mask" else None
+                replies.append(client.answer(request, lambda: self._update(number, weights), question))
                 log.info("round %d: answered %s (session %d)", number, replies[-1].step, session)
             except Exception as error:  # the others mustn't learn why: it may tell of films
                 log.warning("hospital %s refuses a request: %s: %s", self.name, type(error).__name__, error)
@@ -135,11 +136,17 @@ class Site:
         return replies
 
     def _clients(self) -> list[secagg.Client]:
-        kept = self._kept()
-        clients = [secagg.Client(self.name, self._identity, self.agreement) for _ in range(2)]
+        kept, answered = self._kept(), {}
+        clients = [secagg.Client(self.name, self._identity, self.agreement, answered=answered) for _ in range(2)]
         for client, content in zip(clients, json.loads(kept) if kept else (), strict=False):
             client.restore(content.encode())
         return clients
+
+    def _question(self, number: int, weights: Mapping[str, np.ndarray] | None) -> secagg.Question | None:
+        rounds = self.study.rounds
+        if weights is None or type(number) is not int or not 1 <= number <= rounds:
+            raise UserError(f"the server asks for round {number!r} of {rounds}, or sends no weights")
+        return None if self.study.privacy else secagg.Question.of(f"{self.fingerprint}:{number}", weights)
 
     def _update(self, number: int, weights: Mapping[str, np.ndarray] | None) -> np.ndarray:
         import torch
@@ -148,8 +155,6 @@ class Site:
         from primia_lite.privacy.rng import SecureGenerator
 
         study = self.study
-        if weights is None or type(number) is not int or not 1 <= number <= study.rounds:
-            raise UserError(f"the server asks for round {number!r} of {study.rounds}, or sends no weights")
         state = {name: torch.from_numpy(np.array(value)) for name, value in weights.items()}
         rng = SecureGenerator()
         if not study.privacy:

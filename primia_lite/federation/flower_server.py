@@ -85,7 +85,7 @@ class FlowerAggregation:
     def name(self) -> str:
         return f"secure aggregation over Flower, threshold {self.agreement.threshold}, clip {self.agreement.clip:g}"
 
-    def aggregate(self, ask, sizes, like, number, *, summed=False) -> Aggregate:
+    def aggregate(self, ask, sizes, like, number, *, summed=False, question=None) -> Aggregate:
         """See :class:`~primia_lite.federation.aggregation.Aggregator`; of ``ask`` only the names count."""
         check(ask, sizes)
         if summed == self.agreement.weighted or dict(sizes) != dict(self.agreement.sizes):

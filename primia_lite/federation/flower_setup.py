@@ -30,6 +30,7 @@ from primia_lite.federation.hospital import declare_size
 from primia_lite.federation.rounds import Schedule, Server
 from primia_lite.federation.secagg import Agreement, default_threshold
 from primia_lite.federation.study import Study
+from primia_lite.federation.study import describe as describe
 from primia_lite.privacy.dpsgd import Privacy
 from primia_lite.privacy.shared import SharedNoise
 from primia_lite.training import Training
@@ -356,20 +357,3 @@ def make_all(
         shutil.rmtree(folder, ignore_errors=True)
         raise
     return study
-
-
-def describe(study: Study) -> str:
-    """A study in words, for a hospital to read before it joins."""
-    agreement, privacy = study.agreement, study.privacy
-    lines = [f"{study.rounds} rounds of {study.training.model}, {study.training.steps_per_round} local steps each"]
-    if privacy:
-        lines.append(
-            f"differential privacy: epsilon {privacy.target_epsilon:g}, delta {privacy.target_delta:g} for each "
-            f"{privacy.unit}, noise multiplier {privacy.noise_multiplier:.3g}"
-        )
-    else:
-        lines.append("NO differential privacy: the sums of updates tell of single films")
-    lines.append(f"sums of at least {agreement.threshold} of {len(agreement.names)} hospitals are revealed:")
-    lines += [f"  {name}, declares {agreement.sizes[name]}, key {agreement.identities[name].hex()}"
-              for name in agreement.names]  # fmt: skip
-    return "\n".join(lines)

@@ -25,6 +25,7 @@ from primia_lite.config import UserError, elsewhere
 from primia_lite.federation.aggregation import Aggregator, Ask, SecureAggregation, WeightedMean
 from primia_lite.federation.hospital import Hospital, State
 from primia_lite.federation.progress import RoundProgress
+from primia_lite.federation.secagg import Question
 from primia_lite.federation.shared_noise import shared_step
 from primia_lite.metrics import scores
 from primia_lite.models import Films
@@ -196,21 +197,6 @@ def _check(hospitals: Sequence[Hospital], training: Training, privacy: Privacy |
             )
 
 
-def _check_shared(hospitals: Sequence[Hospital], privacy: Privacy, aggregator: Aggregator) -> None:
-    shared = privacy.shared
-    if sorted(shared.declared) != sorted(h.declared(privacy) for h in hospitals):
-        raise UserError(
-            f"noise was shared out among hospitals with {sorted(shared.declared)} declared {privacy.unit}s, but these "
-            f"declare {sorted(h.declared(privacy) for h in hospitals)}: give SharedNoise their numbers"
-        )
-    if (fewest := aggregator.fewest(len(hospitals))) < shared.threshold:
-        raise UserError(
-            f"noise is shared so that {shared.threshold} hospitals together have enough, but {aggregator.name} may "
-            f"reveal a sum of {fewest}: use SecureAggregation(threshold={shared.threshold}), or let each hospital add "
-            "its own noise (Privacy without shared)"
-        )
-
-
 # Of a run, in the order of deletion: what names the run goes last, so that a kill in between leaves it to be deleted.
 _FILES = (
     "checkpoint.pt",
@@ -246,9 +232,9 @@ def _run(hospitals, training, schedule, privacy, seed, noise_seed, folder, valid
     if aggregator is None:
         threshold = shared.threshold if shared else None
         aggregator = SecureAggregation(threshold) if len(hospitals) > 1 else WeightedMean()
-    if shared:
-        _check_shared(hospitals, privacy, aggregator)
     sizes = {h.name: h.declared(privacy) for h in hospitals}
+    if shared:
+        shared.check(sizes.values(), aggregator.fewest(len(hospitals)))
     rng = SecureGenerator.for_seed(noise_seed) if privacy else SecureGenerator.from_seed(seed)
 
     server = Server.start(training, schedule, in_shape, seed)
@@ -276,8 +262,9 @@ def _run(hospitals, training, schedule, privacy, seed, noise_seed, folder, valid
         }
 
     rounds = serve(
-        server, aggregator, ask, sizes, training, in_shape, privacy=privacy, folder=folder, validation=validation
-    )
+        server, aggregator, ask, sizes, training, in_shape, privacy=privacy, folder=folder, validation=validation,
+        study=key,
+    )  # fmt: skip
     for record in rounds:
         if folder:
             for h in hospitals:
@@ -303,6 +290,7 @@ def serve(
     privacy: Privacy | None = None,
     folder: Path | None = None,
     validation: Films | None = None,
+    study: str = "",
 ) -> Iterator[dict]:
     """The server's rounds, wherever the hospitals are: ask, take the mean, step, score, save.
 
@@ -316,6 +304,8 @@ def serve(
         Needed where noise is shared: the server's step then starts from a sum.
     folder
         Where the checkpoint goes.
+    study
+        Names what the rounds are of: hospitals in this process answer a round of it once.
 
     Yields
     ------
@@ -324,7 +314,8 @@ def serve(
     like = server.parameters(training, in_shape)
     shared = bool(privacy and privacy.shared)
     for number in range(server.round + 1, server.schedule.rounds + 1):
-        found = aggregator.aggregate(ask(number), sizes, like, number, summed=shared)
+        question = None if privacy else Question.of(f"{study}:{number}", server.state)
+        found = aggregator.aggregate(ask(number), sizes, like, number, summed=shared, question=question)
         change = found.value
         if shared:
             declared = sum(sizes[name] for name in found.survivors)

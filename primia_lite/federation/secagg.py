@@ -17,11 +17,22 @@ All that a hospital sends is signed by its Ed25519 identity, which the others ha
 What holds: a server that follows the protocol, and up to ``threshold - 1`` hospitals that tell it all they know, learn
 the sum of the others' updates and nothing else. So does a server that lies, if fewer than ``2 threshold - n`` hospitals
 work with it: two lists of survivors can't both get enough signatures. Where hospitals have neighbours (above 100), a
-tenth of them may work with the server, but for 2^-60; one that follows the protocol learns the sum of the others, one
-that lies may split it into sums of groups, and gets no single update. What doesn't hold: with two survivors each
-learns the other's update, from the sum; a hospital that lies about its update within the clip isn't noticed; nor is
-anybody kept from spoiling a round, or a server from asking for the same update in a later round, with other hospitals,
-and subtracting; and what a sum tells of its parts is a matter for DP.
+tenth of them may work with the server, but for 2^-40 over 2^40 graphs that it tries; one that follows the protocol
+learns the sum of the others, one that lies may split it into sums of groups, and gets no single update.
+
+One round, one answer. Two sums of the same updates with different survivors give their difference away. So where no
+noise protects an update, a hospital is told which :class:`Question` it answers. The question goes into the masks:
+updates of other rounds, or from other weights, don't cancel. And a hospital signs one list of survivors for a round of
+a study, and one set of weights, whatever the session, and remembers it for good (see :meth:`Client.save`). What was
+signed may be asked for again, and gives the same sum. A round that ended before ``confirm`` may be asked again with
+anybody; one that ended later only with the hospitals that were on the list: others may have opened that sum, and nobody
+can tell. If these don't come back, take another study. With DP no such memory is kept: each answer is charged to a
+ledger, or is a noisy update that was charged and is sent again.
+
+What doesn't hold: with two survivors each learns the other's update, from the sum; a hospital that lies about its
+update within the clip isn't noticed; nor is anybody kept from spoiling a round, or a server from giving the same
+weights out in a later round of the study, with other hospitals, and subtracting: it gets as many sums as rounds were
+agreed on. What sums tell of their parts is a matter for DP.
 
 The server's code never holds an unmasked update: masked ones are added up as they come.
 """
@@ -31,14 +42,14 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import math
 import operator
 import os
 import struct
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from cryptography.exceptions import InvalidSignature, InvalidTag
@@ -53,9 +64,10 @@ from primia_lite.federation import neighbours as graphs
 from primia_lite.federation import shamir
 from primia_lite.federation.fixed_point import FixedPoint, centred, integers
 from primia_lite.federation.masks import MAX_WORDS, add_masks
+from primia_lite.federation.neighbours import default_threshold
 
 STEPS = ("advertise", "share", "mask", "confirm", "unmask")
-_PROTOCOL = "primia_lite secure aggregation 2"  # signed: who masks otherwise is refused, not summed
+_PROTOCOL = "primia_lite secure aggregation 3"  # signed: who masks otherwise is refused, not summed
 
 
 class ProtocolError(UserError):
@@ -67,11 +79,6 @@ class TooFewSurvivors(UserError):
 
 
 # --- what all agree on ------------------------------------------------------------------------------------------------
-
-
-def default_threshold(hospitals: int) -> int:
-    """Two thirds, rounded up: then a third may vanish, and a lying server needs more than a third to work with it."""
-    return math.ceil(2 * hospitals / 3)
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,8 @@ class Agreement:
     threshold : fewest hospitals whose sum is revealed; above half of them. Left out, two thirds, rounded up
     weighted : False where updates are integers that are summed as they are (noise shared among hospitals)
     degree : how many others a hospital shares masks with. Left out, all of them up to 100 hospitals, then
-        :func:`primia_lite.federation.neighbours.choose_degree`
+        :func:`primia_lite.federation.neighbours.choose_degree`; where noise is shared always all, for a group of them
+        would have too few shares of it
     share_threshold : how many shares give a secret; ``threshold`` where all share with all. With a ``degree``, above
         half of neighbours and oneself: else a server that lies unmasks a hospital alone
 
@@ -121,6 +129,8 @@ class Agreement:
         keys = set(self.identities.values())
         if len(keys) < n or any(not isinstance(key, bytes) or len(key) != 32 for key in keys):
             raise UserError("each hospital needs an Ed25519 public key of its own, 32 bytes")
+        if weak := [name for name, key in self.identities.items() if _is_weak(key)]:
+            raise UserError(f"{weak[0]}'s public key is one that anybody could sign for: it has to make another")
         threshold = default_threshold(n) if self.threshold is None else _whole(self.threshold, "threshold")
         if not n / 2 < threshold <= n:
             raise UserError(
@@ -141,12 +151,8 @@ class Agreement:
                     f"degree is {degree}, share_threshold {shares}: take an even degree, 2 or more, and shares of more "
                     f"than half of it and one, up to {most}"
                 )
-        elif self.degree is None and n > graphs.COMPLETE_UP_TO:
-            degree, shares = graphs.choose_degree(n)
-            if shares > threshold:
-                raise UserError(
-                    f"threshold is {threshold} of {n} hospitals: with neighbours it must be {shares} or more"
-                )
+        elif self.degree is None and n > graphs.COMPLETE_UP_TO and self.weighted:
+            degree, shares = graphs.choose_degree(n, threshold=threshold)
         FixedPoint(self.clip, n)  # checks the clip
         # Copies, and one type each (the clip's is that of updates): equal agreements have one digest, and none changes.
         settled = {
@@ -213,11 +219,51 @@ class Agreement:
         return graphs.neighbours(list(advertised), self.degree, seed)
 
 
+@lru_cache(maxsize=2**14)
+def _is_weak(identity: bytes) -> bool:
+    """Whether a point has small order, so that a signature of one message passes for others, or is written oddly.
+
+    The point's u on Curve25519 (RFC 7748, section 4.1) has small order where it has, and that is refused there.
+    """
+    p = 2**255 - 19
+    y = int.from_bytes(identity, "little") % 2**255
+    try:
+        u = (1 + y) * pow(1 - y, -1, p) % p  # y = 1 has none
+        X25519PrivateKey.from_private_bytes(bytes(32)).exchange(
+            X25519PublicKey.from_public_bytes(u.to_bytes(32, "little"))
+        )
+    except ValueError:
+        return True
+    return y >= p
+
+
 def _whole(value: object, what: str) -> int:
     try:
         return operator.index(None if isinstance(value, bool) else value)
     except TypeError as error:
         raise UserError(f"{what} is {value!r}: it must be a whole number") from error
+
+
+class Question(NamedTuple):
+    """What a round asks of every hospital, where no noise protects the answers.
+
+    Attributes
+    ----------
+    round : names it for ever: of which study, and its number
+    weights : the global ones' digest
+    """
+
+    round: str
+    weights: str
+
+    @classmethod
+    def of(cls, round_: str, weights: Mapping[str, np.ndarray]) -> Question:
+        """For weights by parameter, as arrays or tensors."""
+        digest = hashlib.sha256()
+        for name, value in sorted(weights.items()):
+            array = np.asarray(value)
+            digest.update(json.dumps([name, array.dtype.str, array.shape]).encode() + array.tobytes())
+        return cls(round_, digest.hexdigest())
 
 
 # --- messages ---------------------------------------------------------------------------------------------------------
@@ -357,8 +403,11 @@ def _derive(secret: X25519PrivateKey, public: bytes, *what: object) -> bytes:
     return HKDF(hashes.SHA256(), 32, salt=None, info=info).derive(shared)
 
 
-def _mask_seed(agreement: Agreement, session: int, a: str, b: str, secret: X25519PrivateKey, public: bytes) -> bytes:
-    return _derive(secret, public, "mask", agreement.digest, session, *sorted((a, b)))
+def _mask_seed(
+    agreement: Agreement, session: int, a: str, b: str, secret: X25519PrivateKey, public: bytes,
+    question: Iterable[str] = (),
+) -> bytes:  # fmt: skip
+    return _derive(secret, public, "mask", agreement.digest, session, *sorted((a, b)), *question)
 
 
 def _sign(mine: str, other: str) -> int:
@@ -386,6 +435,7 @@ class _Round:
     neighbours: list[str] = field(default_factory=list)
     shares: dict[str, str] = field(default_factory=dict)  # by whose secrets they are parts of, both, hexadecimal
     survivors: list[str] = field(default_factory=list)
+    question: list[str] | None = None  # round and weights
 
 
 class Client:
@@ -399,6 +449,9 @@ class Client:
         Number of the last round that it took part in. It answers later ones only: the server could otherwise have one
         update summed twice, with other hospitals each time, and subtract. Rounds of an agreement never start anew at 1:
         keep the number (see :meth:`save`), or agree on new identities.
+    answered
+        By round: the weights and survivors that it has signed for (see the module's text), to which it adds. One for
+        all of a hospital's clients, whatever their agreement; :meth:`save` and :meth:`restore` know of it.
 
     Raises
     ------
@@ -406,21 +459,30 @@ class Client:
         The identity isn't the one that was agreed on.
     """
 
-    def __init__(self, name: str, identity: Ed25519PrivateKey, agreement: Agreement, last_session: int = 0):
+    def __init__(
+        self,
+        name: str,
+        identity: Ed25519PrivateKey,
+        agreement: Agreement,
+        last_session: int = 0,
+        answered: dict[str, list[str]] | None = None,
+    ):
         if agreement.identities.get(name) != identity.public_key().public_bytes_raw():
             raise UserError(f"{name}'s identity isn't the one in the agreement")
         self.name, self.agreement, self.last_session = name, agreement, last_session
-        self._identity = identity
+        self._identity, self._answered = identity, {} if answered is None else answered
         self._round: _Round | None = None
         self._lock = threading.Lock()  # two requests at once would both be answered
 
-    def answer(self, request: bytes, update: Callable[[], np.ndarray]) -> Reply:
+    def answer(self, request: bytes, update: Callable[[], np.ndarray], question: Question | None = None) -> Reply:
         """The reply to a request of the server.
 
         Parameters
         ----------
         update
             Called in step ``mask`` alone. Returns float32 [L], or int64 [L] where the agreement isn't ``weighted``.
+        question
+            In step ``mask``: what the update answers, as the hospital itself sees it. None where DP protects it.
 
         Raises
         ------
@@ -431,12 +493,12 @@ class Client:
         """
         with self._lock:
             try:
-                return self._answer(request, update)
+                return self._answer(request, update, question)
             except BaseException:
                 self._round = None
                 raise
 
-    def _answer(self, request: bytes, update: Callable[[], np.ndarray]) -> Reply:
+    def _answer(self, request: bytes, update: Callable[[], np.ndarray], question: Question | None) -> Reply:
         handlers = {
             "advertise": self._advertise, "share": self._share, "mask": self._open,
             "confirm": self._confirm, "unmask": self._unmask,
@@ -449,7 +511,10 @@ class Client:
             body = handle(session, **content)
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise ProtocolError(f"{self.name} was asked for something that can't be understood") from error
-        vector = self._masked(session, update) if step == "mask" else None
+        vector = None
+        if step == "mask":
+            body["question"] = list(question or ())
+            vector = self._masked(session, update, question)
         if step == "unmask":
             self._round = None  # it answers once
         else:
@@ -515,28 +580,36 @@ class Client:
         mine, agreement = self._round, self.agreement
         if not shares.keys() <= set(mine.neighbours):
             raise ProtocolError(f"{self.name} got shares of hospitals that aren't its neighbours")
-        if len(shares) + 1 < agreement.share_threshold:
-            raise ProtocolError(
-                f"{self.name} got shares of {len(shares)} others: its update would hide among too few "
-                f"(needed: {agreement.share_threshold - 1})"
-            )
+        unopened = []
         for other, sealed in sorted(shares.items()):
             try:
-                opened = self._cipher(other, self.name).decrypt(
-                    bytes(12), _decode(sealed, _SEALED, "a sealed share"), None
-                )
-            except InvalidTag as error:
-                raise ProtocolError(f"{self.name} got a share in {other}'s name that {other} didn't seal") from error
-            mine.shares[other] = opened.hex()
-        return {}
+                content = _decode(sealed, _SEALED, f"{other}'s share")
+                mine.shares[other] = self._cipher(other, self.name).decrypt(bytes(12), content, None).hex()
+            except (InvalidTag, ProtocolError):
+                unopened.append(other)  # as if it hadn't come
+        if len(mine.shares) < agreement.share_threshold:
+            odd = f"; what came in the name of {', '.join(unopened)} doesn't open" if unopened else ""
+            raise ProtocolError(
+                f"{self.name} got shares of {len(mine.shares) - 1} others: its update would hide among too few "
+                f"(needed: {agreement.share_threshold - 1}){odd}"
+            )
+        return {"unopened": unopened}
 
-    def _masked(self, session: int, update: Callable[[], np.ndarray]) -> np.ndarray:
+    def _masked(self, session: int, update: Callable[[], np.ndarray], question: Question | None) -> np.ndarray:
         mine, agreement = self._round, self.agreement
+        if question:
+            mine.question = list(question)
+            if self._answered.get(question.round, [question.weights])[0] != question.weights:
+                raise ProtocolError(
+                    f"{self.name} has answered this round for other weights: without DP it answers once. For more "
+                    "rounds, or to start anew, agree on another study"
+                )
         secret = X25519PrivateKey.from_private_bytes(mine.mask_key)
         seeds = [(mine.own_seed, 1)]
         for other in sorted(mine.shares.keys() - {self.name}):
             public = bytes.fromhex(mine.advertised[other][0])
-            seeds.append((_mask_seed(agreement, session, self.name, other, secret, public), _sign(self.name, other)))
+            seed = _mask_seed(agreement, session, self.name, other, secret, public, question or ())
+            seeds.append((seed, _sign(self.name, other)))
         values = np.asarray(update())
         wanted = np.float32 if agreement.weighted else np.int64
         if values.shape != (agreement.length,) or values.dtype != wanted:
@@ -571,7 +644,16 @@ class Client:
         if not set(mine.neighbours) & set(survivors) <= mine.shares.keys():
             raise ProtocolError(f"{self.name} got survivors that it shares no mask with")
         mine.survivors = sorted(survivors)
-        return _confirmation(mine.survivors, mine.advertised)
+        confirmation = _confirmation(mine.survivors, mine.advertised)
+        if mine.question:
+            round_, weights = mine.question
+            answer = [weights, confirmation["survivors"]]
+            if self._answered.setdefault(round_, answer) != answer:
+                raise ProtocolError(
+                    f"{self.name} has signed other survivors, or weights, of this round: without DP two sums would "
+                    "give their difference away. Ask again with the same hospitals, or agree on another study"
+                )
+        return confirmation
 
     def _unmask(self, session: int, confirmed: list[str]) -> dict:
         mine, agreement = self._round, self.agreement
@@ -610,9 +692,11 @@ class Client:
         copy in a second process) answers a step again, and no code here can tell: two masked updates from one state
         give their difference away, two lists of survivors both secrets of a hospital, and with them its update.
         """
-        return json.dumps(
-            {"last_session": self.last_session, "round": self._round and _hexadecimal(vars(self._round))}
-        ).encode()
+        round_ = self._round and _hexadecimal(vars(self._round))
+        kept = {"last_session": self.last_session, "round": round_}
+        if self._answered:
+            kept["answered"] = self._answered
+        return json.dumps(kept).encode()
 
     def restore(self, content: bytes) -> Client:
         """Go on from what :meth:`save` kept. Returns itself.
@@ -629,6 +713,7 @@ class Client:
                 f"{kept['last_session']}: it doesn't go back. Restore into a new Client, once"
             )
         self.last_session = kept["last_session"]
+        self._answered.update(kept.get("answered", {}))
         if kept["round"]:
             secrets = {k: bytes.fromhex(kept["round"][k]) for k in ("mask_key", "share_key", "own_seed")}
             self._round = _Round(**kept["round"] | secrets)
@@ -683,8 +768,8 @@ def _public_keys(reply: Reply) -> list[str]:
 
 
 # What a reply's body holds: no more and no less.
-_BODIES = {"advertise": {"keys"}, "share": {"shares", "commitment"}, "mask": set(), "confirm": {"survivors", "keys"},
-           "unmask": {"keys", "seeds"}}  # fmt: skip
+_BODIES = {"advertise": {"keys"}, "share": {"shares", "commitment"}, "mask": {"question", "unopened"},
+           "confirm": {"survivors", "keys"}, "unmask": {"keys", "seeds"}}  # fmt: skip
 
 
 class Server:
@@ -791,6 +876,27 @@ class Server:
             raise ProtocolError(f"{reply.sender} sent no uint32 vector of {length} entries")
 
     def _take_mask(self, reply: Reply) -> None:
+        sender, unopened, came = reply.sender, reply.body["unopened"], self._replies["mask"]
+        first = next(iter(came.values()), reply)
+        if reply.body["question"] != first.body["question"]:
+            raise ProtocolError(
+                f"{sender} answers for another round, or other weights, than {first.sender}, who came first: it is "
+                "left out"
+            )
+        if not isinstance(unopened, list) or not set(unopened) <= set(self._neighbours[sender]):
+            raise ProtocolError(f"{sender} names shares that it wasn't sent")
+        # They have no mask together, so one sum can't hold both. Who sealed the share goes, if it hasn't come yet and
+        # enough of the others have its shares: its masks with them are to be taken off.
+        for other in unopened:
+            without = {sender} | {name for name, masked in came.items() if other in masked.body["unopened"]}
+            holders = set(self._neighbours[other]) & self._replies["share"].keys() - without
+            if other in came or len(holders) < self.agreement.share_threshold:
+                raise ProtocolError(
+                    f"{other} sent {sender} a share that doesn't open, and the sum needs {other}: {sender} is left "
+                    f"out. If that comes again, leave out {other}"
+                )
+        if after := [other for other, masked in came.items() if sender in masked.body["unopened"]]:
+            raise ProtocolError(f"{sender} sent {after[0]} a share that doesn't open: {sender} is left out")
         if self._sum is None:
             self._sum = reply.vector.copy()
         else:
@@ -802,6 +908,7 @@ class Server:
 
     def _take_unmask(self, reply: Reply) -> None:
         held = {reply.sender, *self._neighbours[reply.sender]} & self._replies["share"].keys()
+        held -= set(self._unopened(reply.sender))
         wanted = {"seeds": held & set(self.survivors), "keys": held - set(self.survivors)}
         for kind, names in wanted.items():
             shares = reply.body[kind]
@@ -810,6 +917,9 @@ class Server:
                 raise ProtocolError(f"{reply.sender} sent shares for others than was asked")
             if not all(_is_hex(share, shamir.SHARE_BYTES) for share in shares.values()):
                 raise ProtocolError(f"{reply.sender}'s shares can't be read")
+
+    def _unopened(self, name: str) -> list[str]:
+        return self._replies["mask"][name].body["unopened"]
 
     @property
     def _keys(self) -> dict[str, list[str]]:
@@ -836,12 +946,13 @@ class Server:
         answered = self._replies[self.step]
         if len(answered) < self.agreement.threshold:
             gone = sorted(set(self.agreement.names) - set(answered))
-            step = self.step
+            step, asked = self.step, any(reply.body["question"] for reply in self._replies["mask"].values())
+            signed = f" (without DP: {', '.join(self.survivors)}, and no others)" if asked and self.survivors else ""
             self._end()
             raise TooFewSurvivors(
                 f"round {self.session} ended at {step}: {len(answered)} hospitals answered, fewer than the threshold "
                 f"of {self.agreement.threshold} (missing: {', '.join(gone)}). There is no sum, and what was charged to "
-                "ledgers stays charged. Ask again once they are back"
+                f"ledgers stays charged. Ask again once they are back{signed}"
             )
         if self.step == "mask":
             self.survivors = tuple(sorted(answered))
@@ -880,7 +991,8 @@ class Server:
                 raise ProtocolError(f"the shares of {name}'s own mask don't give what it committed to: there is no sum")
             seeds.append((seed, -1))
         for gone in sorted(set(self._replies["share"]) - set(self.survivors)):
-            staying = [other for other in self._neighbours[gone] if other in self.survivors]
+            others = [other for other in self._neighbours[gone] if other in self.survivors]
+            staying = [other for other in others if gone not in self._unopened(other)]
             if not staying:
                 continue
             secret = X25519PrivateKey.from_private_bytes(self._secret("keys", gone))
@@ -888,7 +1000,8 @@ class Server:
                 raise ProtocolError(f"the shares of {gone}'s key don't give its key: there is no sum")
             for other in staying:
                 public = bytes.fromhex(self._replies["advertise"][other].body["keys"][0])
-                seed = _mask_seed(self.agreement, self.session, gone, other, secret, public)
+                question = self._replies["mask"][other].body["question"]
+                seed = _mask_seed(self.agreement, self.session, gone, other, secret, public, question)
                 seeds.append((seed, -_sign(other, gone)))
         add_masks(self._sum, seeds)
         self.total, self._sum = centred(self._sum), None

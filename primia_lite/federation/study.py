@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ import torch
 from primia_lite.config import UserError
 from primia_lite.federation.aggregation import flat
 from primia_lite.federation.hospital import State, Update
+from primia_lite.federation.neighbours import withstands
 from primia_lite.federation.secagg import Agreement
 from primia_lite.models import Films
 from primia_lite.privacy.accounting import Release
@@ -47,6 +49,8 @@ Files = Mapping[str, bytes]
 class Study:
     """What rounds are for, and how each of them is computed.
 
+    A hospital that reads one relies on what is checked here.
+
     Attributes
     ----------
     name : of the study, and of the job that proposes it
@@ -55,6 +59,12 @@ class Study:
     rounds : how many are asked for
     agreement : on secure aggregation: hospitals, their keys and declared sizes, the update's length, clip, threshold
     seed : of shuffling, where there is no DP; noise and sampling under DP come from the operating system
+
+    Raises
+    ------
+    UserError
+        A graph of neighbours in which a server that lies may get a single update, or noise that is shared by others
+        than the agreement's hospitals, or is too little for its threshold.
     """
 
     name: str
@@ -70,6 +80,23 @@ class Study:
             raise UserError(f"a study's name is {self.name!r}: take letters, digits, - and _")
         if not (type(self.rounds) is int and self.rounds >= 1):
             raise UserError(f"rounds is {self.rounds}: at least one is needed")
+        agreement, everyone = self.agreement, len(self.agreement.names)
+        if agreement.weighted == self.summed:
+            raise UserError("shared noise goes with an agreement that isn't weighted, and nothing else does")
+        if self.summed:
+            self.privacy.shared.check(agreement.sizes.values(), agreement.threshold)
+            self.privacy.grid.check_parameters(agreement.length)
+        graph = (everyone, agreement.degree, agreement.share_threshold, agreement.threshold)
+        if agreement.degree < everyone - 1 and (self.summed or not withstands(*graph)):
+            raise UserError(
+                f"each hospital shares masks with {agreement.degree} of {everyone - 1} others only (degree), and a "
+                + (
+                    "group of them has too little of the shared noise"
+                    if self.summed
+                    else "server that lies may unmask it"
+                )
+                + ": leave degree and share_threshold out"
+            )
 
     @property
     def summed(self) -> bool:
@@ -105,6 +132,54 @@ class Study:
     def files(self, code: bytes | None = None) -> dict[str, bytes]:
         """The job that proposes this study; ``code`` in place of :mod:`~primia_lite.federation.syft_job`."""
         return {RUN: RUN_SH.encode(), CODE: code or job_code(), STUDY: self.to_bytes()}
+
+
+def describe(study: Study) -> str:
+    """A study in words, for a person at a hospital to read before it takes part: all that decides its privacy."""
+    agreement, privacy, names = study.agreement, study.privacy, study.agreement.names
+    n, t, per_round = len(names), agreement.threshold, study.training.steps_per_round
+    lines = [f"{study.rounds} rounds of {study.training.model}, {per_round} local steps each"]
+    if privacy:
+        steps = max(study.rounds * per_round, sum(release.steps for release in privacy.plan))
+        unit = "patient with all their films" if privacy.unit == "patient" else "film"
+        lines.append(
+            f"differential privacy: epsilon {privacy.target_epsilon:g}, delta {privacy.promised_delta(steps):.3g} in "
+            f"all, for each {unit}, over {steps} steps; noise multiplier {privacy.noise_multiplier:.3g}, what one "
+            f"{privacy.unit} adds is clipped to {privacy.max_grad_norm:g}"
+        )
+    else:
+        lines.append(
+            "NO differential privacy: the sums of updates tell of single films. A hospital answers each round once, "
+            "and again only\n  together with the same hospitals; but a server that lies may give the same weights out "
+            "in several rounds, with other\n  hospitals each time, and subtract: so it gets single updates"
+        )
+    liars = 2 * t - n - 1  # may work with a server that lies
+    if study.summed:
+        enough, told = privacy.shared.threshold, privacy.shared.colluding
+        left = privacy.noise_multiplier * ((enough - told - 1) / (enough - told)) ** 0.5
+        lines += [
+            f"the noise is SHARED by {n} hospitals ({', '.join(names)}): each adds 1/{enough - told} of the variance, "
+            f"so that t = {enough} of them\n  make the whole even if c = {told} tell the server theirs",
+            f"if more than c = {told} hospitals do, epsilon is larger than promised: with {told + 1} the noise "
+            f"multiplier in a sum of {enough} is {left:.3g};\n  and if more than {liars} hospitals work with a server "
+            "that lies, it may get sums with less noise",
+        ]
+    elif privacy:
+        lines.append("each hospital adds ALL of the noise by itself: the promise holds whatever the others do")
+    lines.append(
+        f"sums of at least {t} of {n} hospitals are revealed, and nothing else: to a server that follows the protocol "
+        f"with up to {t - 1} hospitals\n  that work with it, or that lies with up to {liars}"
+    )
+    if agreement.degree < n - 1:
+        lines.append(
+            f"each hospital shares masks with {agreement.degree} others, {agreement.share_threshold} of which can give "
+            f"its secret away: this holds while\n  at most {math.ceil(n / 10)} hospitals work with the server; one "
+            "that lies may get sums of groups"
+        )
+    else:
+        lines.append(f"each hospital shares masks with all {n - 1} others")
+    lines += [f"  {name}, declares {agreement.sizes[name]}, key {agreement.identities[name].hex()}" for name in names]
+    return "\n".join(lines)
 
 
 def job_code() -> bytes:

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from primia_lite.config import UserError
-from primia_lite.federation.study import REQUEST, ROUND, RUN, RUN_SH, STUDY, Files, Study
+from primia_lite.federation.secagg import Question
+from primia_lite.federation.study import REQUEST, ROUND, RUN, RUN_SH, STUDY, Files, Study, describe
 
 # What asks for packages, by name.
 DEPENDENCY_FILES = ("pyproject.toml", "requirements.txt", "setup.py", "setup.cfg", "uv.lock", "environment.yml")
@@ -25,6 +26,23 @@ def digest(files: Files) -> str:
     """SHA-256 of what an approval is for: every file of a job but the round's own two."""
     listed = {path: hashlib.sha256(text).hexdigest() for path, text in files.items() if path not in (REQUEST, ROUND)}
     return hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()
+
+
+def question(files: Files, study: Study) -> Question | None:
+    """What a round's job asks, where no noise protects the answer.
+
+    Raises
+    ------
+    UserError
+        The job holds no round of the study.
+    """
+    try:
+        number = json.loads(files[ROUND])["round"]
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
+        raise UserError("the job holds no round that can be read") from error
+    if type(number) is not int or not 1 <= number <= study.rounds:
+        raise UserError(f"the job asks for round {number!r} of {study.rounds}")
+    return None if study.privacy else Question(f"{digest(files)}:{number}", hashlib.sha256(files[ROUND]).hexdigest())
 
 
 def asks_for_packages(files: Files) -> str:
@@ -160,3 +178,9 @@ class Review:
     @property
     def digest(self) -> str:
         return digest(self.files)
+
+    @property
+    def words(self) -> str:
+        """The study in words, and what is wrong with it: read this first."""
+        problems = [f"PROBLEM: {problem}" for problem in self.problems]
+        return "\n".join([*problems, *([describe(self.study)] if self.study else [])])

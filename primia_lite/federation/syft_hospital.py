@@ -46,6 +46,7 @@ from primia_lite.federation.syft_approval import (
     changes,
     difference,
     digest,
+    question,
     study_name,
     verdict,
 )
@@ -236,8 +237,6 @@ class Site:
             found.append(
                 f"the declared size is {self.hospital.declared(privacy)}, not {agreement.sizes.get(self.name)}"
             )
-        if agreement.weighted == study.summed:
-            found.append("shared noise goes with an agreement that isn't weighted, and nothing else does")
         try:
             check_options(study.training, privacy)
         except UserError as error:
@@ -344,24 +343,24 @@ class Site:
             raise Refused(why)
         key, request = digest(files), files[REQUEST]
         study = Study.from_bytes(files[STUDY])
-        client = self._client(key, study, json.loads(request)["step"])
+        asked = question(files, study) if json.loads(request)["step"] == "mask" else None
+        client = self._client(key, study)
         try:
-            reply = client.answer(request, lambda: self._update(job, key, study, files, timeout_s))
+            reply = client.answer(request, lambda: self._update(job, key, study, files, timeout_s), asked)
         finally:
             # Before the reply leaves: a state that comes back after a crash would answer twice.
             self._secagg, self._round = client, {"digest": key, "client": client.save().decode()}
             self._keep("round", self._round)
         return reply.to_bytes()
 
-    def _client(self, key: str, study: Study, step: str) -> secagg.Client:
+    def _client(self, key: str, study: Study) -> secagg.Client:
         if self._round["digest"] == key and self._secagg is not None:
             return self._secagg
-        client = secagg.Client(self.name, self._identity, study.agreement)
         if self._round["digest"] == key:
-            return client.restore(self._round["client"].encode())
-        # Another study: its rounds go on counting where the last one's stopped.
-        last = json.loads(self._round["client"])["last_session"] if self._round["client"] else 0
-        return secagg.Client(self.name, self._identity, study.agreement, last_session=last)
+            return secagg.Client(self.name, self._identity, study.agreement).restore(self._round["client"].encode())
+        # Another study: its rounds go on counting where the last one's stopped, and none is answered anew.
+        last = json.loads(self._round["client"] or '{"last_session": 0}')
+        return secagg.Client(self.name, self._identity, study.agreement, last["last_session"], last.get("answered"))
 
     def _update(self, job: str, key: str, study: Study, files: Files, timeout_s: float) -> np.ndarray:
         """The job's update, after the round is counted and charged."""

@@ -290,7 +290,7 @@ class SyftAggregation:
     def fewest(self, hospitals: int) -> int:
         return self.study.agreement.threshold
 
-    def aggregate(self, ask, sizes, like, number, *, summed=False) -> Aggregate:
+    def aggregate(self, ask, sizes, like, number, *, summed=False, question=None) -> Aggregate:
         check(ask, sizes)
         if length(like) != self.study.agreement.length or summed != self.study.summed:
             raise UserError(

@@ -30,9 +30,11 @@ the δ that a ledger counts at. Whether a sum wraps around 2^32 doesn't matter f
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import operator
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from reprlib import repr as shortened
 
 import torch
 
@@ -68,7 +70,13 @@ class SharedNoise:
     declared: tuple[int, ...]
 
     def __post_init__(self):
-        object.__setattr__(self, "declared", tuple(int(units) for units in self.declared))
+        try:
+            whole = {name: operator.index(getattr(self, name)) for name in ("threshold", "colluding", "parameters")}
+            whole["declared"] = tuple(operator.index(units) for units in self.declared)
+        except TypeError as error:
+            raise UserError(f"shared noise is agreed on in whole numbers ({error})") from error
+        for name, value in whole.items():
+            object.__setattr__(self, name, value)
         if not self.declared or min(self.declared) < 1:
             raise UserError(f"declared is {self.declared}: give each hospital's number of units, at least 1")
         if not 0 <= self.colluding < self.threshold <= self.hospitals:
@@ -82,6 +90,27 @@ class SharedNoise:
     @property
     def hospitals(self) -> int:
         return len(self.declared)
+
+    def check(self, declared: Collection[int], fewest: int) -> None:
+        """Raise UserError unless the noise suffices for those who take part.
+
+        Parameters
+        ----------
+        declared : each hospital's declared number of units
+        fewest : how many hospitals at least are in a sum that is revealed
+        """
+        if sorted(self.declared) != sorted(declared):
+            raise UserError(
+                f"noise was shared out among {self.hospitals} hospitals that declare "
+                f"{shortened(sorted(self.declared))}, but these declare {shortened(sorted(declared))}: give "
+                "SharedNoise their numbers"
+            )
+        if fewest < self.threshold:
+            raise UserError(
+                f"noise is shared so that {self.threshold} hospitals together have enough, but updates are summed so "
+                f"that the server may reveal a sum of {fewest}: use secure aggregation with a threshold of "
+                f"{self.threshold}, or let each hospital add its own noise (Privacy without shared)"
+            )
 
     def grid(self, noise_multiplier: float, max_grad_norm: float) -> Grid:
         """The whole numbers for noise of σ times a sensitivity of C; see :class:`Grid`.

@@ -36,10 +36,12 @@ class Round:
     ----------
     leave : by step, who vanishes before answering it
     updates : what each hospital sends, by name
+    question : what it answers, where no noise protects it; by hospital, if it isn't the same for all
     seen : step, hospital, request and reply, as bytes: the transcript
     """
 
-    def __init__(self, n=3, length=8, session=1, *, leave=None, updates=None, before: Round | None = None, **options):
+    def __init__(self, n=3, length=8, session=1, *, leave=None, updates=None, before: Round | None = None,
+                 question=None, **options):  # fmt: skip
         self.keys = before.keys if before else identities(n)
         self.agreement = before.agreement if before else agree(self.keys, length, **options)
         self.clients = before.clients if before else {
@@ -52,10 +54,12 @@ class Round:
         }
         self.leave: dict[str, Iterable[str]] = leave or {}
         self.gone: set[str] = set()
+        self.question = question
         self.seen: list[tuple[str, str, bytes, bytes]] = []
 
     def ask(self, name: str, request: bytes) -> Reply:
-        reply = self.clients[name].answer(request, lambda: self.updates[name])
+        question = self.question[name] if isinstance(self.question, dict) else self.question
+        reply = self.clients[name].answer(request, lambda: self.updates[name], question)
         self.seen.append((reply.step, name, request, reply.to_bytes()))
         return Reply.from_bytes(reply.to_bytes())
 

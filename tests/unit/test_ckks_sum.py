@@ -301,6 +301,25 @@ def test_a_ciphertext_of_another_key_is_noticed_by_who_decrypts(key, length):
         list(Hospital("a", key, terms).decrypt(1, server.survivors, server.sums()))
 
 
+def test_one_made_up_sum_gives_the_key_away(key):
+    """What the docstring says of a server that lies: from a sum of zeros it makes one that decrypts to the key."""
+    terms = Terms(SIZES, PARAMETERS.poly_modulus_degree)
+    server, context = Server(terms, 1), Context(PARAMETERS)
+    sent = {}
+    for name in SIZES:
+        sent[name] = list(Hospital(name, key, terms).encrypt(1, lambda: np.full(terms.length, 0.5, np.float32)))
+        server.receive(name, sent[name][0])
+    (honest,) = server.sums()
+    integers = context.integers(honest, scale=FULL, level=0, ntt=True).copy()
+    integers[0] = 0
+    integers[1] = 2**56  # the constant polynomial times the key
+    made_up = context.compose(integers, scale=FULL, level=0, ntt=True)
+    mean = np.frombuffer(b"".join(Hospital("a", key, terms).decrypt(1, SIZES, [made_up])), "<f4")
+    ternary = np.rint(mean / terms.clip * 4)
+    assert set(ternary.tolist()) == {-1.0, 0.0, 1.0}
+    assert key.is_inside(ternary.astype(np.int8).tobytes())
+
+
 def test_what_comes_back_must_fit(key, terms):
     with pytest.raises(CiphertextError, match="a mean of 1 entries"):
         Server(terms, 1).finish([b"1234"])

@@ -12,7 +12,7 @@ from scipy import stats
 
 from primia_lite.config import UserError
 from primia_lite.federation import secagg
-from primia_lite.federation.neighbours import choose_degree, neighbours
+from primia_lite.federation.neighbours import choose_degree, default_threshold, neighbours, withstands
 from primia_lite.federation.secagg import STEPS, ProtocolError, TooFewSurvivors
 
 # --- the graph --------------------------------------------------------------------------------------------------------
@@ -73,16 +73,22 @@ def at_least(population, marked, drawn, k):
     return Fraction(ways, comb(population, drawn))
 
 
+def falls(n, told, degree, threshold):
+    """A bound for some honest hospital having too many corrupt neighbours, if so many advertisements are relayed, those
+    of a tenth of all, who are corrupt, among them."""
+    return told * at_least(told - 1, ceil(n / 10), degree, 2 * threshold - degree - 1)
+
+
 def fits(n, degree, threshold):
     """The three bounds of ``choose_degree`` for a tenth corrupt and a tenth gone, in exact arithmetic."""
     tenth = ceil(n / 10)
-    falls = at_least(n - 1, tenth, degree, 2 * threshold - degree - 1)
     short = 1 - at_least(n - 1, n - 1 - tenth, degree, threshold)
     cut = n * Fraction(2 * tenth, n) ** (degree // 2)
-    return falls * n * 2**60 <= 1 and short * n * 2**30 <= 1 and cut * 2**60 <= 1
+    few = falls(n, default_threshold(n), degree, threshold)
+    return few * 2**80 <= 1 and short * n * 2**30 <= 1 and cut * 2**80 <= 1
 
 
-@pytest.mark.parametrize("n", [101, 120, 200, 300, 1000])
+@pytest.mark.parametrize("n", [120, 137, 200, 300, 1000])
 def test_the_degree_is_the_least_and_the_threshold_the_highest_that_fit(n):
     degree, threshold = choose_degree(n)
     assert degree % 2 == 0 and degree < n - 1 and degree / 2 < threshold <= degree
@@ -90,9 +96,23 @@ def test_the_degree_is_the_least_and_the_threshold_the_highest_that_fit(n):
     assert not any(fits(n, degree - 2, t) for t in range(1, degree))
 
 
+@pytest.mark.parametrize(("n", "least"), [(121, 81), (200, 101), (300, 200), (1000, 501), (1000, 667)])
+def test_the_bound_holds_for_as_few_advertisements_as_may_be_relayed_and_for_more(n, least):
+    agreement = agree(identities(n), threshold=least)
+    degree, shares = agreement.degree, agreement.share_threshold
+    if degree == n - 1:
+        assert shares == least
+        return
+    for told in {least, least + 1, (least + n) // 2, n}:
+        assert falls(n, told, degree, shares) * 2**80 <= 1
+    assert withstands(n, degree, shares, least)
+    assert not withstands(n, degree, (degree + 2) // 2, least)  # with the fewest shares that an agreement allows
+    assert not withstands(n, degree, shares, ceil(n / 10) + 1)  # nobody but the corrupt, and one
+
+
 def test_degrees_grow_slowly_and_fit_every_default_threshold():
     degrees = [choose_degree(n)[0] for n in (200, 1000, 5000)]
-    assert degrees == sorted(degrees) and degrees[-1] < 200
+    assert degrees == sorted(degrees) and degrees[-1] < 250
     for n in range(101, 140, 6):
         agreement = agree(identities(n))
         assert (agreement.degree, agreement.share_threshold) == choose_degree(n)
@@ -134,9 +154,9 @@ def test_shares_that_leave_nobody_are_refused(corrupt, gone):
         choose_degree(1000, corrupt, gone)
 
 
-def test_no_graph_for_so_many_corrupt():
-    with pytest.raises(UserError, match=r"40% are corrupt and 40% vanish.*degree=149"):
-        choose_degree(150, 0.4, 0.4)
+@pytest.mark.parametrize(("n", "options", "threshold"), [(150, (0.4, 0.4), 100), (101, (), 68), (5, (), 4)])
+def test_all_share_with_all_where_no_graph_serves(n, options, threshold):
+    assert choose_degree(n, *options) == (n - 1, threshold)
 
 
 # --- rounds -----------------------------------------------------------------------------------------------------------

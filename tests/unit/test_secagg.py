@@ -8,7 +8,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from parties import Round, agree, fork, identities, names, relayed
@@ -551,6 +551,34 @@ def test_an_agreement_survives_json_and_what_was_handed_in_may_change():
     assert again == agreement and again.digest == agreement.digest and agreement.sizes["A"] == 10
     alike = Agreement(dict(reversed(PUBLIC.items())), {k: np.int64(v) for k, v in SIZES.items()}, np.int32(8), 32, 3, 1)
     assert alike == agreement and alike.digest == agreement.digest
+
+
+P = 2**255 - 19
+# y of the points of order 1, 2, 4 and 8; then as a number above the prime, which stands for the same point.
+ORDER_8 = [int.from_bytes(bytes.fromhex(text), "little") for text in (
+    "26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05",
+    "c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac037a",
+)]  # fmt: skip
+WEAK = [1, P - 1, 0, *ORDER_8, P, P + 1, P + 2, 2**255 - 1]
+
+
+@pytest.mark.parametrize("sign", [0, 1])
+@pytest.mark.parametrize("y", WEAK)
+def test_identities_that_others_could_sign_for_are_refused_where_an_agreement_is_read(y, sign):
+    weak = (y | sign << 255).to_bytes(32, "little")
+    with pytest.raises(UserError, match="A's public key"):
+        Agreement(PUBLIC | {"A": weak}, SIZES, 8)
+    content = Agreement(PUBLIC, SIZES, 8).as_dict()
+    content["identities"]["A"] = weak.hex()
+    with pytest.raises(UserError, match="A's public key"):
+        Agreement.from_dict(content)
+
+
+def test_the_identity_point_signs_anything():
+    """Why: the first of those is a key for which everybody has a signature of every message."""
+    key = Ed25519PublicKey.from_public_bytes((1).to_bytes(32, "little"))
+    for message in (b"one", b"another"):
+        key.verify((1).to_bytes(32, "little") + bytes(32), message)
 
 
 @pytest.mark.parametrize("content", [{}, [], None, {"identities": {"A": 1}}, {"identities": {"A": "zz"}}, {"x": 1}])

@@ -158,21 +158,86 @@ def test_sealed_shares_serve_their_receiver_in_this_round_only():
     mine, bs, theirs = (json.loads(party.request(name))["shares"] for name in "ABC")
     flipped = mine["B"][:40] + ("A" if mine["B"][40] != "A" else "B") + mine["B"][41:]
     for shares, message in [
-        (mine | {"B": theirs["B"]}, "a share in B's name that B didn't seal"),
-        (mine | {"B": mine["C"]}, "a share in B's name"),
-        (mine | {"B": old["B"]}, "a share in B's name"),
-        (mine | {"B": bs["A"]}, "a share in B's name"),  # what A itself sealed, for B
-        (mine | {"B": theirs["A"]}, "a share in B's name"),
-        (mine | {"B": flipped}, "a share in B's name"),
-        (mine | {"B": mine["B"][:-4]}, "a sealed share"),
+        *[
+            ({"B": sealed, "C": mine["C"]}, "would hide among too few .* the name of B doesn't open")
+            for sealed in (
+                theirs["B"],
+                mine["C"],
+                old["B"],
+                bs["A"],  # the last one is what A itself sealed, for B
+                theirs["A"],
+                flipped,
+                mine["B"][:-4],
+                None,
+                "",
+            )
+        ],
         (mine | {"A": mine["B"]}, "aren't its neighbours"),
         (mine | {"X": mine["B"]}, "aren't its neighbours"),
         ({"B": mine["B"]}, "its update would hide among too few"),
         ({}, "its update would hide among too few"),
-        (mine | {"B": None}, None),
         (list(mine), None),
     ]:
         refuses(party, "A", party.request("A", shares=shares), message)
+
+
+def opened_by_nobody(party, sender, receivers):
+    """A hospital that lies, and signs it: what it sealed for some others doesn't open."""
+    replies = {reply.sender: reply for reply in party.replies()}
+    shares = replies[sender].body["shares"]
+    body = replies[sender].body | {"shares": shares | dict.fromkeys(receivers, secagg._encode(bytes(secagg._SEALED)))}
+    for reply in (replies | {sender: party.resigned(replies[sender], body=body)}).values():
+        party.server.receive(reply)
+    party.server.close()
+    return party
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_who_sealed_a_share_that_does_not_open_is_named_and_the_receiver_stays_if_it_came_first(late):
+    party = opened_by_nobody(Round(5, threshold=3).until("share"), "B", "A")
+    replies = {reply.sender: reply for reply in party.replies()}
+    assert {name: reply.body["unopened"] for name, reply in replies.items()} == {"A": ["B"]} | {
+        name: [] for name in "BCDE"
+    }
+    first, second = ("B", "A") if late else ("A", "B")
+    party.server.receive(replies[first])
+    with pytest.raises(ProtocolError, match=f"B sent A a share that doesn't open.*{second} is left out"):
+        party.server.receive(replies[second])
+    for name in "CDE":
+        party.server.receive(replies[name])
+    party.server.close()
+    party.gone.add(second)
+    party.finish()
+    assert party.server.survivors == tuple(sorted({*"ABCDE"} - {second}))
+    assert np.array_equal(party.server.total, party.exact(party.server.survivors))
+
+
+@pytest.mark.parametrize("n", [3, 4])
+def test_without_a_hospital_to_spare_the_receiver_of_a_bad_share_is_left_out_and_the_sender_named(n):
+    party = opened_by_nobody(at("share", n), "B", "A")
+    refused = secagg.run(party.server, party.exchange)
+    assert len(refused) == 1 and "B sent A a share that doesn't open" in refused[0]
+    assert party.server.survivors == tuple(names(n)[1:])
+    assert np.array_equal(party.server.total, party.exact(party.server.survivors))
+
+
+def test_who_was_sent_bad_shares_and_the_sender_both_vanishing_leave_the_sum_of_the_others():
+    party = opened_by_nobody(Round(6, threshold=4).until("share"), "B", "A")
+    party.leave = {"mask": "B", "unmask": "A"}
+    party.finish()
+    assert party.server.survivors == tuple("ACDEF")
+    assert np.array_equal(party.server.total, party.exact("ACDEF"))
+
+
+@pytest.mark.parametrize(
+    "body", [{"unopened": ["X"]}, {"unopened": "B"}, {"unopened": ["A"]}, {"question": ["x", "y"]}]
+)
+def test_a_hospital_that_lies_about_shares_or_the_question_is_left_out(body):
+    party = at("mask")
+    party.server.receive(party.ask("B", party.request("B")))
+    reply = party.ask("A", party.request("A"))
+    with pytest.raises(ProtocolError, match="wasn't sent|another round"):
+        party.server.receive(party.resigned(reply, body=reply.body | body))
 
 
 # --- survivors --------------------------------------------------------------------------------------------------------
@@ -331,7 +396,9 @@ def test_requests_with_other_values_are_refused_in_one_way(step, data):
         content[field] = value
     reply = answers(step, json.dumps(content).encode())
     # Only a greater number of the round is as good as the true one, where a round begins.
-    assert reply is None or (step, field) == ("advertise", "session") or content == json.loads(STATES[step][2])
+    # A share that doesn't open is as good as none, and said to be so.
+    same = content == json.loads(STATES[step][2])
+    assert reply is None or (step, field) == ("advertise", "session") or same or reply.body["unopened"]
 
 
 @settings(max_examples=150, deadline=None)

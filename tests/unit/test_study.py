@@ -8,10 +8,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from primia_lite.config import UserError
 from primia_lite.federation.secagg import Agreement
-from primia_lite.federation.study import CODE, REQUEST, ROUND, RUN, STUDY, Study, job_code
+from primia_lite.federation.study import CODE, REQUEST, ROUND, RUN, STUDY, Study, describe, job_code
 from primia_lite.federation.syft_approval import Approval, changes, difference, digest, verdict
 from primia_lite.federation.syft_process import JobError, run_job
 from primia_lite.privacy.accounting import Release
@@ -19,10 +20,19 @@ from primia_lite.privacy.dpsgd import Privacy
 from primia_lite.privacy.shared import SharedNoise
 from primia_lite.training import Training
 
-AGREEMENT = Agreement({"A": bytes(32), "B": bytes([1] * 32)}, {"A": 10, "B": 30}, 60)
+PUBLIC = {name: Ed25519PrivateKey.generate().public_key().public_bytes_raw() for name in "AB"}
+AGREEMENT = Agreement(PUBLIC, {"A": 10, "B": 30}, 60)
 PRIVACY = Privacy(1.5, 0.5, 8.0, plan=(Release(1.5, 0.5, 4),))
 TRAINING = Training(augmentation=("flip",), class_weights=(1.0, 2.0, 3.0), sample_rate=0.5)
 STUDY_ = Study("lungs", "chest-xray", TRAINING, PRIVACY, 3, AGREEMENT)
+
+
+SHARED = SharedNoise(2, 1, 60, (10, 30))
+
+
+def sharing(shared=SHARED, **agreement) -> Study:
+    agreement = replace(AGREEMENT, **{"weighted": False} | agreement)
+    return replace(STUDY_, privacy=replace(PRIVACY, shared=shared), agreement=agreement)
 
 
 def asking(step: str, **more: bytes) -> dict[str, bytes]:
@@ -34,7 +44,7 @@ def approvals(used: int = 0) -> dict[str, Approval]:
 
 
 def test_a_study_is_the_same_after_its_file():
-    shared = replace(STUDY_, privacy=replace(PRIVACY, shared=SharedNoise(2, 1, 60, (10, 30))))
+    shared = sharing()
     for study in (STUDY_, replace(STUDY_, privacy=None, seed=7), shared):
         assert Study.from_bytes(study.to_bytes()) == study
 
@@ -50,6 +60,82 @@ def test_names_and_rounds_of_a_study_are_checked():
         replace(STUDY_, name="../lungs")
     with pytest.raises(UserError, match="rounds is 0"):
         replace(STUDY_, rounds=0)
+
+
+@pytest.mark.parametrize(
+    ("shared", "message"),
+    [
+        (SharedNoise(1000, 0, 60, (10, 30) + (1,) * 998), "1000 hospitals that declare .* give SharedNoise their"),
+        (SharedNoise(2, 1, 60, (10, 30, 1)), "give SharedNoise their"),
+        (SharedNoise(2, 1, 60, (10, 31)), "give SharedNoise their"),
+        (SharedNoise(2, 1, 60, (20, 20)), "give SharedNoise their"),
+        (SharedNoise(1, 0, 60, (40,)), "give SharedNoise their"),
+        (SharedNoise(2, 1, 61, (10, 30)), "agreed on for 61"),
+        (SharedNoise(2, 1, 59, (10, 30)), "agreed on for 59"),
+    ],
+)
+def test_shared_noise_that_does_not_fit_the_hospitals_is_refused_where_a_study_is_read(shared, message):
+    with pytest.raises(UserError, match=message):
+        sharing(shared)
+    content = sharing().as_dict()
+    content["privacy"]["shared"] |= {key: getattr(shared, key) for key in ("threshold", "parameters", "declared")}
+    content["privacy"]["shared"]["colluding"] = shared.colluding
+    with pytest.raises(UserError, match=message):
+        Study.from_bytes(json.dumps(content).encode())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"threshold": 2.5}, {"threshold": "2"}, {"colluding": 0.5}, {"colluding": None}, {"parameters": 60.0},
+     {"declared": [10.0, 30.0]}, {"declared": "13"}, {"threshold": 3}, {"colluding": 2}, {"colluding": -1}],
+)  # fmt: skip
+def test_shared_noise_in_a_study_s_file_is_of_whole_numbers_that_fit(change):
+    content = sharing().as_dict()
+    content["privacy"]["shared"] |= change
+    with pytest.raises(UserError):
+        Study.from_bytes(json.dumps(content).encode())
+
+
+def test_shared_noise_goes_with_enough_hospitals_in_each_sum_and_masks_with_all():
+    names = [f"h{i}" for i in range(6)]
+    keys = {name: Ed25519PrivateKey.generate().public_key().public_bytes_raw() for name in names}
+    sizes = dict.fromkeys(names, 10)
+    shared = SharedNoise(5, 1, 60, (10,) * 6)
+    agreed = {"identities": keys, "sizes": sizes, "threshold": 5, "degree": None, "share_threshold": None}
+    assert sharing(shared, **agreed).summed
+    with pytest.raises(UserError, match="may reveal a sum of 4"):
+        sharing(shared, **agreed | {"threshold": 4})
+    with pytest.raises(UserError, match="degree.*too little of the shared noise"):
+        sharing(shared, **agreed | {"degree": 4, "share_threshold": 4})
+    for summed in (True, False):
+        with pytest.raises(UserError, match="weighted"):
+            replace(sharing(weighted=summed), privacy=replace(PRIVACY, shared=SHARED if summed else None))
+    many = {f"h{i}": Ed25519PrivateKey.generate().public_key().public_bytes_raw() for i in range(125)}
+    assert Agreement(many, dict.fromkeys(many, 10), 60, weighted=False).degree == 124
+
+
+def test_a_graph_of_neighbours_that_a_lying_server_may_break_is_refused():
+    many = {f"h{i}": Ed25519PrivateKey.generate().public_key().public_bytes_raw() for i in range(200)}
+    agreed = Agreement(many, dict.fromkeys(many, 10), 60)
+    assert agreed.degree < 199 and replace(STUDY_, agreement=agreed).agreement == agreed
+    for degree, shares in ((2, 2), (60, 35), (agreed.degree, 41)):
+        with pytest.raises(UserError, match="degree.*leave degree and share_threshold out"):
+            replace(STUDY_, agreement=replace(agreed, degree=degree, share_threshold=shares))
+
+
+def test_a_hospital_reads_all_that_decides_its_privacy():
+    study = sharing()
+    study = replace(study, privacy=replace(study.privacy, target_delta=1e-12))
+    words = describe(study)
+    assert "SHARED by 2 hospitals (A, B)" in words and "t = 2" in words and "c = 1" in words
+    assert "more than c = 1" in words and "with 2 the noise multiplier in a sum of 2 is 0" in words
+    assert f"delta {study.privacy.promised_delta(4):.3g} in all" in words and study.privacy.promised_delta(4) > 2e-12
+    assert "epsilon 8" in words and "each patient with all their films" in words and "all 1 others" in words
+    own = describe(STUDY_)
+    assert "ALL of the noise by itself" in own and "delta 0.0001 in all" in own and "SHARED" not in own
+    none = describe(replace(STUDY_, privacy=None))
+    assert "NO differential privacy" in none and "answers each round once" in none
+    assert all(key.hex() in text for text in (words, own, none) for key in PUBLIC.values())
 
 
 def test_an_approval_is_for_all_files_but_a_rounds_own():

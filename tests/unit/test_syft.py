@@ -212,9 +212,13 @@ def test_shared_noise_is_summed_by_hospitals_whose_runners_start_anew_between_st
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
-def refusal(federation, study) -> str:
-    with pytest.raises(TooFewSurvivors) as error:
-        federation.researcher.round(study, weights(), 1)
+def refusal(federation, study, gone: str = "") -> str:
+    away = {name: federation.sites.pop(name) for name in gone}
+    try:
+        with pytest.raises(TooFewSurvivors) as error:
+            federation.researcher.round(study, weights(), 1)
+    finally:
+        federation.sites.update(away)
     return str(error.value)
 
 
@@ -389,20 +393,28 @@ def test_a_study_that_a_hospital_cant_take_part_in_isnt_approved(federation):
     keys = {**study.agreement.identities, "B": bytes(31) + b"\x01"}
     sizes = {**study.agreement.sizes, "A": 70}
     odd = replace(
-        study, dataset="elsewhere", agreement=Agreement(keys, sizes, LENGTH, weighted=False), rounds=10**7,
+        study, dataset="elsewhere", agreement=Agreement(keys, sizes, LENGTH), rounds=10**7,
         privacy=replace(PRIVACY, noise_multiplier=0.3), training=TRAINING.changed(augmentation=("mixup",)),
     )  # fmt: skip
     submitted(federation, "odd", odd.files())
     review = site.review("odd")
     words = "; ".join(review.problems)
-    for part in ("no dataset 'elsewhere'", "key of B isn't the one", "declared size is 30, not 70", "isn't weighted",
-                 "mixup", "can't afford 10000000 rounds"):  # fmt: skip
+    for part in ("no dataset 'elsewhere'", "key of B isn't the one", "declared size is 30, not 70", "mixup",
+                 "can't afford 10000000 rounds"):  # fmt: skip
         assert part in words
     with pytest.raises(Refused, match="can't take part"):
         site.approve(review)
     site.refuse(review, "no")
     submitted(federation, "film", replace(study_of(federation, "film"), privacy=replace(PRIVACY, unit="film")).files())
     assert "the ledger counts by patient, the study by film" in site.review("film").problems
+    assert f"PROBLEM: {review.problems[0]}" in review.words and "ALL of the noise by itself" in review.words
+    shared = SharedNoise(2, 1, LENGTH, tuple(study.agreement.sizes.values()))
+    forged = study_of(federation, "forged", replace(PRIVACY, shared=shared), local_steps=1).as_dict()
+    forged["privacy"]["shared"] |= {"threshold": 1000, "declared": [*shared.declared, *[1] * 997]}
+    submitted(federation, "forged", {**study.files(), STUDY: json.dumps(forged).encode()})
+    assert "1000 hospitals that declare" in site.review("forged").words
+    with pytest.raises(Refused, match="give SharedNoise their numbers"):
+        site.approve(site.review("forged"))
     submitted(federation, "broken", {**study.files(), STUDY: b"{}"})
     assert site.review("broken").study is None
     with pytest.raises(Refused, match=r"study\.json can't be read"):
@@ -412,6 +424,29 @@ def test_a_study_that_a_hospital_cant_take_part_in_isnt_approved(federation):
         site.approve(site.review("bare"))
     with pytest.raises(UserError, match="hospital A has no pending job 'nothing'"):
         site.review("nothing")
+
+
+def test_a_round_without_noise_is_answered_once_whatever_the_session_and_after_a_restart(federation, folder):
+    code = fast(folder, "once")
+    study = approved(federation, study_of(federation, "once", None, rounds=9), code, without_noise=True)
+    first = federation.researcher.round(study, weights(), 1)
+    again = federation.researcher.round(study, weights(), 1)  # the same hospitals: the same sum
+    assert first.survivors == again.survivors == NAMES and (first.total == again.total).all()
+    for name, site in federation.sites.items():
+        federation.sites[name] = Site(site.client, site.hospital, site.folder)
+        federation.sites[name].trust(site._trusted)
+    said = len(federation.sites["A"].journal)
+    message = refusal(federation, study, gone="C")
+    assert "ended at confirm" in message
+    assert "has signed other survivors" in federation.sites["A"].journal[said:][-1]
+    other = {name: value + 1e-6 for name, value in weights().items()}
+    with pytest.raises(TooFewSurvivors, match="ended at mask"):
+        federation.researcher.round(study, other, 1)
+    assert "for other weights" in federation.sites["B"].journal[-1]
+    for number in (0, 10, True, "1", None):
+        with pytest.raises(TooFewSurvivors, match="ended at mask"):
+            federation.researcher.round(study, weights(), number)
+    assert federation.researcher.round(study, weights(), 2).survivors == NAMES
 
 
 def test_a_request_that_the_protocol_doesnt_allow_gets_no_answer(federation, folder):
