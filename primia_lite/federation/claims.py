@@ -16,6 +16,7 @@ import psutil
 from primia_lite.config import UserError
 
 MOST_BYTES = 2**20  # of a card, a study or code: thousands of hospitals
+MOST_REQUEST_BYTES = 2**24  # of a round's request, which relays what all of them sent
 DEEPEST = 16  # levels of lists and objects; ours have five
 _DIGITS = 19  # whole numbers of 64 bits
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from primia_lite.config import UserError
-from primia_lite.federation.claims import printable, read_json
+from primia_lite.federation.claims import MOST_REQUEST_BYTES, printable, read_json
 from primia_lite.federation.study import REQUEST, ROUND, RUN, RUN_SH, STUDY, Files, Study
 
 # What asks for packages, by name.
@@ -19,7 +19,6 @@ DEPENDENCY_FILES = ("pyproject.toml", "requirements.txt", "setup.py", "setup.cfg
 
 
 _MOST_LINES = 10_000  # that are compared: the time grows with their square
-MOST_REQUEST_BYTES = 2**24  # messages of thousands of hospitals
 
 
 class Refused(UserError):

@@ -37,7 +37,7 @@ from syft_rds import SyftRDSClient
 
 from primia_lite.config import UserError
 from primia_lite.federation import secagg
-from primia_lite.federation.claims import MOST_BYTES, printable, read_file
+from primia_lite.federation.claims import MOST_BYTES, MOST_REQUEST_BYTES, printable, read_file
 from primia_lite.federation.hospital import Hospital
 from primia_lite.federation.study import (
     MOST_ROUND_BYTES,
@@ -49,7 +49,6 @@ from primia_lite.federation.study import (
     films_to_bytes,
 )
 from primia_lite.federation.syft_approval import (
-    MOST_REQUEST_BYTES,
     Approval,
     Refused,
     Review,
