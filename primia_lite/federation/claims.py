@@ -58,7 +58,7 @@ def _object(pairs: list[tuple[str, object]]) -> dict:
 
 
 def _whole(text: str) -> int:
-    if len(text) > _DIGITS:
+    if len(text.lstrip("-")) > _DIGITS:
         raise ValueError(f"a number of {len(text)} digits")
     return int(text)
 
