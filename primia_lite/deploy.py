@@ -135,7 +135,10 @@ def _join(args) -> None:
 def _start(args) -> None:
     from primia_lite.federation import flower_deploy
 
-    print(f"started: {', '.join(flower_deploy.start(args.folder))}")
+    started = flower_deploy.start(args.folder)
+    print(f"started: {', '.join(started)}")
+    for line in flower_deploy.unreached(args.folder, [name for name in started if name != flower_deploy.LINK]):
+        print(line)
 
 
 def _status(args) -> None:

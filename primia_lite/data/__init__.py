@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable
 from importlib import import_module
 
-from primia_lite.config import DATA_SOURCES, DataError
+from primia_lite.config import DATA_SOURCES, DataError, printable
 from primia_lite.data.split import assign_hospitals, partition, split_by_patient
 from primia_lite.data.types import CLASSES_2, CLASSES_3, NORMAL, SPLITS, ChestXrays
 
@@ -97,8 +97,6 @@ def _loader(source: str) -> Callable[..., ChestXrays]:
 
 def sources(root=None) -> list[dict]:
     """For each source: ``name``, ``found``, ``where`` (path or None), ``n_files`` (or None), ``how_to_get``."""
-    from primia_lite.data.pixels import shown
-
     rows = []
     for name in DATA_SOURCES:
         found, where, n_files = True, None, None
@@ -106,7 +104,7 @@ def sources(root=None) -> list[dict]:
             where, n_files = import_module(_LOADERS[name][0]).find(root)
             found = where is not None
         rows.append(
-            {"name": name, "found": found, "where": shown(where) if where else None, "n_files": n_files,
+            {"name": name, "found": found, "where": printable(where) if where else None, "n_files": n_files,
              "how_to_get": HOW_TO_GET[name]}
         )  # fmt: skip
     return rows

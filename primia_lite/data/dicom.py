@@ -12,14 +12,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from primia_lite.config import DataError, data_root
+from primia_lite.config import DataError, data_root, printable
 from primia_lite.data.dicom_pixels import as_displayed, blaming, stored_values, upright
 from primia_lite.data.pixels import (
     check_aspect,
     join_patients,
     picture_key,
     read_films,
-    shown,
     to_square,
     warn_skipped,
 )
@@ -95,8 +94,8 @@ def read(
     if folder is None:
         where = data_root() if root is None else Path(root)
         raise DataError(
-            f"no {labels_csv} in {shown(where)} or {shown(where / 'dicom')}: put the DICOM files there with a CSV of "
-            f"columns {','.join(_COLUMNS)} (and, if you like, site,split)"
+            f"no {labels_csv} in {printable(where)} or {printable(where / 'dicom')}: put the DICOM files there with a "
+            f"CSV of columns {','.join(_COLUMNS)} (and, if you like, site,split)"
         )
     rows = _read_csv(folder / labels_csv)
     class_names = _class_names(rows, labels_csv)
@@ -137,7 +136,7 @@ def find(root: str | Path | None = None, labels_csv: str = "labels.csv") -> tupl
 
 
 def _read_csv(path: Path) -> list[_Row]:
-    where = shown(path)
+    where = printable(path)
     try:
         # A file's name may be in the bytes of another encoding: these find it.
         text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
@@ -174,7 +173,7 @@ def _read_csv(path: Path) -> list[_Row]:
         if earlier != number:
             raise DataError(f"{where}, row {number}: the file of row {earlier} again, remove one of them")
         patient = pseudonyms.setdefault(line["patient_id"], f"patient-{len(pseudonyms) + 1:04d}")
-        site = shown(line.get("site", "dicom"))
+        site = printable(line.get("site", "dicom"))
         row = _Row(number, file, line["label"].lower(), patient, site, split)
         other = first.setdefault(patient, row)
         if other.split != split:
@@ -217,7 +216,7 @@ def _film(row: _Row, size: int, aspect: str) -> tuple[np.ndarray, int]:
             return to_square(Image.fromarray(grey), size, aspect), key
     except DataError as error:
         advice = "or leave it out with skip_bad=True (--skip-bad)"
-        raise DataError(f"{shown(row.path.name)} ({row}): {error}, {advice}") from None
+        raise DataError(f"{printable(row.path.name)} ({row}): {error}, {advice}") from None
 
 
 def _read_dicom(path: Path) -> tuple[np.ndarray, int]:
@@ -228,7 +227,7 @@ def _read_dicom(path: Path) -> tuple[np.ndarray, int]:
     try:
         header = pydicom.dcmread(path, specific_tags=list(_TAGS))
     except FileNotFoundError:
-        raise DataError(f"no such file in {shown(path.parent)}, correct the CSV") from None
+        raise DataError(f"no such file in {printable(path.parent)}, correct the CSV") from None
     except InvalidDicomError:
         raise DataError("it is not a DICOM file: export it again") from None
     except Exception as error:
@@ -246,7 +245,7 @@ def _read_dicom(path: Path) -> tuple[np.ndarray, int]:
     if not photometric:
         raise DataError("it has no PhotometricInterpretation: export it again")
     if photometric not in ("MONOCHROME1", "MONOCHROME2") or (header.get("SamplesPerPixel") or 1) != 1:
-        raise DataError(f"it is in colour ({shown(photometric)[:16]}): X-ray films are grey. Export it as grey")
+        raise DataError(f"it is in colour ({printable(photometric)[:16]}): X-ray films are grey. Export it as grey")
     if photometric == "MONOCHROME2" and header.get("PresentationLUTShape") == "INVERSE":
         raise DataError("its PresentationLUTShape INVERSE contradicts MONOCHROME2: correct one of them")
     if str(header.get("BurnedInAnnotation", "")).upper() == "YES":

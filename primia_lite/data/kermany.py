@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from primia_lite.config import DataError, cache_dir, data_root
+from primia_lite.config import DataError, cache_dir, data_root, printable
 from primia_lite.data.pixels import (
     check_aspect,
     decode,
@@ -22,7 +22,6 @@ from primia_lite.data.pixels import (
     parallel,
     picture_key,
     read_films,
-    shown,
     to_square,
     warn_skipped,
 )
@@ -97,7 +96,7 @@ def read(
     folder, _ = find(root)
     if folder is None:
         raise DataError(
-            f"no chest_xray/train/NORMAL in {shown(_root(root))}: download the set (doi:10.17632/rscbjbr9sj.3, or "
+            f"no chest_xray/train/NORMAL in {printable(_root(root))}: download the set (doi:10.17632/rscbjbr9sj.3, or "
             "Kaggle's paultimothymooney/chest-xray-pneumonia), unpack it there, or point PRIMIA_LITE_DATA at it"
         )
     files, unnamed = _list_files(folder, skip_bad)
@@ -146,11 +145,13 @@ def _list_files(folder: Path, skip_bad: bool) -> tuple[list[_File], list[str]]:
         for class_folder in _CLASS_FOLDERS:
             paths = _films(folder / split / class_folder)
             if not paths and split != "val":
-                raise DataError(f"{shown(folder / split / class_folder)} has no film: unpack the set again, completely")
+                raise DataError(
+                    f"{printable(folder / split / class_folder)} has no film: unpack the set again, completely"
+                )
             for path in paths:
-                name = shown(path.relative_to(folder).as_posix())
+                name = printable(path.relative_to(folder).as_posix())
                 try:
-                    label, patient = label_and_patient(shown(path.name))
+                    label, patient = label_and_patient(printable(path.name))
                     if (label > 0) != (class_folder == "PNEUMONIA"):
                         raise DataError(f"{name} lies in {class_folder}, its name says otherwise: move or remove it")
                 except DataError as error:
@@ -195,7 +196,7 @@ def _splits(
     original = np.array([f.folder for f in files], dtype="<U5")
     if validation == "original":
         if not np.any(original == "val"):
-            raise DataError(f"{shown(folder)} has no val folder (Mendeley's layout): use validation='from_train'")
+            raise DataError(f"{printable(folder)} has no val folder (Mendeley's layout): use validation='from_train'")
         split = original
     else:
         pool = original != "test"

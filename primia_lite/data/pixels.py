@@ -183,11 +183,6 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def shown(name: object) -> str:
-    """A name or path for messages: what can't be printed (bytes of another encoding, control characters) escaped."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(name))
-
-
 def warn_skipped(skipped: Sequence[str], n_films: int) -> None:
     """Say how many films were left out, and which."""
     if skipped:

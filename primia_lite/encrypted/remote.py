@@ -27,13 +27,13 @@ from concurrent.futures import Future
 import httpx
 import numpy as np
 
-from primia_lite.config import UserError
+from primia_lite.config import UserError, printable
 from primia_lite.encrypted.card import prepare_film
 from primia_lite.encrypted.ckks import MAX_PUBLIC_BYTES, Client
 from primia_lite.encrypted.flooding import Flooding
 from primia_lite.encrypted.packing import Packing, packing_from
 from primia_lite.encrypted.seal import CiphertextError
-from primia_lite.encrypted.wire import join, most_key_bytes, most_reply_bytes, most_upload_bytes, printable, split
+from primia_lite.encrypted.wire import join, most_key_bytes, most_reply_bytes, most_upload_bytes, split
 
 # Of an answer that isn't a reply: descriptions of all models, or a sentence.
 _MOST_BYTES = 1 << 20

@@ -66,11 +66,3 @@ def _most_bytes(packing: Packing, ciphertexts: int, level: int) -> int:
     p = packing.parameters
     primes = max(1, len(p.coeff_mod_bit_sizes) - 1) - level
     return ciphertexts * (2 * 8 * p.poly_modulus_degree * primes + 1024) + 1024
-
-
-def printable(text: str, most: int = 200) -> str:
-    """A stranger's text for a terminal: one line of at most ``most`` characters, without those that steer it (controls,
-    escape sequences, changes of direction, what has no glyph)."""
-    text = text[: 4 * most]
-    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return text if len(text) <= most else f"{text[: most - 3]}..."

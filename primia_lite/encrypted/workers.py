@@ -15,11 +15,11 @@ import signal
 from collections import OrderedDict
 from multiprocessing.connection import Connection
 
-from primia_lite.config import UserError
+from primia_lite.config import UserError, printable
 from primia_lite.encrypted.card import ModelCard
 from primia_lite.encrypted.ckks import Server, Session
 from primia_lite.encrypted.seal import CiphertextError
-from primia_lite.encrypted.wire import join, printable, split
+from primia_lite.encrypted.wire import join, split
 
 # Of each session, made in idle time; for the sessions that were used last.
 _MASKS, _SESSIONS = 2, 16

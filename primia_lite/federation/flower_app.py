@@ -4,7 +4,8 @@ Flower (flwr 1.41, Message API) only carries messages. What they hold is ours: r
 aggregation (:mod:`primia_lite.federation.secagg`), the global weights, and masked updates as plain uint32 arrays.
 
 A message to a hospital has ``request`` (``study``, its fingerprint; ``requests``, bytes; ``round``) and in step
-``mask`` ``weights``; its reply has ``reply`` (``heads``, bytes) and then ``masked``.
+``mask`` ``weights``; its reply has ``reply`` (``heads``, bytes) and then ``masked``. Where the round's number was
+answered before, ``reply`` has ``last``, the highest number that the hospital has answered.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ except ImportError as error:
         "Flower isn't installed: `make flower` sets it up in a checkout, `pip install 'primia-lite[flower]'` elsewhere"
     ) from error
 
-from primia_lite.federation.flower_hospital import OtherStudy, Site, SiteInFolder, log_to
+from primia_lite.federation.flower_hospital import Behind, OtherStudy, Site, SiteInFolder, log_to
 from primia_lite.federation.flower_worker import Relay
-from primia_lite.federation.secagg import Reply
+from primia_lite.federation.secagg import ProtocolError, Reply
 
 SERVER_VARIABLE = "PRIMIA_LITE_SERVER"  # the server's folder, in the environment of its SuperLink
 _REFUSED = 100  # code of an error reply; Flower's own are below
@@ -78,6 +79,8 @@ def respond(site: Site | Relay, message: Message) -> Message:
     except OtherStudy as error:
         log.warning("%s", error)
         return refusal(message, str(error))
+    except Behind as error:
+        return Message(RecordDict({"reply": ConfigRecord({"heads": [], "last": error.last})}), reply_to=message)
     except Exception as error:
         log.warning("hospital %s can't answer: %s: %s", site.name, type(error).__name__, error)
         return refusal(message)
@@ -109,10 +112,12 @@ def replies(message: Message) -> list[Reply]:
 
     Raises
     ------
-    ProtocolError, KeyError, TypeError, ValueError
-        It can't be read.
+    Exception
+        Of any kind: it can't be read.
     """
     heads = message.content["reply"]["heads"]
+    if len(heads) > 2:
+        raise ProtocolError(f"a message with {len(heads)} replies")
     masked = message.content.get("masked")
     vector = None
     if masked is not None:

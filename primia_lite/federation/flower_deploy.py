@@ -7,15 +7,19 @@ on one machine and each of many machines.
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Mapping, Sequence
+import urllib.request
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -77,7 +81,65 @@ def environment(folder: Path) -> dict[str, str]:
         # For the process that runs the app: it starts in another folder.
         "PYTHONPATH": os.pathsep.join(filter(None, [str(repo_root()), os.environ.get("PYTHONPATH")])),
         "PRIMIA_LITE_SERVER": str((folder / SERVER).resolve()),
+        **past_proxies(_own_hosts(folder)),
     }
+
+
+def past_proxies(hosts: Iterable[str]) -> dict[str, str]:
+    """Variables by which no proxy gets what is sent to some hosts; what they hold stays."""
+    lower, upper, grpc = (os.environ.get(name) for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"))
+    before = {"no_proxy": lower or upper or "", "NO_PROXY": upper or lower or ""}
+    if grpc:  # where it is set, gRPC looks at no other
+        before["no_grpc_proxy"] = grpc
+    parts = {name: [part.strip() for part in value.split(",") if part.strip()] for name, value in before.items()}
+    return {name: ",".join(dict.fromkeys([*kept, *hosts])) for name, kept in parts.items()}
+
+
+def _own_hosts(folder: Path) -> list[str]:
+    """Names and addresses of this machine at which the folder's processes meet."""
+    hosts = ["localhost", "127.0.0.1", "::1"]
+    if (folder / SERVER / "server.toml").exists():
+        hosts.append(_local(_config(folder / SERVER / "server.toml")["host"]))
+    for path in folder.glob("*/hospital.toml"):
+        host = _host_of(_config(path).get("superlink", ""))
+        with suppress(ValueError):
+            if ipaddress.ip_address(host).is_loopback:
+                hosts.append(host)
+    return list(dict.fromkeys(hosts))
+
+
+def _host_of(address: str) -> str:
+    return address.rpartition(":")[0].strip("[]")
+
+
+def proxy_variable(host: str, variables: Mapping[str, str]) -> str | None:
+    """The variable whose proxy gets what is sent to a host over TLS; None where none does."""
+    passed = urllib.request.proxy_bypass_environment(host, {"no": variables.get("no_proxy", "")})
+    names = ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
+    return None if passed else next((name for name in names if variables.get(name)), None)
+
+
+def unreached(folder: Path, hospitals: Iterable[str], timeout_s: float = 5.0) -> list[str]:
+    """A sentence for each of the folder's hospitals that can't reach its server; it goes on trying."""
+    import httpx
+
+    lines, variables = [], environment(folder)
+    for name in hospitals:
+        superlink = _config(folder / name / "hospital.toml").get("superlink", "")
+        proxy = proxy_variable(host := _host_of(superlink), variables)
+        try:
+            trusted = ssl.create_default_context(cafile=str(folder / name / "ca.crt"))
+            way = variables[proxy] if proxy else None
+            with httpx.Client(proxy=way, trust_env=False, verify=trusted, timeout=timeout_s) as client:
+                client.get(f"https://{superlink}/v1/fleet")  # whatever is answered: it is there
+        except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
+            through = (
+                f". {proxy} is set, so that it goes through that proxy: if {host} is reached without one, add it to "
+                "no_proxy and start anew" if proxy else ""
+            )  # fmt: skip
+            why = str(error) or type(error).__name__
+            lines.append(f"hospital {name} can't reach the server at {superlink} ({why}), and goes on trying{through}")
+    return lines
 
 
 # --- processes --------------------------------------------------------------------------------------------------------
@@ -264,6 +326,7 @@ def status(folder: Path) -> str:
         online = sum(node.get("status") == "online" for node in nodes)
         lines.append(f"{online} of {len(nodes)} hospitals are connected")
         lines += [f"run {run['run-id']}: {run['status']}" for run in _json(folder, "list", "here").get("runs", [])]
+    lines += unreached(folder, [name for name in hospitals if name in alive])
     return "\n".join(lines)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import time
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -25,8 +26,9 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from filelock import FileLock
 
 from primia_lite import __version__
-from primia_lite.config import UserError
+from primia_lite.config import UserError, printable
 from primia_lite.federation import secagg
+from primia_lite.federation.claims import MOST_REQUEST_BYTES, read_json
 from primia_lite.runtime import write_atomic
 
 if TYPE_CHECKING:
@@ -41,6 +43,27 @@ log = logging.getLogger("primia_lite")
 
 class OtherStudy(UserError):
     """The server goes by other settings than the hospital. The message holds nothing private: the server gets it."""
+
+
+class Behind(UserError):
+    """The server numbers its rounds below one that the hospital has taken part in. The server gets the number, which it
+    or its predecessor gave: it goes on above it."""
+
+    def __init__(self, name: str, session: int, last: int):
+        super().__init__(
+            f"hospital {name} was asked for round {session} after round {last}: it takes part in each once"
+        )
+        self.session, self.last = session, last
+
+
+# A round's number is the time in ms when it began, or the next after the last one's where a clock was set back. A
+# hospital takes none that lies further ahead, and a server believes half of that: so neither a hospital that lies about
+# its last number nor a clock that was wrong leaves a federation without numbers.
+FARTHEST_MS = 200 * 365 * 24 * 3600 * 1000
+
+
+def now_ms() -> int:
+    return time.time_ns() // 1_000_000
 
 
 def fingerprint(study: bytes) -> str:
@@ -79,9 +102,9 @@ class Site:
     @cached_property
     def agreement(self) -> secagg.Agreement:
         try:
-            return secagg.Agreement.from_dict(json.loads(self._study_text)["agreement"])
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"hospital {self.name}'s {STUDY} can't be read ({error}): copy it again") from error
+            return secagg.Agreement.from_dict(read_json(self._study_text, STUDY)["agreement"])
+        except KeyError as error:
+            raise UserError(f"hospital {self.name}'s {STUDY} has no agreement: copy it again") from error
 
     @cached_property
     def study(self) -> Study:
@@ -114,23 +137,33 @@ class Site:
         ------
         OtherStudy
             The server goes by another study. No request is answered.
+        Behind
+            Nor is any, for it asks for a round that was.
         """
         if study != self.fingerprint:
             raise OtherStudy(
                 f"hospital {self.name} agreed to study {self.fingerprint[:16]}, the server runs {str(study)[:16]}: all "
                 f"need the same {STUDY}"
             )
-        replies = []
+        replies, behind = [], None
         clients = self._clients()
+        last = max(client.last_session for client in clients)
         for request in requests:
             try:
-                session = json.loads(request)["session"]
+                head = read_json(request, "the request", MOST_REQUEST_BYTES)
+                session = head["session"]
+                if session > now_ms() + FARTHEST_MS:
+                    raise UserError(f"round {session} lies more than 200 years ahead of this machine's clock")
                 client = clients[session % 2]
-                question = self._question(number, weights) if json.loads(request)["step"] == "mask" else None
+                if head["step"] == "advertise" and session <= client.last_session:
+                    raise (behind := Behind(self.name, session, last))
+                question = self._question(number, weights) if head["step"] == "mask" else None
                 replies.append(client.answer(request, lambda: self._update(number, weights), question))
                 log.info("round %d: answered %s (session %d)", number, replies[-1].step, session)
             except Exception as error:  # the others mustn't learn why: it may tell of films
                 log.warning("hospital %s refuses a request: %s: %s", self.name, type(error).__name__, error)
+        if behind and not replies:
+            raise behind
         # Before a reply leaves: what is kept never says less than what others have been told.
         self._keep(json.dumps([client.save().decode() for client in clients]).encode())
         return replies
@@ -283,6 +316,13 @@ def read_identity(path: Path) -> Ed25519PrivateKey:
     return key
 
 
+class _OneLine(logging.Formatter):
+    """A line for each record: the server has a say in what they hold, and could make up others."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 def log_to(folder: Path, *, rotate: bool = False) -> None:
     """Write what this process has to say to a hospital's log: Flower would throw it away. For the hospital alone.
 
@@ -294,6 +334,6 @@ def log_to(folder: Path, *, rotate: bool = False) -> None:
             handler.close()
     path = folder / LOG
     handler = RotatingFileHandler(path, maxBytes=1_000_000, backupCount=1) if rotate else WatchedFileHandler(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s [%(process)d] %(levelname)s %(message)s"))
+    handler.setFormatter(_OneLine("%(asctime)s [%(process)d] %(levelname)s %(message)s"))
     log.addHandler(handler)
     log.setLevel(logging.INFO)

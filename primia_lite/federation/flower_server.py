@@ -23,10 +23,10 @@ from filelock import FileLock, Timeout
 from flwr.app import Array, ArrayRecord, Message, MessageType
 from flwr.serverapp import Grid
 
-from primia_lite.config import UserError
+from primia_lite.config import UserError, printable
 from primia_lite.federation import flower_app, secagg
 from primia_lite.federation.aggregation import Aggregate, check, unflat
-from primia_lite.federation.flower_hospital import STUDY, fingerprint
+from primia_lite.federation.flower_hospital import FARTHEST_MS, STUDY, fingerprint, now_ms
 from primia_lite.federation.hospital import State
 from primia_lite.federation.rounds import Schedule, Server, serve
 from primia_lite.federation.study import Study
@@ -75,7 +75,7 @@ class FlowerAggregation:
         self._step_timeout_s, self._start_timeout_s, self._poll_s = step_timeout_s, start_timeout_s, poll_s
         self._nodes: dict[str, int] = {}  # by hospital
         self._missing: dict[str, int] = {}  # nodes that owe a reply, by message
-        self._session = 0
+        self._session = self._told = 0  # the last number given out; the highest that a hospital has named
         self._next: secagg.Server | None = None
 
     def fewest(self, hospitals: int) -> int:
@@ -90,9 +90,16 @@ class FlowerAggregation:
         check(ask, sizes)
         if summed == self.agreement.weighted or dict(sizes) != dict(self.agreement.sizes):
             raise UserError("the round's sizes, or what is summed, aren't those of the agreement: start from one study")
+        server = self._round(number)
+        vector = server.total.astype(np.int64) if summed else server.mean
+        return Aggregate(unflat(vector, like), server.survivors)
+
+    def _round(self, number: int, *, again: bool = True) -> secagg.Server:
         server, self._next = self._next or self._begin(), None
+        steps = []
 
         def exchange(step: str, requests: Mapping[str, bytes]) -> Iterator[secagg.Reply]:
+            steps.append(step)
             asked = {name: [text] for name, text in requests.items()}
             ahead = self._ahead(step) if number < self._rounds else {}
             for name, text in ahead.items():
@@ -105,17 +112,22 @@ class FlowerAggregation:
         try:
             self.refused += secagg.run(server, exchange)
             self._close_next()
+        except secagg.TooFewSurvivors:
+            self._next = None
+            # Numbers were too low, as after a clock that was ahead, and hospitals have said so. Nothing was computed.
+            if again and steps == ["advertise"] and server.session <= self._told:
+                return self._round(number, again=False)
+            raise
         except BaseException:
             self._next = None
             raise
-        vector = server.total.astype(np.int64) if summed else server.mean
-        return Aggregate(unflat(vector, like), server.survivors)
+        return server
 
     # --- the next round, one exchange ahead ---------------------------------------------------------------------------
 
     def _begin(self) -> secagg.Server:
         # By the clock, so that a new run's rounds come after the last one's; hospitals answer no earlier number.
-        now = max(self._session + 1, time.time_ns() // 1_000_000)
+        now = max(self._session + 1, self._told + 1, now_ms())
         self._session = now + (now - self._session + 1) % 2  # even after odd: hospitals keep the two apart
         return secagg.Server(self.agreement, self._session)
 
@@ -147,7 +159,9 @@ class FlowerAggregation:
             return
         try:
             found = flower_app.replies(message)
-        except (secagg.ProtocolError, KeyError, TypeError, ValueError, AttributeError) as error:
+            if not found:
+                self._behind(message)
+        except Exception as error:  # of any kind: it is a hospital's, and the others' count
             self._note(f"node {message.metadata.src_node_id}: a reply that can't be read ({error})")
             return
         for reply in found:
@@ -170,7 +184,15 @@ class FlowerAggregation:
             except secagg.ProtocolError:
                 continue
 
+    def _behind(self, message: Message) -> None:
+        last = message.content["reply"]["last"]
+        if type(last) is not int or last > now_ms() + FARTHEST_MS // 2:
+            raise ValueError(f"it has taken part in round {last}, which lies more than a century ahead")
+        self._note(f"node {message.metadata.src_node_id}: it has taken part in round {last}")
+        self._told = max(self._told, last)
+
     def _note(self, why: str) -> None:
+        why = printable(why)
         self.refused.append(why)
         log.warning("%s", why)
 

@@ -17,13 +17,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from primia_lite.config import UserError
+from primia_lite.config import UserError, printable
 from primia_lite.federation.aggregation import length
+from primia_lite.federation.claims import read_file, read_json
+from primia_lite.federation.flower_deploy import LINK
 from primia_lite.federation.flower_hospital import CONFIG, IDENTITY, STUDY, load_films, read_identity
 from primia_lite.federation.flower_server import CONFIG as SERVER_CONFIG
 from primia_lite.federation.hospital import declare_size
@@ -36,6 +39,9 @@ from primia_lite.privacy.shared import SharedNoise
 from primia_lite.training import Training
 
 SERVER, CARD, SUPERNODE, CA = "server", "card.json", "supernode", "ca.crt"
+CARD_FIELDS = ("name", "identity", "supernode", "declared", "unit", "size")
+MOST_CARD_BYTES = 2**14
+RESERVED = (SERVER, LINK, "run")  # names of files and processes beside the hospitals'
 VALID_DAYS = 365
 SPARE = 20  # the budget has room for a twentieth of the rounds, and one, that are charged but end without a sum
 # Those of notebook 02. Whatever [training] and [privacy] of a settings file say comes before.
@@ -170,18 +176,15 @@ def make_hospital(folder: Path, films: Mapping[str, object], unit: str = "patien
     UserError
         A name that isn't letters, digits, - and _; a folder with keys; films that can't be loaded.
     """
-    name = folder.name
-    if not re.fullmatch(r"[A-Za-z0-9_-]{1,40}", name) or name in (SERVER, "run"):
-        raise UserError(f"a hospital's name is {name!r}: take letters, digits, - and _, not server or run")
+    name = _name(folder.name)
     if (folder / IDENTITY).exists():
         raise UserError(f"{folder} holds a hospital's keys, which are never overwritten: choose another folder or name")
     loaded = load_films(films)
     units = len(set(loaded.patient_id)) if unit == "patient" else len(loaded)
     identity, node = Ed25519PrivateKey.generate(), ec.generate_private_key(ec.SECP384R1())
-    ssh = (serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
     card = {
         "name": name, "identity": identity.public_key().public_bytes_raw().hex(),
-        "supernode": node.public_key().public_bytes(*ssh).decode(), "declared": declare_size(units), "unit": unit,
+        "supernode": _ssh(node.public_key()), "declared": declare_size(units), "unit": unit,
         "size": films["size"],
     }  # fmt: skip
     private_ssh = node.private_bytes(
@@ -197,16 +200,64 @@ def make_hospital(folder: Path, films: Mapping[str, object], unit: str = "patien
 
 
 def read_card(path: Path) -> dict:
+    """A hospital's card, checked.
+
+    Raises
+    ------
+    UserError
+        It is none, or a value in it is one that no hospital's card has.
+    """
+    what = f"the card {path.name}"
+    return check_card(read_json(read_file(path, what, MOST_CARD_BYTES), what), what)
+
+
+def check_card(card: Mapping, what: str) -> dict:
+    """The fields that a card has, as :func:`make_hospital` writes them: it is another party's word.
+
+    Raises
+    ------
+    UserError
+        A value that can't be right, naming it.
+    """
+    if missing := [key for key in CARD_FIELDS if key not in card]:
+        raise UserError(f"{what} is no hospital's card, it has no {missing[0]}: take card.json in a hospital's folder")
+    found = {key: card[key] for key in CARD_FIELDS}
+    found["name"] = _name(found["name"])
+    checks = {
+        "identity": isinstance(found["identity"], str) and re.fullmatch("[0-9a-f]{64}", found["identity"]),
+        "declared": type(found["declared"]) is int and 1 <= found["declared"] <= 10**9,
+        "unit": found["unit"] in ("patient", "film"),
+        "size": type(found["size"]) is int and 8 <= found["size"] <= 4096,
+        "supernode": _is_supernode_key(found["supernode"]),
+    }
+    if odd := [field for field, fine in checks.items() if not fine]:
+        shown = printable(repr(found[odd[0]]), 80)
+        raise UserError(f"{what} has {odd[0]} {shown}, which no hospital's card has: ask {found['name']} for it again")
+    return found
+
+
+def _name(name: object) -> str:
+    """A hospital's name, which becomes that of folders and files."""
+    fine = isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,39}", name)
+    if not fine or name.lower() in RESERVED:
+        shown = printable(repr(name), 80)
+        raise UserError(f"a hospital's name is {shown}: take letters, digits, - and _, not {', '.join(RESERVED)}")
+    return name
+
+
+def _is_supernode_key(text: object) -> bool:
+    """Whether a text is a public key of P-384, which Flower wants, in one line of OpenSSH and nothing else."""
     try:
-        card = json.loads(path.read_text("utf-8"))
-        kinds = {"name": str, "identity": str, "supernode": str, "declared": int, "unit": str, "size": int}
-        if not all(isinstance(card[key], kind) for key, kind in kinds.items()):
-            raise TypeError("a value of another kind")
-        return card
-    except OSError as error:
-        raise UserError(f"{path} can't be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no hospital's card ({error}): it is card.json in a hospital's folder") from error
+        key = serialization.load_ssh_public_key(text.encode()) if isinstance(text, str) else None
+    except (ValueError, UnsupportedAlgorithm):
+        return False
+    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP384R1):
+        return False
+    return text == _ssh(key)
+
+
+def _ssh(key: ec.EllipticCurvePublicKey) -> str:
+    return key.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH).decode()
 
 
 def join(folder: Path, study: bytes, ca: bytes, superlink: str) -> Study:
@@ -262,9 +313,12 @@ def settle(
     from primia_lite.data import CLASSES_3, load
     from primia_lite.models import prepare
 
+    cards = [check_card(card, f"card {number}") for number, card in enumerate(cards, 1)]
     names = [card["name"] for card in cards]
-    if len(set(names)) < len(names):
+    if len({name.lower() for name in names}) < len(names):  # some file systems know no capitals
         raise UserError(f"two cards have one name: {', '.join(names)}")
+    if len({card["supernode"] for card in cards}) < len(cards):
+        raise UserError("two cards have one SuperNode's key: each hospital makes its own")
     try:
         training = Training(model=model, **{"n_classes": len(CLASSES_3), **TRAINING, **settings.get("training", {})})
     except TypeError as error:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from primia_lite.federation.flower_hospital import CONFIG, IDENTITY, STUDY, OtherStudy, SiteInFolder, log_to
+from primia_lite.federation.flower_hospital import CONFIG, IDENTITY, STUDY, Behind, OtherStudy, SiteInFolder, log_to
 from primia_lite.federation.secagg import Reply
 from primia_lite.runtime import write_atomic
 
@@ -65,6 +65,8 @@ class Relay:
         found = json.loads(first)
         if "other" in found:
             raise OtherStudy(found["other"])
+        if "behind" in found:
+            raise Behind(self.name, *found["behind"])
         if "error" in found:
             raise RuntimeError("the hospital's process refused")
         return [Reply.from_bytes(part) for part in parts]
@@ -94,6 +96,8 @@ def _answer(site: SiteInFolder, parts: list[bytes]) -> list[bytes]:
         replies = site.answer(head["study"], requests, head["round"], weights)
     except OtherStudy as error:  # Flower's process writes it to the log
         return [json.dumps({"other": str(error)}).encode()]
+    except Behind as error:
+        return [json.dumps({"behind": [error.session, error.last]}).encode()]
     except Exception as error:  # nothing of it may reach the server
         log.warning("this hospital can't answer: %s: %s", type(error).__name__, error)
         return [json.dumps({"error": True}).encode()]

@@ -15,12 +15,14 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 
-from primia_lite.config import UserError
+from primia_lite.config import UserError, printable
 from primia_lite.federation.aggregation import flat
+from primia_lite.federation.claims import check_unpacked, read_json
 from primia_lite.federation.hospital import State, Update
 from primia_lite.federation.neighbours import withstands
 from primia_lite.federation.secagg import Agreement
@@ -41,6 +43,7 @@ exec "${HOSPITAL_PYTHON:?}" main.py
 """
 FILMS_VARIABLE, NAME_VARIABLE = "PRIMIA_LITE_FILMS", "PRIMIA_LITE_HOSPITAL"
 OUTPUT = "code/outputs/update.npy"
+MOST_ROUND_BYTES = 2**29  # of round.json: networks of 100 million numbers
 
 Files = Mapping[str, bytes]
 
@@ -122,12 +125,15 @@ class Study:
         UserError
             It isn't a study, or one whose settings contradict each other.
         """
+        c = read_json(content, "study.json")
         try:
-            c = json.loads(content)
             return cls(**c | {"training": _training(c["training"]), "privacy": _privacy(c["privacy"]),
                               "agreement": Agreement.from_dict(c["agreement"])})  # fmt: skip
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"study.json can't be read ({type(error).__name__}: {error})") from error
+        except UserError:
+            raise
+        except Exception as error:  # of any kind: the values are somebody else's
+            words = printable(f"{type(error).__name__}: {error}", 200)
+            raise UserError(f"study.json can't be read ({words})") from error
 
     def files(self, code: bytes | None = None) -> dict[str, bytes]:
         """The job that proposes this study; ``code`` in place of :mod:`~primia_lite.federation.syft_job`."""
@@ -220,11 +226,22 @@ def films_to_bytes(films: Films) -> bytes:
 
 
 def films_from(path: str | Path) -> Films:
-    with np.load(path, allow_pickle=False) as z:
-        return Films(
-            torch.from_numpy(z["inputs"]), torch.from_numpy(z["labels"]), z["patient_id"],
-            tuple(float(v) for v in z["normalisation"]), str(z["model"]),
-        )  # fmt: skip
+    """The inverse of :func:`films_to_bytes`, from a file.
+
+    Raises
+    ------
+    UserError
+        It holds no such films, or more than fit into memory: mock films are somebody else's.
+    """
+    check_unpacked(path, what := f"{Path(path).name} with films")
+    try:
+        with np.load(path, allow_pickle=False) as z:
+            return Films(
+                torch.from_numpy(z["inputs"]), torch.from_numpy(z["labels"]), z["patient_id"],
+                tuple(float(v) for v in z["normalisation"]), str(z["model"]),
+            )  # fmt: skip
+    except (ValueError, TypeError, KeyError, BadZipFile, EOFError) as error:
+        raise UserError(f"{what} can't be read ({type(error).__name__}: {error})") from error
 
 
 def round_file(number: int, state: State) -> bytes:
@@ -260,8 +277,10 @@ class Round:
     @classmethod
     def here(cls) -> Round:
         study = Study.from_bytes(Path("study.json").read_bytes())
-        content = json.loads(Path("round.json").read_bytes())
-        with np.load(io.BytesIO(base64.b64decode(content["weights"])), allow_pickle=False) as z:
+        content = read_json(Path("round.json").read_bytes(), "round.json", MOST_ROUND_BYTES)
+        packed = io.BytesIO(base64.b64decode(content["weights"]))
+        check_unpacked(packed, "round.json's weights")
+        with np.load(packed, allow_pickle=False) as z:
             weights = {name: torch.from_numpy(z[name]) for name in z.files}
         films = films_from(os.environ[FILMS_VARIABLE])
         return cls(study, os.environ[NAME_VARIABLE], content["round"], weights, films)

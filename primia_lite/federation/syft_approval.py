@@ -10,12 +10,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from primia_lite.config import UserError
+from primia_lite.config import UserError, printable
+from primia_lite.federation.claims import MOST_REQUEST_BYTES, read_json
 from primia_lite.federation.secagg import Question
-from primia_lite.federation.study import REQUEST, ROUND, RUN, RUN_SH, STUDY, Files, Study, describe
+from primia_lite.federation.study import MOST_ROUND_BYTES, REQUEST, ROUND, RUN, RUN_SH, STUDY, Files, Study, describe
 
 # What asks for packages, by name.
 DEPENDENCY_FILES = ("pyproject.toml", "requirements.txt", "setup.py", "setup.cfg", "uv.lock", "environment.yml")
+
+
+_MOST_LINES = 10_000  # that are compared: the time grows with their square
 
 
 class Refused(UserError):
@@ -37,8 +41,8 @@ def question(files: Files, study: Study) -> Question | None:
         The job holds no round of the study.
     """
     try:
-        number = json.loads(files[ROUND])["round"]
-    except (KeyError, ValueError, TypeError, RecursionError) as error:
+        number = read_json(files[ROUND], ROUND, MOST_ROUND_BYTES)["round"]
+    except (KeyError, UserError) as error:
         raise UserError("the job holds no round that can be read") from error
     if type(number) is not int or not 1 <= number <= study.rounds:
         raise UserError(f"the job asks for round {number!r} of {study.rounds}")
@@ -63,9 +67,9 @@ def changes(before: Files, after: Files) -> list[str]:
             continue
         try:
             if path == STUDY and old and new:
-                lines += _settings(json.loads(old), json.loads(new))
+                lines += _settings(read_json(old, STUDY), read_json(new, STUDY))
                 continue
-        except ValueError:
+        except UserError:
             pass
         lines.append(f"{path} is {'gone' if new is None else 'new' if old is None else 'another'}")
     return lines
@@ -79,16 +83,22 @@ def _settings(old: object, new: object, name: str = "") -> list[str]:
         return []
     if old is None or new is None:
         return [f"{name} is {'left out' if new is None else 'new'}"]
-    return [f"{name} is {json.dumps(new)}, not {json.dumps(old)}"]
+    return [f"{name} is {printable(json.dumps(new), 200)}, not {printable(json.dumps(old), 200)}"]
 
 
 def difference(before: Files, after: Files) -> str:
-    """A unified diff of two jobs' fixed files, for the person who reviews; empty where they are the same."""
+    """A unified diff of two jobs' fixed files, for the person who reviews; empty where they are the same.
+
+    What isn't printable is escaped: it could hide from a reader what is run.
+    """
     lines = []
     for path in sorted((before.keys() | after.keys()) - {REQUEST, ROUND}):
-        old, new = (files.get(path, b"").decode(errors="replace").splitlines() for files in (before, after))
+        old, new = (files.get(path, b"").decode(errors="backslashreplace").splitlines() for files in (before, after))
+        if max(len(old), len(new)) > _MOST_LINES:
+            lines.append(f"{path} has {len(new)} lines, too many to compare with {len(old)}")
+            continue
         lines += difflib.unified_diff(old, new, f"approved/{path}", f"submitted/{path}", lineterm="")
-    return "\n".join(lines)
+    return "\n".join(printable(line, len(line)) for line in lines)
 
 
 @dataclass(frozen=True)
@@ -139,8 +149,8 @@ def verdict(files: Files, approvals: Mapping[str, Approval]) -> str:
             return f"study {name!r} wasn't approved: propose it, and wait for a person's yes"
         return "this isn't what was approved: " + "; ".join(changes(same[-1].files, files))
     try:
-        step = json.loads(files[REQUEST])["step"]
-    except (KeyError, ValueError, TypeError):
+        step = request_of(files)["step"]
+    except (KeyError, UserError):
         return "the job holds no request that can be read"
     # A round begins with its mask: the other steps of the last one are still to come.
     if approval.used >= approval.rounds and step in ("advertise", "share", "mask"):
@@ -148,10 +158,21 @@ def verdict(files: Files, approvals: Mapping[str, Approval]) -> str:
     return ""
 
 
+def request_of(files: Files) -> dict:
+    """What a round's job asks for.
+
+    Raises
+    ------
+    UserError
+        It can't be read.
+    """
+    return read_json(files[REQUEST], "the request", MOST_REQUEST_BYTES)
+
+
 def study_name(files: Files) -> str:
     try:
-        return str(json.loads(files[STUDY])["name"])
-    except (KeyError, ValueError, TypeError):
+        return str(read_json(files[STUDY], STUDY)["name"])
+    except (KeyError, UserError):
         return "(without a name)"
 
 

@@ -24,6 +24,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -34,10 +35,19 @@ from syft_job.job_storage import JobRef
 from syft_job.models import JobStatus
 from syft_rds import SyftRDSClient
 
-from primia_lite.config import UserError
+from primia_lite.config import UserError, printable
 from primia_lite.federation import secagg
+from primia_lite.federation.claims import MOST_BYTES, MOST_REQUEST_BYTES, read_file
 from primia_lite.federation.hospital import Hospital
-from primia_lite.federation.study import REQUEST, STUDY, Files, Study, films_to_bytes
+from primia_lite.federation.study import (
+    MOST_ROUND_BYTES,
+    REQUEST,
+    ROUND,
+    STUDY,
+    Files,
+    Study,
+    films_to_bytes,
+)
 from primia_lite.federation.syft_approval import (
     Approval,
     Refused,
@@ -47,6 +57,7 @@ from primia_lite.federation.syft_approval import (
     difference,
     digest,
     question,
+    request_of,
     study_name,
     verdict,
 )
@@ -85,8 +96,9 @@ class Site:
         Its films, declared sizes and lasting ledger.
     folder
         The hospital's own: identity, approvals, the protocol's state, what jobs printed. Outside what syft syncs.
-    timeout_s
-        Of a job.
+    timeout_s, memory_gib
+        Of a job: how long it may run, and what each of its processes may take; see
+        :func:`~primia_lite.federation.syft_process.run_job`.
 
     Attributes
     ----------
@@ -95,10 +107,14 @@ class Site:
     seconds : of each job's process, by job
     """
 
-    def __init__(self, client: SyftRDSClient, hospital: Hospital, folder: Path, *, timeout_s: float = 600.0):
+    def __init__(
+        self, client: SyftRDSClient, hospital: Hospital, folder: Path, *, timeout_s: float = 600.0,
+        memory_gib: float | None = None,
+    ):  # fmt: skip
         if Path(folder).resolve().is_relative_to(Path(client.syftbox_folder).resolve()):
             raise UserError(f"{folder} lies where syft syncs: keys and logs would leave, choose another folder")
-        self.client, self.hospital, self.folder, self.timeout_s = client, hospital, Path(folder), timeout_s
+        self.client, self.hospital, self.folder = client, hospital, Path(folder)
+        self.timeout_s, self.memory_gib = timeout_s, memory_gib
         self.folder.mkdir(parents=True, exist_ok=True)
         os.chmod(self.folder, 0o700)
         self._identity = self._own_identity()
@@ -138,7 +154,8 @@ class Site:
         write_atomic(self.folder / f"{name}.json", json.dumps(content).encode(), private=True)
 
     def note(self, line: str) -> None:
-        """For the hospital's own journal."""
+        """For the hospital's own journal; a line each, whatever names and errors hold."""
+        line = printable(line)
         self.journal.append(line)
         with open(self.folder / "journal.txt", "a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} {line}\n")
@@ -195,7 +212,7 @@ class Site:
     def pending(self) -> list[str]:
         """Names of the proposals that wait for a person."""
         with quiet():
-            return sorted(j.name for j in self._jobs("pending") if REQUEST not in read_job(j.job_submission_path))
+            return sorted(j.name for j in self._jobs("pending") if not _is_round(j.job_submission_path))
 
     def _jobs(self, status: str) -> list[JobInfo]:
         return [j for j in self.client.job_client.jobs if j.datasite_owner_email == self.email and j.status == status]
@@ -210,7 +227,10 @@ class Site:
         """A proposal, with what is wrong with it and how it differs from what was approved under its name."""
         with quiet():
             job = self._pending_job(name)
-        files = read_job(job.job_submission_path)
+        try:
+            files = read_job(job.job_submission_path)
+        except UserError as error:
+            return Review(name, job.submitted_by, {}, None, (str(error),), "")
         before = [a.files for a in self.approvals.values() if a.study == study_name(files)]
         try:
             study, problems = Study.from_bytes(files.get(STUDY, b"")), []
@@ -218,8 +238,10 @@ class Site:
             study, problems = None, [str(error)]
         if why := asks_for_packages(files):
             problems.append(why)
-        if study:
-            problems += self._problems(study)
+        try:
+            problems += self._problems(study) if study else []
+        except Exception as error:  # of any kind: the values are somebody else's
+            problems.append(printable(f"the study can't be judged ({type(error).__name__}: {error})", 200))
         return Review(
             name, job.submitted_by, files, study, tuple(problems), difference(before[-1] if before else {}, files)
         )
@@ -313,18 +335,28 @@ class Site:
         runner = self.client.job_runner
         self.client.job_client.scan_inbox()
         for ref in runner._get_pending_jobs():
-            files = read_job(runner.manager.submission_dir(ref))
-            if REQUEST not in files:
+            folder = runner.manager.submission_dir(ref)
+            if not _is_round(folder):
                 continue  # a proposal: for a person
-            job = runner._get_job_info(ref)
-            why = "a job of this name came before" if ref.job_name in self._names else verdict(files, self.approvals)
+            why = self._why_not(ref, folder)
             if why:
-                job.reject(why)
                 self.note(f"refused {ref.job_name}: {why}")
-                continue
-            self._remember(ref)
-            job.approve(reason="covered by an approved study", approval_method="auto")
+                runner.decide(ref, JobStatus.REJECTED, why)
+            else:
+                self._remember(ref)
+                runner.decide(ref, JobStatus.APPROVED, "covered by an approved study")
         runner.process_approved_jobs(stream_output=False, timeout=self.timeout_s)
+
+    def _why_not(self, ref: JobRef, folder: Path) -> str:
+        """Why a round's job may not run, for its sender too; empty if it may."""
+        if ref.job_name in self._names:
+            return "a job of this name came before"
+        try:
+            return verdict(read_job(folder), self.approvals)
+        except UserError as error:
+            return str(error)
+        except Exception as error:  # of any kind: the other jobs go on
+            return f"the job can't be read ({type(error).__name__})"
 
     def _remember(self, ref: JobRef) -> None:
         """Note a job's name, and clear away the rounds before: each sync reads every file."""
@@ -343,7 +375,7 @@ class Site:
             raise Refused(why)
         key, request = digest(files), files[REQUEST]
         study = Study.from_bytes(files[STUDY])
-        asked = question(files, study) if json.loads(request)["step"] == "mask" else None
+        asked = question(files, study) if request_of(files)["step"] == "mask" else None
         client = self._client(key, study)
         try:
             reply = client.answer(request, lambda: self._update(job, key, study, files, timeout_s), asked)
@@ -380,7 +412,10 @@ class Site:
         }
         started = time.perf_counter()
         try:
-            return run_job(files, self.folder / "jobs" / job, films, self.name, environment=syft, timeout_s=timeout_s)
+            return run_job(
+                files, self.folder / "jobs" / job, films, self.name, environment=syft, timeout_s=timeout_s,
+                memory_gib=self.memory_gib,
+            )  # fmt: skip
         finally:
             self.seconds[job] = time.perf_counter() - started
 
@@ -389,12 +424,34 @@ def _round_of(job: str) -> str:
     return job.rsplit("-", 1)[0]
 
 
+def _is_round(folder: Path) -> bool:
+    return (Path(folder) / REQUEST).is_file()
+
+
+_MOST_FILES = 100
+_MOST_BYTES = {ROUND: MOST_ROUND_BYTES, REQUEST: MOST_REQUEST_BYTES}
+
+
 def read_job(folder: Path) -> dict[str, bytes]:
-    """A submission's files by path, but for syft's own (its receipt, permissions); links aren't followed."""
-    paths = (path for path in sorted(Path(folder).rglob("*")) if path.is_file() and not path.is_symlink())
-    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths if path.name != "syft.pub.yaml"}
-    files.pop("config.yaml", None)
-    return files
+    """A submission's files by path, but for syft's own (its receipt, permissions); links aren't followed.
+
+    Raises
+    ------
+    UserError
+        There are more than 100, or they are larger than a study of ours needs.
+    """
+    folder, files, size = Path(folder), {}, 0
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        if name == "config.yaml" or path.name == "syft.pub.yaml" or path.is_symlink() or not path.is_file():
+            continue
+        if len(files) == _MOST_FILES:
+            raise UserError(f"the job has more than {_MOST_FILES} files")
+        files[name] = read_file(path, printable(name, 200), _MOST_BYTES.get(name, MOST_BYTES))
+        size += 0 if name in _MOST_BYTES else len(files[name])
+        if size > MOST_BYTES:
+            raise UserError(f"the job has more than {MOST_BYTES:,} bytes besides the round's own")
+    return dict(sorted(files.items()))
 
 
 class HospitalRunner(SyftJobRunner):
@@ -411,7 +468,17 @@ class HospitalRunner(SyftJobRunner):
 
     def _get_jobs_in_approved(self) -> list[JobRef]:
         # A proposal is never run: rounds are, under its approval.
-        return [ref for ref in super()._get_jobs_in_approved() if REQUEST in read_job(self.manager.submission_dir(ref))]
+        return [ref for ref in super()._get_jobs_in_approved() if _is_round(self.manager.submission_dir(ref))]
+
+    def decide(self, ref: JobRef, status: JobStatus, reason: str) -> None:
+        """What syft's JobInfo does, which can't be had where the submission's own ``config.yaml`` can't be read."""
+        state, now = self.manager.read_state(ref), datetime.now(UTC)
+        state.status, state.review_reason = status, printable(reason)
+        if status == JobStatus.APPROVED:
+            state.approved_by, state.approved_at, state.approval_method = self.site.email, now, "auto"
+        else:
+            state.rejected_by, state.rejected_at = self.site.email, now
+        self.manager.write_state(ref, state)
 
     def _execute_job(self, ref: JobRef, stream_output: bool = True, timeout: float | None = None) -> bool:
         state = self.manager.read_state(ref)

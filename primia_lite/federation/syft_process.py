@@ -1,6 +1,7 @@
 """A job as a process of its own, in a folder that no sync touches.
 
-It runs with its starter's rights: what keeps it from doing harm is that somebody has read it before.
+It runs with its starter's rights: what keeps it from doing harm is that somebody has read it before. That it can't fill
+the machine's memory is for mistakes, and for weights that are more than they seem.
 """
 
 from __future__ import annotations
@@ -13,12 +14,17 @@ import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
+import psutil
 
 import primia_lite
 from primia_lite.config import UserError
 from primia_lite.federation.study import FILMS_VARIABLE, NAME_VARIABLE, OUTPUT, RUN, Files
+
+# How Python, numpy, torch and C++ say it.
+_OUT_OF_MEMORY = ("MemoryError", "Unable to allocate", "can't allocate memory", "Cannot allocate memory", "bad_alloc")
 
 
 class JobError(UserError):
@@ -33,6 +39,7 @@ def run_job(
     *,
     environment: Mapping[str, str] | None = None,
     timeout_s: float = 600.0,
+    memory_gib: float | None = None,
 ) -> np.ndarray:
     """Run a job on films and take its update.
 
@@ -46,6 +53,8 @@ def run_job(
         The file that it is to read.
     environment
         Variables besides the few that it gets; none of the caller's own pass through.
+    memory_gib
+        What each of its processes may take, where the system limits that (Linux does). Left out, half of the machine's.
 
     Returns
     -------
@@ -54,8 +63,9 @@ def run_job(
     Raises
     ------
     JobError
-        It failed, took too long or left no vector.
+        It failed, took too long, needed more memory or left no vector.
     """
+    memory_gib = psutil.virtual_memory().total / 2**31 if memory_gib is None else memory_gib
     shutil.rmtree(folder, ignore_errors=True)
     for path, content in files.items():
         target = (folder / path).resolve()
@@ -72,8 +82,10 @@ def run_job(
     }  # fmt: skip
     with open(folder / "stdout.txt", "wb") as out, open(folder / "stderr.txt", "wb") as err:
         # A session of its own, so that what it starts ends with it.
+        # Set by the shell: code between fork and exec isn't safe where threads run.
+        limited = f"ulimit -d {int(memory_gib * 2**20)} 2>/dev/null; exec bash {RUN}"
         process = subprocess.Popen(
-            ["bash", RUN], cwd=folder, env=variables, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
+            ["bash", "-c", limited], cwd=folder, env=variables, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
             start_new_session=True,
         )  # fmt: skip
         try:
@@ -85,12 +97,23 @@ def run_job(
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     if status:
-        words = (folder / "stderr.txt").read_text("utf-8", "replace").strip().splitlines()
-        raise JobError(f"the job ended with status {status}: {words[-1] if words else 'it said nothing'}")
+        words = _end_of(folder / "stderr.txt").strip()
+        if any(sign in words for sign in _OUT_OF_MEMORY):
+            raise JobError(f"the job needed more than the {memory_gib:.3g} GiB of memory that it may take (memory_gib)")
+        last = words.splitlines()[-1] if words else "it said nothing"
+        raise JobError(f"the job ended with status {status}: {last}")
     try:
+        if output.stat().st_size > memory_gib * 2**30:
+            raise ValueError("more than fits into memory")
         vector = np.load(output, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
         raise JobError(f"the job left no update in outputs/{output.name} ({type(error).__name__})") from error
     finally:
         shutil.rmtree(output.parent, ignore_errors=True)  # a file of films is of no more use
     return vector
+
+
+def _end_of(path: Path, size: int = 2**14) -> str:
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - size))
+        return file.read(size).decode(errors="replace")

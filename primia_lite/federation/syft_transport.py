@@ -30,9 +30,10 @@ from syft_job.client import JobClient
 from syft_job.job import JobInfo
 from syft_rds import SyftRDSClient, SyftRDSClientConfig
 
-from primia_lite.config import UserError
+from primia_lite.config import UserError, printable
 from primia_lite.federation import secagg
 from primia_lite.federation.aggregation import Aggregate, check, length, unflat
+from primia_lite.federation.claims import read_file
 from primia_lite.federation.hospital import Hospital, State
 from primia_lite.federation.progress import RoundProgress
 from primia_lite.federation.rounds import Result, Schedule, Server, serve
@@ -200,7 +201,7 @@ class Researcher:
 
         def words(job: JobInfo) -> str:
             decided = job.status in ("approved", "rejected") and job.review_reason
-            return f"{job.status}: {job.review_reason}" if decided else job.status
+            return f"{job.status}: {printable(job.review_reason)}" if decided else job.status
 
         return {h: words(jobs[email]) for h, email in self.emails.items() if email in jobs}
 
@@ -238,7 +239,7 @@ class Researcher:
             self.timed("researcher", "submit", self.submit, hospital, job, files)
         self.turn()
         self.timed("researcher", "sync", self.sync)
-        return self.timed("researcher", "collect", self._collect, job)
+        return self.timed("researcher", "collect", self._collect, job, study.agreement.length)
 
     def _code(self, study: str) -> bytes | None:
         """Of the job that proposed a study."""
@@ -249,25 +250,27 @@ class Researcher:
                     return (manager.submission_dir(ref) / CODE).read_bytes()
         return None
 
-    def _collect(self, name: str) -> list[secagg.Reply]:
+    def _collect(self, name: str, entries: int) -> list[secagg.Reply]:
         replies, said, manager = [], {}, self.client.job_client.manager
+        most = 8 * entries + 2**24  # base64 of its vector, and a head for thousands of hospitals
         for hospital, email in self.emails.items():
             try:
                 ref = manager.find_submission_ref(email, name, self.client.email)
                 path = manager.review_dir(ref) / "outputs" / REPLY
                 if path.exists():
-                    replies.append(secagg.Reply.from_bytes(base64.b64decode(path.read_bytes())))
-                    if self.listen:
-                        self.listen(replies[-1])
+                    reply = secagg.Reply.from_bytes(base64.b64decode(read_file(path, "its reply", most)))
+                    replies.append(reply)
                     continue
                 state = manager.read_state(ref)
                 why = state.review_reason if state.status == "rejected" else f"no answer (job {state.status.value})"
             except FileNotFoundError:
                 continue  # it wasn't asked, or hasn't looked
-            except (ValueError, secagg.ProtocolError) as error:
+            except Exception as error:  # of any kind: it is a hospital's, and the others' count
                 why = f"a reply that can't be read ({error})"
-            said.setdefault(why, []).append(hospital)
+            said.setdefault(printable(str(why)), []).append(hospital)
         self.refused += [f"{name}: {', '.join(hospitals)}: {why}" for why, hospitals in said.items()]
+        for reply in replies if self.listen else ():
+            self.listen(reply)
         return replies
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from primia_lite.config import UserError
 from primia_lite.federation import flower_app, flower_grid, flower_server, secagg
 from primia_lite.federation.aggregation import SecureAggregation
-from primia_lite.federation.flower_hospital import OtherStudy, Site, fingerprint
+from primia_lite.federation.flower_hospital import LOG, Behind, OtherStudy, Site, fingerprint, log, log_to
 from primia_lite.federation.hospital import Hospital
 from primia_lite.federation.rounds import Schedule, federate
 from primia_lite.federation.study import Study
@@ -240,9 +240,30 @@ def test_rounds_beyond_the_study_s_and_sessions_that_were_are_refused(site):
     assert len(ask(site, 1, session=1)) == 3
     assert ask(site, 3, session=3, until="mask") == []
     assert ask(site, 0, session=5, until="mask") == []
-    assert ask(site, 1, session=3, until="advertise") == []
+    with pytest.raises(Behind):
+        ask(site, 1, session=3, until="advertise")
     assert len(Ledger(site.ledger).charges()) == 1 and sum(r.steps for r in Ledger(site.ledger).charges()) == 1
     assert len(ask(site, 2, session=7)) == 3
+
+
+@pytest.mark.parametrize(
+    "request_", [b"[" * 100_000, b"{" * 9, b'{"step": "advertise", "session": 1e999}', b'{"step": "advertise"}', b"[1]",
+                 b'{"step": "advertise", "session": 9' + b"0" * 5000 + b"}", b"\xff", b'{"step": [], "session": 1}',
+                 b'{"step": "advertise", "session": 9000000000000000}', b'{"step": "advertise", "session": true}']
+)  # fmt: skip
+def test_a_request_that_nobody_can_mean_is_refused_and_the_next_one_answered(site, request_):
+    good = secagg.Server(site.agreement, 1).requests()["A"]
+    (reply,) = site.answer(site.fingerprint, [request_, good])
+    assert reply.step == "advertise" and reply.session == 1
+
+
+def test_the_server_can_t_make_up_lines_of_a_hospital_s_log(site, tmp_path):
+    log_to(tmp_path)
+    with pytest.raises(OtherStudy) as error:
+        site.answer("x\n2026 a made-up\x1b[2J", [])
+    log.warning("%s", error.value)
+    (line,) = (tmp_path / LOG).read_text().splitlines()
+    assert line.isprintable() and "made-up"[:4] in line
 
 
 def test_an_update_that_was_masked_is_not_masked_again(site):
@@ -301,6 +322,100 @@ def test_unreadable_and_forged_replies_count_as_gone(monkeypatch):
     monkeypatch.setattr(flower_app, "respond", respond)
     result = flower_grid.run_inline(hospitals("ABCDE"), TRAINING, Schedule(1), threshold=3)
     assert result.history == [{"round": 1, "absent": ["B", "D"]}]
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda reply: reply["reply"].update({"heads": [b"{}"] * 3}),
+    lambda reply: reply["reply"].update({"heads": [b"[" * 100_000]}),
+    lambda reply: reply["reply"].update({"heads": []}),
+    lambda reply: reply["reply"].update({"heads": [], "last": 2**62}),
+    lambda reply: reply["reply"].update({"heads": [], "last": 1.5}),
+    lambda reply: reply.pop("reply"),
+    lambda reply: setattr(reply["masked"]["vector"], "data", b"PK\x05\x06" + bytes(18)),
+    lambda reply: setattr(reply["masked"]["vector"], "data", b"\x93NUMPY\x01\x00\x76\x00" + (
+        b"{'descr': '<u4', 'fortran_order': False, 'shape': (999999999999999,), }".ljust(117) + b"\n")),
+])  # fmt: skip
+def test_whatever_one_hospital_sends_the_others_are_summed(monkeypatch, spoil):
+    real = flower_app.respond
+
+    def respond(site, message):
+        reply = real(site, message)
+        if site.name == "B" and "masked" in reply.content:
+            spoil(reply.content)
+        return reply
+
+    monkeypatch.setattr(flower_app, "respond", respond)
+    result = flower_grid.run_inline(hospitals(), TRAINING, Schedule(2), threshold=2)
+    assert [record["absent"] for record in result.history] == [["B"], ["B"]]
+
+
+# --- clocks -----------------------------------------------------------------------------------------------------------
+
+IN_2037 = 2_114_380_800_000  # ms
+
+
+def sites_that_took_part(monkeypatch, at_ms, names="ABC"):
+    """A study's sites after a round of a server whose clock was there."""
+    study, sites = study_of(names, 4)
+    with monkeypatch.context() as clock:
+        clock.setattr(flower_server, "now_ms", lambda: at_ms)
+        train(sites, study, 1)
+    return study, sites
+
+
+def train(sites, study, rounds):
+    grid = flower_grid.InlineGrid([flower_grid.app_of(site) for site in sites])
+    return flower_server.train(
+        grid, study, Schedule(rounds), (8,), step_timeout_s=0.3, start_timeout_s=0.1, poll_s=0.05
+    )
+
+
+def last_sessions(site) -> list[int]:
+    return [json.loads(text)["last_session"] for text in json.loads(site._kept())]
+
+
+@pytest.mark.parametrize("at_ms", [IN_2037, 4_260_000_000_000])  # 2104
+def test_a_clock_that_was_ahead_once_locks_no_hospital_out(monkeypatch, at_ms):
+    """The server that comes after knows nothing of it: neither its memory nor its disk is there."""
+    study, sites = sites_that_took_part(monkeypatch, at_ms)
+    before = [max(last_sessions(site)) for site in sites]
+    assert min(before) >= at_ms
+    assert train(sites, study, 3).history == [{"round": number} for number in (1, 2, 3)]
+    assert all(max(last_sessions(site)) > last for site, last in zip(sites, before, strict=True))
+
+
+def test_one_hospital_that_alone_was_asked_by_that_clock_takes_part_again(monkeypatch):
+    study, sites = study_of("ABC", 4)
+    early = [secagg.Server(sites[0].agreement, number).requests()["A"] for number in (IN_2037, IN_2037 + 1)]
+    assert len(sites[0].answer(sites[0].fingerprint, early)) == 2
+    history = train(sites, study, 3).history
+    assert [record.get("absent") for record in history] == [["A"], None, None]
+
+
+def test_a_hospital_that_lies_about_its_last_round_locks_nobody_out(monkeypatch):
+    study, sites = sites_that_took_part(monkeypatch, IN_2037)
+    real, century = flower_app.respond, 100 * 365 * 24 * 3600 * 1000
+
+    def lying(last):
+        def respond(site, message):
+            reply = real(site, message)
+            if site.name == "C":
+                reply.content = flower_app.RecordDict({"reply": flower_app.ConfigRecord({"heads": [], "last": last()})})
+            return reply
+
+        return respond
+
+    for last in (lambda: flower_server.now_ms() + century - 1000, lambda: 2**62, lambda: IN_2037 + 10):
+        monkeypatch.setattr(flower_app, "respond", lying(last))
+        assert [record["absent"] for record in train(sites, study, 2).history] == [["C"], ["C"]]
+    monkeypatch.setattr(flower_app, "respond", real)
+    assert train(sites, study, 2).history == [{"round": 1}, {"round": 2}]
+
+
+def test_a_hospital_takes_no_number_from_a_clock_that_is_centuries_ahead(site):
+    far = secagg.Server(site.agreement, 10**13 + 1).requests()["A"]  # in 2286
+    assert site.answer(site.fingerprint, [far]) == []
+    assert max(last_sessions(site)) == 0
 
 
 def test_sizes_and_sums_must_be_the_study_s(site):

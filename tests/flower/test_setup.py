@@ -7,6 +7,8 @@ import shutil
 import socket
 import ssl
 import stat
+import subprocess
+import sys
 import threading
 import tomllib
 from contextlib import contextmanager
@@ -15,7 +17,12 @@ import psutil
 import pytest
 import uvicorn
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    PublicFormat,
+    load_ssh_private_key,
+    load_ssh_public_key,
+)
 
 from primia_lite import cli
 from primia_lite.config import UserError
@@ -162,6 +169,130 @@ def test_cards_that_do_not_fit_are_refused(federation):
         flower_setup.make_hospital(federation / "server", FILMS)
     with pytest.raises(UserError, match="no hospital's card"):
         flower_setup.read_card(federation / "server" / "study.json")
+
+
+P256 = ec.generate_private_key(ec.SECP256R1()).public_key()
+SSH = P256.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": "../evil"}, {"name": "/tmp/evil"}, {"name": "C\n"}, {"name": ""}, {"name": "-C"}, {"name": "C" * 41},
+        {"name": "superlink"}, {"name": "Server"}, {"name": 5}, {"name": "\x1b[2J"}, {"name": "c\u0301"}, {"name": "a"},
+        {"identity": "zz"}, {"identity": "0" * 62}, {"identity": " " + "0" * 63}, {"identity": 10**63},
+        {"identity": None}, {"identity": ["0" * 64]},
+        {"supernode": "ssh-rsa whatever"}, {"supernode": SSH}, {"supernode": ["x"]}, {"supernode": "\ud800"},
+        {"supernode": lambda text: text + "\nsecond line"}, {"supernode": lambda text: text + " comment"},
+        {"supernode": lambda text: "command=\"sh\" " + text},
+        {"declared": True}, {"declared": 0}, {"declared": -10}, {"declared": 10**400}, {"declared": 30.0},
+        {"declared": "30"},
+        {"size": 10**9}, {"size": True}, {"unit": "hospital"}, {"unit": ["film"]},
+    ],
+)  # fmt: skip
+def test_a_card_is_another_s_word(federation, tmp_path, change):
+    cards = [flower_setup.read_card(federation / name / "card.json") for name in "ABC"]
+    odd = cards[2] | {key: value(cards[2][key]) if callable(value) else value for key, value in change.items()}
+    (field,) = change
+    with pytest.raises(UserError, match=field) as error:
+        flower_setup.make_server(tmp_path / "server", [*cards[:2], odd], hosts=["127.0.0.1"], port=1, rounds=1,
+                                 target_epsilon=None, model="mlp", settings=SETTINGS)  # fmt: skip
+    assert str(error.value).isprintable() and len(str(error.value)) < 300
+    assert list(tmp_path.rglob("*")) == []
+    if odd["name"] != "a":  # which is one alone, but A is there
+        path = tmp_path / "card.json"
+        path.write_text(json.dumps(odd))
+        with pytest.raises(UserError):
+            flower_setup.read_card(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"[" * 100_000, b"{" * 100, b'{"a":' * 20 + b"1" + b"}" * 20, b"[]", b"null", b"\xff\xfe", b'{"name": NaN}',
+     b'{"name": "A", "name": "B"}', b'{"declared": 1e999}', b'{"declared": ' + b"9" * 5000 + b"}", b" " * 100_000,
+     b'{"name": "\\ud800"}', b""],
+)  # fmt: skip
+def test_a_file_that_is_no_card_is_named(tmp_path, content):
+    (tmp_path / "card-A.json").write_bytes(content)
+    with pytest.raises(UserError, match="card-A.json"):
+        flower_setup.read_card(tmp_path / "card-A.json")
+    with pytest.raises(UserError, match="card"):
+        flower_setup.read_card(tmp_path)  # a folder
+
+
+def test_what_else_a_card_holds_goes_no_further(federation, tmp_path):
+    card = json.loads((federation / "A" / "card.json").read_text())
+    (tmp_path / "card.json").write_text(json.dumps(card | {"note": "\x1b[2J", "price": 5}))
+    assert flower_setup.read_card(tmp_path / "card.json") == card
+
+
+def test_one_supernode_key_logs_one_hospital_in(federation):
+    cards = [flower_setup.read_card(federation / name / "card.json") for name in "ABC"]
+    with pytest.raises(UserError, match="SuperNode"):
+        flower_setup.settle([*cards[:2], cards[2] | {"supernode": cards[0]["supernode"]}], 3, None, "mlp", SETTINGS)
+
+
+# --- proxies ----------------------------------------------------------------------------------------------------------
+
+PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "no_grpc_proxy", "grpc_proxy")
+
+
+@pytest.fixture
+def proxies(monkeypatch):
+    """Sets variables of proxies, and no others are."""
+    for name in PROXIES:
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    return lambda **variables: [monkeypatch.setenv(name, value) for name, value in variables.items()]
+
+
+def goes_through(environment, url) -> bool:
+    """Whether httpx, which Flower's processes use, would take a proxy."""
+    code = f"import httpx; print(type(httpx.Client()._transport_for_url(httpx.URL({url!r}))._pool).__name__)"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    return "Proxy" in done.stdout
+
+
+@pytest.mark.parametrize("variables", [
+    {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}, {"ALL_PROXY": "http://proxy.example:31"},
+    {"HTTPS_PROXY": "http://proxy.example:3128", "NO_PROXY": "intern.example"},
+    {"HTTPS_PROXY": "http://proxy.example:3128", "no_proxy": ""},
+    {"https_proxy": "http://proxy.example:3128", "no_proxy": "intern.example, ,10.0.0.1", "no_grpc_proxy": "a.example"},
+])  # fmt: skip
+def test_no_proxy_gets_what_stays_on_this_machine(federation, proxies, variables):
+    proxies(**variables)
+    found = flower_deploy.environment(federation)
+    for host in ("127.0.0.1", "localhost", "[::1]"):
+        assert not goes_through(found, f"https://{host}:9200/v1/fleet")
+    assert goes_through(found, "https://server.example:9200/")
+    for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):
+        before = [part.strip() for part in variables.get(name, "").split(",") if part.strip()]
+        assert found.get(name, "").split(",")[: len(before)] == before or not before
+    assert ("no_grpc_proxy" in found) == ("no_grpc_proxy" in variables)
+    if "NO_PROXY" in variables:
+        assert not goes_through(found, "https://intern.example:9200/")
+
+
+def test_nor_what_goes_to_this_machine_by_another_address(federation, tmp_path, proxies):
+    proxies(https_proxy="http://127.0.0.1:9")
+    shutil.copytree(federation, tmp_path / "moved")
+    changes = ("server/server.toml", '"127.0.0.1"', '"192.0.2.1"'), ("A/hospital.toml", "127.0.0.1", "127.8.0.9")
+    for part, old, new in changes:
+        path = tmp_path / "moved" / part
+        path.write_text(path.read_text().replace(old, new, 1))
+    found = flower_deploy.environment(tmp_path / "moved")
+    assert not goes_through(found, "https://192.0.2.1:9321") and not goes_through(found, "https://127.8.0.9:9321")
+
+
+@pytest.mark.parametrize("variable", ["https_proxy", "HTTPS_PROXY", "all_proxy", None])
+def test_a_server_elsewhere_that_isn_t_reached_is_named_and_the_proxy_too(federation, tmp_path, proxies, variable):
+    proxies(**({variable: "http://user:secret@127.0.0.1:9"} if variable else {}))
+    shutil.copytree(federation / "A", tmp_path / "A")
+    path = tmp_path / "A" / "hospital.toml"
+    path.write_text(path.read_text().replace("127.0.0.1:9321", "server.invalid:9321"))
+    (line,) = flower_deploy.unreached(tmp_path, ["A"])
+    assert "server.invalid:9321" in line and "secret" not in line
+    assert f"{variable} is set" in line if variable else "proxy" not in line
 
 
 def test_a_hospital_s_processes_go_on_where_the_last_one_ended(federation):

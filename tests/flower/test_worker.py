@@ -16,7 +16,7 @@ from flwr.app import Message
 from flwr.clientapp import ClientApp
 
 from primia_lite.federation import flower_app, flower_grid, flower_process, flower_setup, flower_worker, secagg
-from primia_lite.federation.flower_hospital import CONFIG, IDENTITY, STUDY, OtherStudy, SiteInFolder
+from primia_lite.federation.flower_hospital import CONFIG, IDENTITY, STUDY, Behind, OtherStudy, SiteInFolder
 from primia_lite.federation.flower_worker import SOCKET, Relay
 from primia_lite.federation.rounds import Schedule, Server
 from primia_lite.federation.study import Study
@@ -87,7 +87,10 @@ def test_a_round_through_it_ends_with_the_sum(worker):
     assert np.array_equal(server.total, expected.view(np.int32))
     # Its memory holds nothing that the folder doesn't: another process goes on where it was.
     request = secagg.Server(agreed.agreement, 2).requests()["A"]
-    assert sites["A"].answer(sites["A"].fingerprint, [request]) == []
+    for site in (sites["A"], Relay.to(folder / "A")):
+        with pytest.raises(Behind) as caught:
+            site.answer(sites["A"].fingerprint, [request])
+        assert caught.value.last == 2
 
 
 def test_nobody_else_can_reach_it(worker):

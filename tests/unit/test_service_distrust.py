@@ -21,7 +21,7 @@ from torch import nn
 
 from primia_lite import serve
 from primia_lite.cli import main
-from primia_lite.config import UserError
+from primia_lite.config import UserError, printable
 from primia_lite.encrypted import workers
 from primia_lite.encrypted.card import ModelCard
 from primia_lite.encrypted.ckks import Client
@@ -29,7 +29,7 @@ from primia_lite.encrypted.packing import CNNPacking, LinearPacking, spec_of
 from primia_lite.encrypted.remote import RemoteServer, ServiceError
 from primia_lite.encrypted.seal import CiphertextError
 from primia_lite.encrypted.service import NO_LIMITS, Service
-from primia_lite.encrypted.wire import join, printable
+from primia_lite.encrypted.wire import join
 
 FEATURES, SIDE = 8, 16
 BOMB = gzip.compress(bytes(32 << 20), 1)

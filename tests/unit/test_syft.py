@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
+import shutil
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -17,9 +20,10 @@ from primia_lite.config import UserError
 from primia_lite.federation.hospital import Hospital
 from primia_lite.federation.rounds import Schedule, Server, federate
 from primia_lite.federation.secagg import Agreement, ProtocolError, Reply, TooFewSurvivors
-from primia_lite.federation.study import CODE, REQUEST, STUDY, Study, job_code
-from primia_lite.federation.syft_approval import Refused
+from primia_lite.federation.study import CODE, REQUEST, ROUND, STUDY, Study, job_code
+from primia_lite.federation.syft_approval import Refused, difference
 from primia_lite.federation.syft_hospital import REPLY, Site, quiet
+from primia_lite.federation.syft_process import JobError, run_job
 from primia_lite.federation.syft_transport import Federation, federate_with_syft, in_memory
 from primia_lite.privacy.accounting import Release
 from primia_lite.privacy.dpsgd import Privacy
@@ -461,6 +465,118 @@ def test_a_request_that_the_protocol_doesnt_allow_gets_no_answer(federation, fol
         assert federation.researcher.status(name)["A"] == result
         assert name not in site.seconds  # nothing ran
     assert charges(federation, "jump") == dict.fromkeys(NAMES, 0)
+
+
+BAD = {
+    "deep": {STUDY: b"[" * 100_000, REQUEST: b"{}"},
+    "deep-request": {REQUEST: b'{"step":' * 50_000},
+    "odd-request": {REQUEST: b'{"step": ["advertise"], "session": 1e999}'},
+    "long-number": {REQUEST: b'{"step": "advertise", "session": ' + b"9" * 5000 + b"}"},
+    "bytes": {STUDY: b"\xff\x00", REQUEST: b"\xff"},
+    "odd-name": {STUDY: b'{"name": "\\ud800\\n2026 approved\\u001b[2J"}', REQUEST: b"{}"},
+    "large": {CODE: b"#" * 2**21, REQUEST: b"{}"},
+    "many": {REQUEST: b"{}"} | {f"code/part{i}.py": b"" for i in range(200)},
+    "settings": {"config.yaml": b"[" * 3000, REQUEST: b"{}"},
+}
+
+
+def test_bad_jobs_are_refused_each_and_the_others_go_on(federation, folder):
+    study = approved(federation, study_of(federation, "amid", None), fast(folder, "amid"), without_noise=True)
+    site = submitted(federation, "amid-80000-advertise", {**study.files(fast(folder, "amid")), REQUEST: b"{}"})
+    manager, before = site.client.job_client.manager, len(site.journal)
+    like = manager.submission_dir(manager.find_submission_ref(site.email, "amid-80000-advertise"))
+    names = {f"{what}-80000-advertise": files for what, files in BAD.items()}
+    for name, files in names.items():
+        shutil.copytree(like, like.with_name(name))
+        for path, content in files.items():
+            (like.with_name(name) / path).write_bytes(content)
+    (like.with_name("line\n2026 approved-80000-advertise")).mkdir()
+    shutil.copytree(like, like.with_name("line\n2026 approved-80000-advertise"), dirs_exist_ok=True)
+    shutil.rmtree(like)
+    good = {**study.files(fast(folder, "amid")), REQUEST: b'{"step": "advertise", "session": 80001}'}
+    submitted(federation, "zz-80001-advertise", good)
+    site.fetch()
+    site.process()
+    said = site.journal[before:]
+    assert len(said) == len(BAD) + 2 and all(line.isprintable() for line in said)
+    for name in names:
+        assert [line for line in said if line.startswith(f"refused {name}: ")], name
+    assert said[-1] == "zz-80001-advertise: answered"
+    site.process()
+    assert len(site.journal) == before + len(said)  # and aren't looked at again
+    assert len((site.folder / "journal.txt").read_text().splitlines()) == len(site.journal)
+    for name in [*names, "line\n2026 approved-80000-advertise"]:
+        shutil.rmtree(like.with_name(name))
+
+
+@pytest.mark.parametrize("content", [
+    b"[" * 100_000, b'{"name": "deep", "training": ' + b"[" * 90_000, b'{"name": NaN}', b"null",
+    b'{"name": "x", "training": {"class_weights": 1, "augmentation": 5}, "privacy": [], "agreement": "no"}',
+])  # fmt: skip
+def test_a_person_sees_that_a_proposal_cant_be_read(federation, content):
+    site = federation.sites["B"]
+    name = f"unread-{len(site.journal)}"
+    submitted(federation, name, {**study_of(federation, "unread").files(), STUDY: content}, "B")
+    review = site.review(name)
+    assert review.study is None and "study.json" in review.problems[0] and review.problems[0].isprintable()
+    with pytest.raises(Refused, match="can't take part"):
+        site.approve(review)
+    site.refuse(review, "it can't be read")
+    assert name not in site.pending()
+
+
+@pytest.mark.parametrize("change", [
+    {"dataset": ["chest-xray"]}, {"dataset": "../../own"}, {"dataset": "\0"}, {"rounds": 10**18},
+    {"rounds": True}, {"privacy": {"plan": 5}}, {"training": None}, {"agreement": {"identities": 5}}, {"more": 1},
+])  # fmt: skip
+def test_a_study_of_odd_values_is_refused_in_words(federation, change):
+    site = federation.sites["C"]
+    files = study_of(federation, "values").files()
+    files[STUDY] = json.dumps(json.loads(files[STUDY]) | change).encode()
+    name = f"values-{len(site.pending())}-{next(iter(change))}"
+    submitted(federation, name, files, "C")
+    assert site.review(name).problems
+
+
+def test_what_could_hide_from_a_reader_is_shown(federation):
+    code = b"print('fine')  # \x1b[2K\xe2\x80\xae harmless\rimport evil\n"
+    shown = difference({}, {CODE: code})
+    assert "\\x1b" in shown and "\\u202e" in shown and "+import evil" in shown
+    assert all(line.isprintable() for line in shown.splitlines())
+    many = "\n".join(str(i % 90) for i in range(200_000)).encode()
+    assert "lines" in difference({CODE: many}, {CODE: many + b"\n1"})
+
+
+HUNGRY = """
+import numpy as np
+print("began", flush=True)
+kept = np.ones(2**28)
+np.save("outputs/update.npy", np.zeros(60, np.float32))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no limit of memory is kept")
+def test_a_job_that_takes_more_memory_than_it_may_fails_with_a_sentence(federation, folder, tmp_path):
+    films = federation.sites["A"]._films("chest-xray")
+    files = study_of(federation, "hungry").files(HUNGRY.encode())
+    with pytest.raises(JobError, match="memory"):
+        run_job(files, tmp_path / "job", films, "A", memory_gib=1.0)
+    assert "began" in (tmp_path / "job" / "stdout.txt").read_text()
+    assert run_job(files, tmp_path / "job", films, "A", memory_gib=6.0).shape == (60,)
+    native = files | {CODE: b"import torch\nkept = torch.ones(2**28, dtype=torch.float64)\n"}
+    with pytest.raises(JobError, match="memory"):
+        run_job(native, tmp_path / "job", films, "A", memory_gib=1.5)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no limit of memory is kept")
+def test_weights_that_unpack_to_more_than_a_job_may_take_end_it_alone(federation, tmp_path):
+    packed = io.BytesIO()
+    np.savez_compressed(packed, weight=np.zeros(2**28, np.float32))
+    weights = base64.b64encode(packed.getvalue()).decode()
+    files = {**study_of(federation, "bomb").files(), ROUND: json.dumps({"round": 1, "weights": weights}).encode()}
+    assert len(files[ROUND]) < 2**21
+    with pytest.raises(JobError, match="memory"):
+        run_job(files, tmp_path / "job", federation.sites["A"]._films("chest-xray"), "A", memory_gib=1.0)
 
 
 def test_a_reply_that_cant_be_read_is_left_out(federation, folder, monkeypatch):
