@@ -74,9 +74,9 @@ class Release:
     steps: int
 
     def __post_init__(self):
-        if not 0 < self.noise_multiplier < math.inf:
+        if not 1e-12 <= float(self.noise_multiplier) <= 1e100:
             raise UserError(
-                f"noise_multiplier is {self.noise_multiplier}: it must be above 0 (0 protects nobody) and finite"
+                f"noise_multiplier is {self.noise_multiplier}: it must be from 1e-12 (less protects nobody) to 1e100"
             )
         if not 0 < self.sample_rate <= 1:
             raise UserError(f"sample_rate is {self.sample_rate}: it must be in (0, 1]")
@@ -164,9 +164,10 @@ def _epsilon(releases: tuple[Release, ...], delta: float, accountant: str) -> fl
     if unsampled == 0 or all(r.sample_rate == 1 for r in releases):
         return unsampled
     releases, tight = _one_gaussian(releases), math.inf
-    if delta > _rounding(releases):
-        tight = _composed(releases, _interval(releases)).get_epsilon_for_delta(delta - _rounding(releases))
-    if math.isinf(tight):  # floats don't resolve so small a δ
+    interval = _interval(releases)
+    if delta > _rounding(releases) and interval < 1:
+        tight = _composed(releases, interval).get_epsilon_for_delta(delta - _rounding(releases))
+    if math.isinf(tight):  # floats don't resolve so small a δ, or so wide a distribution
         tight = _epsilon(releases, delta, "rdp")
     return float(min(tight, unsampled))
 
@@ -200,7 +201,7 @@ def _interval(releases: tuple[Release, ...]) -> float:
     """
     scale = clt_mu(releases) / math.sqrt(sum(r.steps for r in releases))
     # At most so large are a step's mean loss and, but for large ones, half the variance (Rényi's order 2).
-    mean = sum(r.steps * min(math.log1p(r.sample_rate**2 * _chi_squared(r)), 1e300) for r in releases)
+    mean = float(sum(r.steps * np.logaddexp(0, 2 * math.log(r.sample_rate) + r.noise_multiplier**-2) for r in releases))
     coarsest = (mean + 10 * math.sqrt(2 * mean) + max(map(_spread, releases))) / _POINTS
     return 2.0 ** math.floor(math.log2(max(min(0.03 * scale, 0.01), coarsest, 1e-8)))
 
@@ -239,9 +240,10 @@ def _step_delta(epsilon: np.ndarray, noise_multiplier: float, sample_rate: float
     inside = sign * epsilon > never
     exponent = sign * np.where(inside, epsilon, 0.0)
     # The loss of the Gaussian alone: log(1 + (e^x - 1) / q), which is x - log q + log(1 - (1 - q) e^-x) for a large x.
+    large = np.maximum(exponent, 30.0)
     plain = np.where(
         exponent > 30,
-        exponent - math.log(sample_rate) + np.log1p((sample_rate - 1) * np.exp(-np.abs(exponent))),
+        large - math.log(sample_rate) + np.log1p((sample_rate - 1) * np.exp(-large)),
         np.log1p(np.expm1(np.minimum(exponent, 30.0)) / sample_rate),
     )
     delta = _gaussian_delta(sign * plain, 1 / noise_multiplier)
@@ -403,8 +405,7 @@ def _unsampled_mu(releases: Iterable[Release]) -> float:
 
 def _chi_squared(release: Release) -> float:
     """E of the squared density ratio of one full batch, minus 1: exp(1 / σ²) - 1, or a number that no sum overflows."""
-    inverse = 1 / release.noise_multiplier
-    return math.expm1(min(300.0, inverse * inverse))
+    return math.expm1(min(300.0, release.noise_multiplier**-2))
 
 
 def clt_mu(releases: Releases) -> float:
@@ -559,7 +560,8 @@ def selection_epsilon(trial: Releases, mean_trials: float, delta: float) -> floa
         raise UserError(f"mean_trials is {mean_trials}: it must be at least 1")
     run = dp_accounting.ComposedDpEvent([release.event() for release in merge(trial)])
     accountant = RdpAccountant(_ORDERS)
-    accountant.compose(RepeatAndSelectDpEvent(run, mean_trials, math.inf))
+    with _quiet():
+        accountant.compose(RepeatAndSelectDpEvent(run, mean_trials, math.inf))
     return float(accountant.get_epsilon(delta))
 
 
@@ -575,13 +577,13 @@ def attacker_power(releases: Releases, false_positive_rate: np.ndarray) -> np.nd
     releases = merge(releases)
     if not releases:
         return rate
-    unsampled = ndtr(ndtri(rate) + min(_unsampled_mu(releases), 1e300))  # exact for full batches (Dong et al. 2022)
-    if all(r.sample_rate == 1 for r in releases):
-        return unsampled
+    unsampled = ndtr(ndtri(rate) + _unsampled_mu(releases))  # exact for full batches (Dong, Roth, Su 2022)
     releases = _one_gaussian(releases)
+    if all(r.sample_rate == 1 for r in releases) or (interval := _interval(releases)) >= 1:
+        return unsampled
     # Any grid gives a bound; beyond 700 e^ε overflows, and such an ε promises nothing.
     grid = np.linspace(0, min(700.0, max(1.0, 1.5 * epsilon(releases, 1e-6))), 400)
-    delta = np.asarray(_composed(releases, _interval(releases)).get_delta_for_epsilon(grid)) + _rounding(releases)
+    delta = np.asarray(_composed(releases, interval).get_delta_for_epsilon(grid)) + _rounding(releases)
     forward = np.exp(grid)[:, None] * rate + delta[:, None]
     backward = 1 - np.exp(-grid)[:, None] * (1 - delta[:, None] - rate)
     return np.minimum(unsampled, np.minimum(forward, backward).min(0))

@@ -221,8 +221,10 @@ def test_the_exact_gaussian_neither_overflows_nor_hangs():
         assert value == 0 or value >= mu * (mu / 2 - norm.ppf(delta)) * 0.3 - mu
     assert gaussian_epsilon(1e200, 1e-5) == math.inf and gaussian_epsilon(0.0, 1e-5) == 0
     assert gaussian_delta(0.0, 1e5) == 1 and gaussian_delta(1e12, 1.0) == 0
-    # High precision by mpmath, once: mu = 1, delta = 1e-20 and 1e-100.
-    assert gaussian_epsilon(1.0, 1e-20) == pytest.approx(9.510936240574, rel=1e-9)
+    # By mpmath, with 60 digits.
+    assert gaussian_epsilon(1.0, 1e-20) == pytest.approx(9.5109362405743805, rel=1e-12)
+    assert gaussian_epsilon(1.0, 1e-100) == pytest.approx(21.6275080936483822, rel=1e-12)
+    assert gaussian_epsilon(50.0, 1e-5) == pytest.approx(1462.28501596477979, rel=1e-12)
     for mu, delta in ((1.0, 0.0), (1.0, 1.0), (-1.0, 1e-5), (math.nan, 1e-5)):
         with pytest.raises(UserError):
             gaussian_epsilon(mu, delta)
@@ -291,9 +293,9 @@ def test_prv_refuses_where_it_is_no_bound(releases, delta, why):
 
 
 def test_losses_that_floats_do_not_hold_are_bounded_by_the_noise_without_sampling():
-    for sigma in (0.02, 0.01, 1e-3, 1e-200):
+    for sigma in (0.02, 0.01, 1e-3, 1e-5, 1e-12):
         exact, sampled = gaussian_epsilon(1 / sigma, 1e-5), epsilon(Release(sigma, 0.5, 1), 1e-5)
-        assert sampled <= exact and (sampled >= 0.98 * exact or sigma == 1e-200)  # sampling takes off log 2 or so
+        assert sampled <= exact and sampled >= 0.98 * exact  # sampling takes off log 2 or so
         assert attacker_power(Release(sigma, 0.5, 1), [0.01])[0] <= 1
     for releases in (Release(0.05, 0.5, 1000), [Release(0.01, 0.5, 1), Release(400.0, 0.01, 10**5)]):
         assert 0 < epsilon(releases, 1e-5) < math.inf
@@ -308,9 +310,9 @@ def test_a_steps_losses_are_those_of_dp_accounting(sigma, q):
     from dp_accounting.pld import privacy_loss_distribution as pld
 
     for steps in (1, 7):
-        theirs = pld.from_gaussian_mechanism(sigma, sampling_prob=q, value_discretization_interval=1e-4 / sigma)
+        theirs = pld.from_gaussian_mechanism(sigma, sampling_prob=q, value_discretization_interval=min(1e-4, q / 10))
         want = theirs.self_compose(steps).get_epsilon_for_delta(1e-6)
-        assert want * (1 - 1e-6) <= epsilon(Release(sigma, q, steps), 1e-6) <= want * 1.0002 + 1e-5
+        assert epsilon(Release(sigma, q, steps), 1e-6) == pytest.approx(want, rel=2e-4)
 
 
 def test_fractional_orders_bound_more_closely_and_stay_bounds():
@@ -349,8 +351,7 @@ def test_calibration_reaches_what_only_the_tight_count_allows():
 
 def test_zero_out_and_add_or_remove_are_one_pair_of_distributions():
     """A patient against an empty record: enumerated over who is sampled, one step in one dimension."""
-    sigma, q = 1.3, 0.3
-    others, child = np.array([0.4, -0.9]), 1.0
+    sigma, q, eps = 1.3, 0.3, 0.4
     x = np.linspace(-14, 14, 200_001)
 
     def density(gradients):
@@ -360,13 +361,15 @@ def test_zero_out_and_add_or_remove_are_one_pair_of_distributions():
             total += weight * norm.pdf(x, np.dot(taken, gradients), sigma)
         return total
 
-    there, empty, gone = density([*others, child]), density([*others, 0.0]), density(others)
-    np.testing.assert_allclose(empty, gone, atol=1e-15)
-    eps = 0.4
-    for one, other in ((there, empty), (empty, there)):
-        delta = np.trapezoid(np.clip(one - math.exp(eps) * other, 0, None), x)
-        assert epsilon(Release(sigma, q, 1), delta) <= eps * 1.001 or delta == pytest.approx(0, abs=1e-12)
-        assert delta <= gaussian_delta(eps, 1 / sigma)
+    for others in ([], [0.4, -0.9], [-1.0, -1.0, -1.0]):
+        there, empty, gone = density([*others, 1.0]), density([*others, 0.0]), density(others)
+        np.testing.assert_allclose(empty, gone, atol=1e-15)
+        delta = max(
+            np.trapezoid(np.clip(one - math.exp(eps) * other, 0, None), x)
+            for one, other in ((there, empty), (empty, there))
+        )
+        counted = epsilon(Release(sigma, q, 1), delta)  # at this δ the accountant must not promise less than eps
+        assert counted >= eps * (1 - 1e-6) and (others or counted == pytest.approx(eps, rel=1e-3))
 
 
 # --- parameters chosen along the way ----------------------------------------------------------------------------------
@@ -484,6 +487,9 @@ def test_releases_survive_json():
     [
         (lambda: Release(math.nan, 0.5, 1), "noise_multiplier is nan"),
         (lambda: Release(math.inf, 0.5, 1), "noise_multiplier is inf"),
+        (lambda: Release(1e-200, 0.5, 1), "noise_multiplier is 1e-200"),
+        (lambda: group_privacy(1.0, 1e-5, 0), "films is 0"),
+        (lambda: group_privacy(math.nan, 1e-5, 2), "epsilon nan"),
         (lambda: Release(1.0, 1.5, 1), "sample_rate is 1.5"),
         (lambda: Release(1.0, math.nan, 1), "sample_rate is nan"),
         (lambda: Release(1.0, 0.5, 1.5), "steps is 1.5"),
