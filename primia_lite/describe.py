@@ -129,7 +129,7 @@ def ledger(path: str | Path) -> str:
         _columns(rows),
         "",
         f"spent   epsilon {spent['epsilon']:.3f} of {spent['budget']:g} at delta {spent['delta']:g}, for one "
-        f"{spent['unit']}, added or removed",
+        f"{spent['unit']}, zero-out (there or empty)",
         f"        by the filter {spent['filter']:.3f}; by PLD, if all was fixed in advance, {spent['pld']:.3f}",
         f"rule    {rule}",
     ])  # fmt: skip

@@ -441,7 +441,7 @@ def _views(images: np.ndarray, augmentation: tuple[str, ...]) -> Iterator[np.nda
     """Changed copies of films, uint8 [N, H, W].
 
     A film's views depend on that film alone: their draws are seeded by its pixels. Were they drawn from one stream over
-    all films, adding or removing one would change the views of the others, and clipping would no longer bound what one
+    all films, one more or fewer would change the views of the others, and clipping would no longer bound what one
     film can do.
     """
     for kind in sorted(set(augmentation) & set(aug.VIEWS)):
