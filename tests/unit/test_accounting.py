@@ -282,7 +282,7 @@ def test_every_accountant_bounds_from_above_or_refuses(release, interval, delta)
         (Release(1.0, 0.2, 10), 1e-12, "rounding"),
         (Release(1.0, 0.2, 10), 1e-30, "rounding"),
         (Release(1.0, 1.0, 1), 1e-300, "rounding"),
-        (Release(50.0, 0.5, 3 * 10**6), 1e-5, "GiB"),
+        (Release(200.0, 0.5, 3 * 10**6), 1e-5, "GiB"),
     ],
 )
 def test_prv_refuses_where_it_is_no_bound(releases, delta, why):
