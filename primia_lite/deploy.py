@@ -42,6 +42,7 @@ def add_arguments(parser) -> None:
     hospital = action("hospital", "make a hospital's keys and its card", _hospital, "its name is the hospital's")
     films(hospital)
     hospital.add_argument("--unit", default="patient", help="what is protected: patient or film; film without DP")
+    hospital.add_argument("--declared", type=int, help="their number, made public (the true one, rounded to tens)")
 
     server = action("server", "make the server's part and a study, from the hospitals' cards", _server)
     server.add_argument("--cards", type=Path, nargs="+", required=True, metavar="CARD", help="card.json of each")
@@ -103,7 +104,7 @@ def _init(args) -> None:
 def _hospital(args) -> None:
     flower_setup = _setup()
 
-    card = flower_setup.make_hospital(args.folder, _films(args), args.unit)
+    card = flower_setup.make_hospital(args.folder, _films(args), args.unit, args.declared)
     print(f"hospital {card['name']} declares {card['declared']} {card['unit']}s, key {card['identity']}")
     print(f"next: give {args.folder / 'card.json'} to the server's operator; all else in the folder stays there")
 

@@ -155,7 +155,9 @@ def _usage(**wanted: bool) -> x509.KeyUsage:
 # --- a hospital -------------------------------------------------------------------------------------------------------
 
 
-def make_hospital(folder: Path, films: Mapping[str, object], unit: str = "patient") -> dict:
+def make_hospital(
+    folder: Path, films: Mapping[str, object], unit: str = "patient", declared: int | None = None
+) -> dict:
     """A hospital's folder: its two keys, ``hospital.toml``, and the card that it gives to the server's operator.
 
     Parameters
@@ -166,6 +168,8 @@ def make_hospital(folder: Path, films: Mapping[str, object], unit: str = "patien
         See :class:`~primia_lite.federation.flower_hospital.SiteInFolder`.
     unit
         What is counted: ``patient``, or ``film``, where these are protected or there is no DP.
+    declared
+        How many of them the hospital makes public; left out, their number rounded to tens.
 
     Returns
     -------
@@ -184,9 +188,10 @@ def make_hospital(folder: Path, films: Mapping[str, object], unit: str = "patien
     identity, node = Ed25519PrivateKey.generate(), ec.generate_private_key(ec.SECP384R1())
     card = {
         "name": name, "identity": identity.public_key().public_bytes_raw().hex(),
-        "supernode": _ssh(node.public_key()), "declared": declare_size(units), "unit": unit,
-        "size": films["size"],
+        "supernode": _ssh(node.public_key()), "unit": unit, "size": films["size"],
+        "declared": declare_size(units) if declared is None else declared,
     }  # fmt: skip
+    check_card(card, "the card")
     private_ssh = node.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
     )

@@ -132,6 +132,13 @@ def test_all_have_the_same_study_and_it_says_what_it_is(federation):
     assert config["in_shape"] == [1, 28, 28] and config["port"] == 9321
 
 
+def test_a_hospital_may_declare_a_number_of_its_own(tmp_path):
+    assert flower_setup.make_hospital(tmp_path / "D", FILMS, declared=77)["declared"] == 77
+    with pytest.raises(UserError, match="declared"):
+        flower_setup.make_hospital(tmp_path / "E", FILMS, declared=0)
+    assert not (tmp_path / "E").exists()
+
+
 def test_a_hospital_joins_only_a_study_that_names_it_as_it_is(federation, tmp_path):
     card = flower_setup.make_hospital(tmp_path / "D", FILMS, "film")
     study, ca = (federation / "server" / "study.json").read_bytes(), b"ca"
