@@ -25,15 +25,15 @@ class TrainingError(UserError):
     """Training that can't go on, such as a loss that is no longer finite."""
 
 
-def printable(text: object, most: int = 2000) -> str:
+def printable(text: object, most: int | None = 2000) -> str:
     """A name, path or stranger's text for one line of a message, log or terminal.
 
-    What isn't printable (controls, changes of direction, bytes of another encoding) is escaped, and what is longer than
-    ``most`` characters is cut.
+    What isn't printable (controls, changes of direction, bytes of another encoding) is escaped, and what is then longer
+    than ``most`` characters is cut (None: nothing is).
     """
-    text = str(text)
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: most + 1])
-    return line if len(line) <= most else f"{line[: most - 3]}..."
+    text = str(text) if most is None else str(text)[: most + 1]
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return line if most is None or len(line) <= most else f"{line[: most - 3]}..."
 
 
 def repo_root() -> Path:

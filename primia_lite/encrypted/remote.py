@@ -276,7 +276,7 @@ def _read(told) -> tuple[dict, Packing]:
         raise UserError("its class_names can't be")
     if packing.in_slots or max(most_key_bytes(packing), most_upload_bytes(packing)) > MAX_PUBLIC_BYTES:
         raise UserError("its packing isn't for one film, or asks for too much")
-    model, trained_on = map(printable, texts)
+    model, trained_on = (printable(text, 200) for text in texts)
     return out | {"model": model, "class_names": names, "trained_on": trained_on}, packing
 
 

@@ -98,7 +98,7 @@ def difference(before: Files, after: Files) -> str:
             lines.append(f"{path} has {len(new)} lines, too many to compare with {len(old)}")
             continue
         lines += difflib.unified_diff(old, new, f"approved/{path}", f"submitted/{path}", lineterm="")
-    return "\n".join(printable(line, len(line)) for line in lines)
+    return "\n".join(printable(line, None) for line in lines)
 
 
 @dataclass(frozen=True)

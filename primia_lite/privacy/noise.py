@@ -51,8 +51,8 @@ def local_noise(
 ) -> dict[str, torch.Tensor]:
     """Sums of clipped gradients plus all the noise that they need: the Gaussian mechanism, rounded.
 
-    The grid's scale is a power of two of at least 2^16 √d / C, so that rounding adds next to nothing to the noise;
-    where σ is below 1, of that over σ (down to 2^-20), so that the grid stays finer than the noise.
+    The grid's scale is a power of two of at least 2^12 √d / C, so that rounding adds next to nothing to the noise;
+    where σ is below 1, of that over σ (down to 2^-24), so that the grid stays finer than the noise.
 
     Parameters
     ----------
@@ -69,8 +69,8 @@ def local_noise(
         The noise is too large for whole numbers of 64 bits.
     """
     d = sum(value.numel() for value in total.values())
-    finest = min(1.0, max(noise_multiplier, 2.0**-20)) * max_grad_norm
-    scale = 2.0 ** math.ceil(math.log2(2**16 * math.sqrt(d) / finest))
+    finest = min(1.0, max(noise_multiplier, 2.0**-24)) * max_grad_norm
+    scale = 2.0 ** math.ceil(math.log2(2**12 * math.sqrt(d) / finest))
     noise = rounded_gaussian(d, noise_multiplier * sensitivity(scale, max_grad_norm, d), rng)
     parts = torch.from_numpy(noise).split([value.numel() for value in total.values()])
     return {

@@ -33,7 +33,7 @@ def test_what_leaves_a_step_is_whole_numbers_over_a_public_scale(attack):
     """Whatever the data: the released weights of neighbours lie on one grid, and share it with their difference."""
     films, sigma = attack.patients(0), 2.0
     privacy = attack.Privacy(sigma, attack.BOUND, 1e9)
-    scale = 2.0 ** torch.tensor(2**16 * (attack.FEATURES * attack.CLASSES) ** 0.5 / attack.BOUND).log2().ceil()
+    scale = 2.0 ** torch.tensor(2**12 * (attack.FEATURES * attack.CLASSES) ** 0.5 / attack.BOUND).log2().ceil()
     for units in (torch.arange(64), torch.arange(1, 64), torch.arange(0)):
         model = torch.nn.Linear(attack.FEATURES, attack.CLASSES, bias=False).double()
         torch.nn.init.zeros_(model.weight)

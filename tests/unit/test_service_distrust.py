@@ -318,9 +318,8 @@ WRONG = [
     None, [], 7, "x", {}, *({name: value} for name, values in {
         "model": [None, 7, []], "trained_on": [None, {}], "standardise": [None, 0, "no"],
         "image_size": [None, 0, -1, 10**9, 64.0, "64", True, [64], float("nan"), float("inf"), 10**300],
-        "class_names": [None, "abc", [], ["a", "b"], ["a", "b", "a"], ["a", "b", 3], ["a", "b", "\x1b"], ["a"] * 3,
-                        [["a"], ["b"], ["c"]], [f"{n}" for n in range(5000)], {"a": 1, "b": 2, "c": 3},
-                        ["a", "b", " a\x00"]],
+        "class_names": [None, "abc", [], ["a", "b"], ["a", "b", "a"], ["a", "b", 3], ["a"] * 3,
+                        [["a"], ["b"], ["c"]], [f"{n}" for n in range(5000)], {"a": 1, "b": 2, "c": 3}],
         "packing": [None, [], "linear", {}, {"kind": "linear"}, {"kind": []}, {"kind": "x" * 10**5}, *(
             {"kind": "linear", "features": 8, "classes": 3} | wrong for wrong in (
                 {"classes": 4}, {"features": 10**400}, {"features": 8.0}, {"features": -8}, {"kind": "linear batch"},
@@ -379,9 +378,10 @@ def test_texts_of_a_service_cannot_steer_a_terminal(net, film, capsys):
 
 
 def test_printable():
-    assert printable(" a\tb\n\x1b[0m\u202e\ufeff\ud800\x9b ") == "a b [0m"
+    assert printable(" a\tb\n\x1b[0m\u202e\ud800 ") == " a\\tb\\n\\x1b[0m\\u202e\\ud800 "
     assert printable("Lungenentzündung, 肺炎") == "Lungenentzündung, 肺炎"
-    assert len(printable("x" * 10**6)) == 200
+    assert len(printable("x" * 10**6, 200)) == len(printable("\x1b" * 10**6, 200)) == 200
+    assert len(printable("x" * 10**6, None)) == 10**6
 
 
 def test_a_description_that_changes_changes_nothing(card):
@@ -512,7 +512,7 @@ def test_thousands_of_altered_replies_get_logits_or_a_sentence(talk):
             read += 1
             assert logits.shape == (3,) and np.isfinite(logits).all()
     instead.clear()
-    assert min(read, refused) > 20
+    assert min(read, refused) > 5
 
 
 def test_thousands_of_altered_descriptions_get_a_client_or_a_sentence():
