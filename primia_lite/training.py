@@ -228,9 +228,9 @@ def _remedy(training: Training) -> str:
 
 
 # Networks that are trained whole see so many films at once; a linear head as many as the processor's cache holds, since
-# each row is read twice, and as the allocator gives without asking the system for fresh pages.
+# each row is read twice.
 _PART_FILMS = 256
-_CACHE_BYTES = 4 * 2**20
+_CACHE_BYTES = 8 * 2**20
 
 
 class _PlainStep:
