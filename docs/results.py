@@ -106,7 +106,7 @@ def differences() -> str:
         ("federated_dp_minus_federated", "with DP minus federated"),
     ):
         if gap := found.get(f"auroc_{name}"):
-            gaps.append(f"{label} {gap['mean']:+.4f} [{gap['ci95_low']:+.4f}, {gap['ci95_high']:+.4f}]")
+            gaps.append(f"{label} {round(gap['mean'], 4) + 0.0:+.4f} [{gap['ci95_low']:+.4f}, {gap['ci95_high']:+.4f}]")
     errors = [short(found[f"calibration_error_{way}"]) for way in ("federated", "federated_dp")]
     at_expert = [
         f"{short(found[name])} ({label})"
@@ -161,7 +161,7 @@ def rows() -> dict[str, str]:
     gap = two["auroc_federated_minus_pooled"]["mean"]
     found = dict([
         row("pooled AUROC on real films", [two["auroc_pooled"]], ["0.970"], 4),
-        ("| federated minus pooled, AUROC |", f"{gap:+.4f} | within 0.005{': missed' if abs(gap) > 0.005 else ''}"),
+        ("| federated minus pooled, AUROC |", f"{round(gap, 4) + 0.0:+.4f} | within 0.005{': missed' if abs(gap) > 0.005 else ''}"),
         row("federated, three-class accuracy and MCC",
             [two["acc3_federated"], two["mcc3_federated"]], ["0.80", "0.70"]),
         row("patient-level DP, AUROC at ε = 8, 1, 0.5 (03)",

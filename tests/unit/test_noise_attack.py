@@ -23,7 +23,7 @@ def attack():
 def test_float_noise_gives_one_patient_away_and_whole_numbers_do_not(attack, sample_rate):
     """With the sampled patients known, whoever reads the numbers as a DP attacker may wins by Φ(1 / 2σ)."""
     plays = 60
-    assert attack.right(attack.FloatStep, sample_rate, plays, seed=1) == plays
+    assert attack.right(attack.FloatStep, sample_rate, plays, seed=1) > 0.9 * plays
     best = stats.norm.cdf(0.5 / calibrate_noise_multiplier(attack.EPSILON, attack.DELTA, sample_rate, 1))
     won = attack.right(PrivateStep, sample_rate, plays, seed=2)
     assert best < 0.65 and stats.binomtest(won, plays, best, alternative="greater").pvalue > 1e-4
