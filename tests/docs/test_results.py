@@ -71,6 +71,12 @@ def test_readme_quotes_the_benchmark_of_private_steps():
         assert f"{found[name]['median']:.2f}x" in README
 
 
+def test_readme_quotes_the_attack_on_noise():
+    found = metrics("bench/noise_attack.json")
+    floats, exact = (found[f"{kind}_noise_right"] for kind in ("float", "exact"))
+    assert f"in {floats['mean']} of {floats['n']:,} plays; against ours in {exact['mean']} (" in README
+
+
 def test_readme_quotes_the_benchmark():
     for name in ("phantom_films_per_s", "litenet_films_per_s"):
         assert f"{metrics('bench/pipeline.json')[name]['median']:.0f} films/s" in README
