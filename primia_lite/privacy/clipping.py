@@ -27,6 +27,8 @@ _PART_BYTES = 4 * 2**20
 _KEPT_BYTES = 256 * 2**20
 # Multiplications in the time that it takes to write a number of a unit's gradient and to read it twice.
 _KEEPING = 60
+# So many times longer than its sum may the products of a unit be together before they count as its norm.
+_CANCELLING = 64
 # Layers whose output is a product of weight and input: of exactly these types, a subclass may compute something else.
 _PRODUCTS = (nn.Linear, nn.Conv2d)
 
@@ -273,7 +275,11 @@ def _computed(layer, uses, names, groups, zeros, row_bytes: float, *, keep: bool
 
 
 def _ghost(layer, use: _Use, groups, unit, zeros, row_bytes: float) -> _Way:
-    """By the norm of a sum of outer products: |Σ d aᵀ|² = Σ (a·a')(d·d') over pairs of positions and rows of a unit."""
+    """By the norm of a sum of outer products: |Σ d aᵀ|² = Σ (a·a')(d·d') over pairs of positions and rows of a unit.
+
+    The sum itself is one of float32, off by so much of Σ |d| |a|. Where products cancel that may be more than the clip,
+    so a 64th of it counts as norm if that is more.
+    """
     squares = zeros.clone()
     x, d = use.inputs[0].detach(), use.gradient
     for group in groups:
@@ -282,9 +288,13 @@ def _ghost(layer, use: _Use, groups, unit, zeros, row_bytes: float) -> _Way:
             for columns in (_columns(layer, x[part.rows]), _deltas(layer, d[part.rows])):
                 # [n v, G, K, L] -> [n G, K, v L]
                 columns = columns.unflatten(0, (part.n, part.v)).permute(0, 2, 3, 1, 4).flatten(3).flatten(0, 1)
+                if columns.shape[2] > 1:
+                    columns = columns.double()  # terms of opposite signs lose a float32 norm
                 grams.append(columns.mT @ columns)
             products = (grams[0] * grams[1]).view(part.n, -1).sum(1)
-            squares[part.units] = products.clamp(min=0)  # of opposite signs, they may round to just below 0
+            lengths = (grams[0].diagonal(dim1=1, dim2=2) * grams[1].diagonal(dim1=1, dim2=2)).sqrt()
+            least = (lengths.reshape(part.n, -1).sum(1) / _CANCELLING).square()
+            squares[part.units] = torch.maximum(products, least).to(squares.dtype)
 
     def weighted(factor):
         scaled = d * factor[unit].view(-1, *[1] * (d.dim() - 1))

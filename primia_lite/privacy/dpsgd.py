@@ -211,9 +211,11 @@ class ClippedSum:
 
     A patient's gradient is the mean over their films and over the films' views (augmentation multiplicity, De et al.
     2022), so its sensitivity stays C. A record that is replaced by an empty one keeps its rows, which count for
-    nothing, so the other units' gradients are computed alike and only the sum's rounding differs. :class:`HeadGram`
-    bounds that for a linear head. For a network trained whole, whose layers add up in float32, nothing proves that it
-    stays within :data:`~primia_lite.privacy.noise.FLOAT32_MARGIN`; a test measures less than a hundredth of it.
+    nothing, so the other units' gradients are computed alike and only the sum's rounding differs: :class:`HeadGram`
+    bounds that for a linear head. Where rows are missing instead (the unit isn't sampled, or had fewer films), the
+    others' rows lie elsewhere and round differently, and a network trained whole adds up in float32 throughout: nothing
+    proves that this stays within :data:`~primia_lite.privacy.noise.FLOAT32_MARGIN`; tests measure less than a hundredth
+    of it.
 
     Parameters
     ----------
@@ -343,13 +345,13 @@ class HeadGram:
     squared norm is the sum over pairs of rows of (e_i . e_j) (x_i . x_j) (the identity behind ghost clipping,
     Goodfellow 2015; Li et al. 2022). The features don't change, so the second factors are computed once, in float64.
 
-    Why one unit moves a computed sum by at most C (1 + 2^-8): rows are added up in float32 by blocks of 64, and
-    blocks in float64. A unit replaced by an empty record keeps its rows, with e = 0, so that only the blocks with its
-    rows in them differ: its own, and at most 63 rows of others at each end. A float32 sum of 64 products is off by at
-    most about 64 · 2^-24 of the sum of their absolute values (Higham 2002, section 3.1). So what counts is the
-    length |e_i| |x_i| of a row: at most 2 C, and 64 C over a unit's rows, since a unit is clipped by the largest of
-    its norm, half of its longest row, and a 64th of all its rows' lengths (its norm decides unless rows cancel). That
-    gives 2^-18 · (2 · 126 · 2 + 64) C, less than 2^-8 C.
+    Why a sampled unit moves a computed sum by at most C (1 + 2^-8) against an empty one with as many rows: rows are
+    added up in float32 by blocks of 64, and blocks in float64. A unit replaced by an empty record keeps its rows,
+    with e = 0, so that only the blocks with its rows in them differ: its own, and at most 63 rows of others at each
+    end. A float32 sum of 64 products is off by at most about 64 · 2^-24 of the sum of their absolute values (Higham
+    2002, section 3.1). So what counts is the length |e_i| |x_i| of a row: at most 2 C, and 64 C over a unit's rows,
+    since a unit is clipped by the largest of its norm, half of its longest row, and a 64th of all its rows' lengths
+    (its norm decides unless rows cancel). That gives 2^-18 · (2 · 126 · 2 + 64) C, less than 2^-8 C.
     """
 
     def __init__(self, inputs: torch.Tensor, units: Units):

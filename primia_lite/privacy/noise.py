@@ -32,8 +32,8 @@ MAX_SIGMA = 1 << 41
 _NDTRI_ERROR = 4e-15
 _EXTRA_BITS, _PRECISION = 192, 400
 
-# By so much of C may computing a sum move it: see :class:`primia_lite.privacy.dpsgd.HeadGram` for a linear head, where
-# this is proven, and :class:`primia_lite.privacy.dpsgd.ClippedSum` for other networks, where it is measured.
+# By so much of C may computing a sum move it. What of that is proven and what is only measured:
+# :class:`primia_lite.privacy.dpsgd.HeadGram` and :class:`primia_lite.privacy.dpsgd.ClippedSum`.
 FLOAT32_MARGIN = 2.0**-8
 
 
@@ -142,13 +142,14 @@ def discrete_gaussian(n: int, sigma: int, rng: SecureGenerator) -> np.ndarray:
     """
     if isinstance(sigma, bool) or not isinstance(sigma, (int, np.integer)) or not 1 <= sigma <= MAX_SIGMA:
         raise UserError(f"sigma is {sigma!r}: exact sampling takes a whole number from 1 to 2^41; round it up")
+    sigma = int(sigma)  # NumPy's own whole numbers overflow when squared
     x, redraw = np.empty(n, np.int64), np.arange(n)
     while len(redraw):
         x[redraw] = proposed = rounded_gaussian(len(redraw), sigma, rng)
         word = rng.words(len(redraw))
         certain = 1 - (1 + (proposed / sigma) ** 2) / (24.0 * sigma**2) - 2.0**-40
         refused = [i for i in np.flatnonzero((word >> np.uint64(11)) * 2.0**-53 >= certain)
-                   if not _kept(int(proposed[i]), int(sigma), int(word[i]), rng)]  # fmt: skip
+                   if not _kept(int(proposed[i]), sigma, int(word[i]), rng)]  # fmt: skip
         redraw = redraw[refused]
     return x
 

@@ -1,5 +1,6 @@
 """DP-SGD: what is clipped, how much noise, who is sampled."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -147,6 +148,43 @@ def test_an_empty_record_moves_a_linear_heads_computed_sum_by_no_more_than_is_co
         rest, _ = ClippedSum(model, 0.25, "patient", films)(batch, emptied)
         moved = float((whole["weight"] - rest["weight"]).norm()) / 0.25
         assert 0.999 < moved < 1 + FLOAT32_MARGIN / 100
+        # Not sampled, its rows are missing instead, and the others' lie elsewhere.
+        left = PoissonBatch(torch.tensor([u for u in range(300) if u != patient]), 1.0)
+        away, _ = ClippedSum(model, 0.25, "patient", films)(
+            left, private_rows(films, left, Training(), "patient", None, generator)
+        )
+        assert float((away["weight"] - rest["weight"]).norm()) / 0.25 < FLOAT32_MARGIN / 100
+
+
+@pytest.mark.parametrize("scale", [1, 10, 100, 1000])
+def test_films_that_cancel_do_not_make_a_networks_sum_longer_than_the_clip(scale):
+    """Two nearly equal films of a patient with two labels: their gradients cancel but for rounding."""
+    longest = 0.0
+    for apart in (3e-3, 1e-3, 2e-4, 5e-5):
+        torch.manual_seed(0)
+        model = build("ckksnet", 3, (1, 28, 28), seed=1)
+        with torch.no_grad():
+            model[4].weight.mul_(scale)
+            model[7].weight.zero_()
+            model[7].bias[:] = torch.tensor([0.0, 0.0, -40.0])
+        film = torch.randn(1, 1, 28, 28)
+        films = Films(
+            torch.stack([film, film + apart * torch.randn_like(film)]), torch.tensor([0, 1]), np.array(["c", "c"])
+        )
+        batch = PoissonBatch(torch.arange(1), 1.0)
+        rows = private_rows(films, batch, Training(), "patient", None, torch.Generator())
+        total, _ = ClippedSum(model, 0.5, "patient", films)(batch, rows)
+        longest = max(longest, math.sqrt(sum(float(value.square().sum()) for value in total.values())) / 0.5)
+    assert longest <= 1 + FLOAT32_MARGIN
+
+
+def test_parts_of_a_batch_keep_their_films():
+    films = tabular(n=900, d=2000, views=2, patients=300)
+    batch = PoissonBatch(torch.arange(len(films.units("patient"))), 1.0)
+    parts = list(private_rows(films, batch, Training(), "patient", None, torch.Generator()))
+    assert len(parts) > 1
+    index = films.units("patient").films(batch.units)
+    assert torch.equal(torch.cat([rows.inputs for rows in parts]), films.inputs[index].flatten(0, 1))
 
 
 def test_clipping_alone_is_dp_sgd_less_its_noise():

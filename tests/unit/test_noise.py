@@ -230,6 +230,14 @@ def test_a_sigma_that_is_not_whole_is_refused(sigma):
         discrete_gaussian(3, sigma, SecureGenerator())
 
 
+def test_a_sigma_of_numpy_is_the_same_number():
+    one, two = (discrete_gaussian(500, s, SecureGenerator.from_seed(1)) for s in (12, np.int8(12)))
+    assert np.array_equal(one, two)
+    rng = Words(0)
+    discrete_gaussian(2000, np.int8(12), rng)
+    assert rng.drawn > 4000  # some are settled by more bits: the rejection is at work
+
+
 @pytest.mark.parametrize("sigma", [0, -1.0, math.nan, math.inf, 2 * MAX_SIGMA])
 def test_a_sigma_out_of_range_is_refused(sigma):
     with pytest.raises(UserError, match="sigma"):
@@ -262,7 +270,7 @@ def test_rounding_moves_two_sums_no_further_apart_than_counted():
     one, two = (local_noise({"w": x.double()}, quiet, bound, SecureGenerator())["w"] * scale
                 for x in (old.double(), old.double() + bound / math.sqrt(d)))  # fmt: skip
     moved = float((one - two).norm())
-    assert scale * bound < moved <= sensitivity(scale, bound, d)
+    assert scale * bound < moved <= scale * bound + math.sqrt(d) < sensitivity(scale, bound, d)
 
 
 def test_noise_too_large_for_64_bits_is_refused():
