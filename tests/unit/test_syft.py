@@ -483,6 +483,8 @@ BAD = {
 def test_bad_jobs_are_refused_each_and_the_others_go_on(federation, folder):
     study = approved(federation, study_of(federation, "amid", None), fast(folder, "amid"), without_noise=True)
     site = submitted(federation, "amid-80000-advertise", {**study.files(fast(folder, "amid")), REQUEST: b"{}"})
+    good = {**study.files(fast(folder, "amid")), REQUEST: b'{"step": "advertise", "session": 80001}'}
+    submitted(federation, "zz-80001-advertise", good)  # before the others: syft's own sync reads text alone
     manager, before = site.client.job_client.manager, len(site.journal)
     like = manager.submission_dir(manager.find_submission_ref(site.email, "amid-80000-advertise"))
     names = {f"{what}-80000-advertise": files for what, files in BAD.items()}
@@ -493,8 +495,6 @@ def test_bad_jobs_are_refused_each_and_the_others_go_on(federation, folder):
     (like.with_name("line\n2026 approved-80000-advertise")).mkdir()
     shutil.copytree(like, like.with_name("line\n2026 approved-80000-advertise"), dirs_exist_ok=True)
     shutil.rmtree(like)
-    good = {**study.files(fast(folder, "amid")), REQUEST: b'{"step": "advertise", "session": 80001}'}
-    submitted(federation, "zz-80001-advertise", good)
     site.fetch()
     site.process()
     said = site.journal[before:]
