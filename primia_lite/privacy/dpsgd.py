@@ -307,7 +307,7 @@ class ClippedStep:
         return loss / len(batch) if len(batch) else float("nan")
 
     def released(self, total: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What of the sum goes into the model."""
+        """What of the sum, by name of parameter, goes into the model: here all of it, as it is."""
         return total
 
 
