@@ -18,6 +18,7 @@ def films():
 
 @pytest.fixture(autouse=True)
 def _close():
+    plt.close("all")  # what another file's tests have left open in this process
     yield
     plt.close("all")
 
