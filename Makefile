@@ -72,7 +72,7 @@ test-browser: setup chromium
 	@$(TEST_ENV) $(BIN)/python -m pytest -m browser -n 2 --dist worksteal $(if $(filter tests,$(TESTS)),tests/browser,$(TESTS))
 
 test-flower: flower
-	@$(TEST_ENV) $(FLOWER_BIN)/python -m pytest -m flower -n 2 --dist loadfile $(if $(filter tests,$(TESTS)),tests/flower/test_tls.py tests/flower tests/unit/test_lock.py,$(TESTS))
+	@$(TEST_ENV) $(FLOWER_BIN)/python -m pytest -m flower -n 2 --dist loadfile $(if $(filter tests,$(TESTS)),tests/apps/flower/test_tls.py tests/apps/flower tests/test_lock.py,$(TESTS))
 
 flower: setup
 	@[ "$$(cat $(FLOWER)/.stamp 2>/dev/null)" = "$(FLOWER_KEY)" ] && $(FLOWER_BIN)/python -c "" 2>/dev/null \

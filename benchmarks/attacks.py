@@ -44,14 +44,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from primia_lite import models, runtime, training
+from primia_lite.apps.bench import Options
 from primia_lite.attacks import inversion
 from primia_lite.attacks.view import AttackerView
-from primia_lite.bench import Options
 from primia_lite.config import UserError, cache_dir, check_writable
 from primia_lite.data import ChestXrays, DataError, load
+from primia_lite.data.films import PIXEL_MEAN, PIXEL_STD
 from primia_lite.privacy.rng import SecureGenerator
 
-SIDE, SHAPE, SCALE = 64, (1, 64, 64), (models.PIXEL_MEAN, models.PIXEL_STD)
+SIDE, SHAPE, SCALE = 64, (1, 64, 64), (PIXEL_MEAN, PIXEL_STD)
 PEER = ("breaching==0.1.2", "hydra-core==1.3.2", "omegaconf==2.3.0", "antlr4-python3-runtime==4.9.3")
 TV_WEIGHTS = (1e-4, 1e-3, 1e-2, 5e-2, 0.2)  # the last is breaching's own default
 

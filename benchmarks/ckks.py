@@ -42,12 +42,13 @@ import tenseal
 import torch
 from torch import nn
 
-from primia_lite import runtime, serve
-from primia_lite.bench import Options
+from primia_lite import runtime
+from primia_lite.apps.bench import Options
+from primia_lite.apps.service import commands as serve
 from primia_lite.config import UserError, cache_dir, check_writable
 from primia_lite.encrypted.card import ModelCard
 from primia_lite.encrypted.ckks import Client, Server
-from primia_lite.networks import Square
+from primia_lite.models.networks import Square
 
 PEERS = {
     "orion": ("orion-v2-compiler==2.1.8", "orion-v2-evaluator==2.1.8", "orion-v2-lattigo==6.2.4"),

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from primia_lite import runtime
-from primia_lite.bench import Options
+from primia_lite.apps.bench import Options
 from primia_lite.config import repo_root
 
 

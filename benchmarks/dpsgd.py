@@ -27,8 +27,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from primia_lite import models, runtime
-from primia_lite.bench import Options
-from primia_lite.models import Films
+from primia_lite.apps.bench import Options
+from primia_lite.data.films import Films
 from primia_lite.privacy.accounting import Release, calibrate_noise_multiplier, epsilon_bracket
 from primia_lite.privacy.clipping import clipped_sum
 from primia_lite.privacy.dpsgd import PoissonBatch, Privacy, PrivateStep, Rows, poisson_batches

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from primia_lite import metrics, runtime
-from primia_lite.bench import Options
+from primia_lite.apps.bench import Options
 from primia_lite.config import DataError, UserError, data_root
 from primia_lite.data.kermany import label_and_patient
 

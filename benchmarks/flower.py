@@ -26,7 +26,7 @@ from pathlib import Path
 from unittest import mock
 
 from primia_lite import runtime
-from primia_lite.bench import Options
+from primia_lite.apps.bench import Options
 from primia_lite.config import UserError, repo_root
 
 EXCHANGES, TLS_ROUNDS, INLINE_RUNS = 3, 6, 5
@@ -92,7 +92,7 @@ def main(grid, context):
 
 
 def federation(folder: Path, port: int, rounds: int) -> Path:
-    from primia_lite.federation import flower_setup
+    from primia_lite.apps.flower import setup as flower_setup
 
     flower_setup.make_all(folder, ["A", "B", "C"], FILMS, port=port, target_epsilon=8.0, rounds=rounds)
     return folder
@@ -100,7 +100,7 @@ def federation(folder: Path, port: int, rounds: int) -> Path:
 
 def tls_rounds_s(folder: Path, rounds: int = TLS_ROUNDS) -> list[float]:
     """Seconds of each round after the first."""
-    from primia_lite.federation import flower_deploy
+    from primia_lite.apps.flower import deploy as flower_deploy
 
     flower_deploy.start(folder)
     try:
@@ -113,7 +113,7 @@ def tls_rounds_s(folder: Path, rounds: int = TLS_ROUNDS) -> list[float]:
 
 def flower_s(folder: Path, rounds: int = TLS_ROUNDS) -> dict[str, list[float]]:
     """Seconds of as many exchanges as a round has, of an app that does nothing: waiting ``ours`` and ``theirs``."""
-    from primia_lite.federation import flower_deploy
+    from primia_lite.apps.flower import deploy as flower_deploy
 
     app, out = folder / "empty-app", folder / "empty.json"
     for name, text in EMPTY.items():
@@ -146,10 +146,10 @@ def inline_s(runs: int = INLINE_RUNS, rounds: int = 10) -> tuple[list[float], li
     import numpy as np
     import torch
 
-    from primia_lite.federation.flower_grid import run_inline
+    from primia_lite.apps.flower.grid import run_inline
+    from primia_lite.data.films import Films
     from primia_lite.federation.hospital import Hospital
     from primia_lite.federation.rounds import Schedule, federate
-    from primia_lite.models import Films
     from primia_lite.training import Training
 
     def films(seed: int, n: int = 1500, features: int = 2369) -> Films:  # as many as litenet has

@@ -17,8 +17,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from primia_lite import runtime
-from primia_lite.bench import Options
-from primia_lite.models import Films
+from primia_lite.apps.bench import Options
+from primia_lite.data.films import Films
 from primia_lite.privacy.accounting import calibrate_noise_multiplier
 from primia_lite.privacy.dpsgd import ClippedStep, ClippedSum, PoissonBatch, Privacy, PrivateStep
 from primia_lite.privacy.rng import SecureGenerator

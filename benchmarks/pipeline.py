@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from primia_lite import metrics, models, runtime
-from primia_lite.bench import Options
+from primia_lite.apps.bench import Options
 from primia_lite.data import phantom
 from primia_lite.federation.hospital import Hospital
 from primia_lite.federation.rounds import Schedule, federate

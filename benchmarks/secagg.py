@@ -40,17 +40,18 @@ import tenseal
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from primia_lite import runtime
-from primia_lite.bench import Options
+from primia_lite import runtime, secagg
+from primia_lite.apps.bench import Options
 from primia_lite.config import UserError
+from primia_lite.encrypted import encrypted_sum as ckks_sum
 from primia_lite.encrypted.keys import SecretKey
 from primia_lite.encrypted.seal import Context
-from primia_lite.federation import ckks_sum, secagg, shamir
 from primia_lite.federation.aggregation import WeightedMean
-from primia_lite.federation.fixed_point import FixedPoint
 from primia_lite.federation.hospital import Update
-from primia_lite.federation.masks import add_masks
-from primia_lite.federation.neighbours import COMPLETE_UP_TO, choose_degree
+from primia_lite.secagg import shares as shamir
+from primia_lite.secagg.fixed_point import FixedPoint
+from primia_lite.secagg.graph import COMPLETE_UP_TO, choose_degree
+from primia_lite.secagg.masks import add_masks
 
 HERE = Path(__file__).resolve().parent
 SIZES, CLIP = {"a": 100, "b": 220, "c": 50}, _secaggplus.SETTINGS["clipping_range"]
@@ -117,7 +118,7 @@ def plain(vectors: dict[str, np.ndarray], meter: Meter) -> np.ndarray:
 
 
 class Ours:
-    """Rounds of :mod:`primia_lite.federation.secagg`."""
+    """Rounds of :mod:`primia_lite.secagg`."""
 
     def __init__(self, sizes: dict[str, int], length: int, threshold: int | None = None):
         identities = {name: Ed25519PrivateKey.generate() for name in sizes}
@@ -145,7 +146,7 @@ class Ours:
 
 
 class Ckks:
-    """Rounds of :mod:`primia_lite.federation.ckks_sum`. The mean's decryption counts as "decrypting"."""
+    """Rounds of :mod:`primia_lite.encrypted.encrypted_sum`. The mean's decryption counts as "decrypting"."""
 
     def __init__(self, length: int):
         self.terms = ckks_sum.Terms(SIZES, length, CLIP)
@@ -303,7 +304,7 @@ class Unsealed:
 def light(memo: dict, zeros: np.ndarray, real: str) -> Iterator[None]:
     """The others' side without what neither the server nor the real hospital sees: checks of signatures, masks, and
     sealing among themselves. The graph, what was advertised, and what is relayed, are the same for all of them."""
-    relayed, cipher = secagg._relayed, secagg.Client._cipher
+    relayed, cipher = secagg.messages.relayed_reply, secagg.Client._cipher
 
     def read(text: str) -> secagg.Reply:
         if text not in memo:
@@ -319,13 +320,13 @@ def light(memo: dict, zeros: np.ndarray, real: str) -> Iterator[None]:
         return call
 
     changes = (
-        (secagg, "_advertised", once("advertised", secagg._advertised)),
+        (secagg.client, "advertised_keys", once("advertised", secagg.messages.advertised_keys)),
         (secagg.Agreement, "neighbours", once("neighbours", secagg.Agreement.neighbours)),
-        (secagg, "_relayed", read),
+        (secagg.client, "relayed_reply", read),
         (secagg.Client, "_cipher", lambda self, *pair: cipher(self, *pair) if real in pair else Unsealed()),
         (secagg.Reply, "check", lambda self, *_: self),
-        (secagg, "_mask_seed", lambda *_: b""),
-        (secagg, "add_masks", lambda *_: None),
+        (secagg.client, "mask_seed", lambda *_: b""),
+        (secagg.client, "add_masks", lambda *_: None),
         (FixedPoint, "quantise", lambda *_: zeros),
     )
     with ExitStack() as stack:
@@ -407,9 +408,9 @@ class Law:
         vector, values = np.zeros(length, np.uint32), np.zeros(length, np.float32)
         ours = Ours({f"h{i:04}": 100 for i in range(n)}, length)
         self.agreement, k = ours.agreement, ours.agreement.degree
-        ask = secagg._request("advertise", 1)
+        ask = secagg.request("advertise", 1)
         replies = {name: client.answer(ask, lambda: values) for name, client in ours.clients.items()}
-        advertised = secagg._advertised([r.split()[0].decode() for r in replies.values()], self.agreement, 1)
+        advertised = secagg.messages.advertised_keys([r.split()[0].decode() for r in replies.values()], self.agreement, 1)
         client = ours.clients["h0000"]
         client._round.advertised = advertised
         reply = replies["h0001"]
@@ -421,7 +422,7 @@ class Law:
         self.quantise = usual(lambda: point.quantise(values, 0.1)) / length
         self.copy = usual(masked.to_bytes) / length
         self.add = usual(lambda: np.add(vector, vector, out=vector)) / length
-        self.verify = usual(lambda: secagg._relayed(self.text).check(self.agreement, 1, "advertise"))
+        self.verify = usual(lambda: secagg.messages.relayed_reply(self.text).check(self.agreement, 1, "advertise"))
         self.exchange = usual(lambda: client._cipher("h0000", "h0001").encrypt(bytes(12), bytes(132), None))
         self.graph = usual(lambda: self.agreement.neighbours(advertised)) / (n * k)
         # Each timed once, so that one n has one law.
@@ -429,7 +430,7 @@ class Law:
 
     def _shares(self, k: int) -> float:
         """Seconds to take a message of k sealed shares."""
-        sealed = {f"h{i:04}": secagg._encode(bytes(secagg._SEALED)) for i in range(k)}
+        sealed = {f"h{i:04}": secagg.messages.encode(bytes(secagg.keys.SEALED)) for i in range(k)}
         reply = secagg.Reply("h0000", 1, "share", {"shares": sealed, "commitment": ""})
         signature = self.client._identity.sign(reply.signed(self.agreement))
         signed = secagg.Reply(reply.sender, 1, "share", reply.body, signature)

@@ -19,25 +19,26 @@ sys.path[:] = [place for place in sys.path if Path(place or ".").resolve() != HE
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from primia_lite import models, runtime  # noqa: E402
-from primia_lite.bench import Options  # noqa: E402
+from primia_lite import runtime  # noqa: E402
+from primia_lite.apps.bench import Options
+from primia_lite.apps.syft.transport import in_memory
+from primia_lite.data.films import Films
 from primia_lite.federation.hospital import Hospital  # noqa: E402
 from primia_lite.federation.rounds import Schedule, Server  # noqa: E402
-from primia_lite.federation.secagg import Agreement  # noqa: E402
 from primia_lite.federation.study import Study  # noqa: E402
-from primia_lite.federation.syft_transport import in_memory  # noqa: E402
 from primia_lite.privacy.dpsgd import Privacy  # noqa: E402
 from primia_lite.privacy.ledger import Ledger  # noqa: E402
+from primia_lite.secagg import Agreement
 from primia_lite.training import Training  # noqa: E402
 
 FEATURES, FILMS, ROUNDS = 2369, 300, 3
 
 
-def films(seed: int) -> models.Films:
+def films(seed: int) -> Films:
     generator = torch.Generator().manual_seed(seed)
     inputs = torch.randn(FILMS, 1, FEATURES, generator=generator)
     patient = np.array([f"{seed}-{i // 2}" for i in range(FILMS)])
-    return models.Films(inputs, torch.arange(FILMS) % 3, patient, model="litenet")
+    return Films(inputs, torch.arange(FILMS) % 3, patient, model="litenet")
 
 
 def syft_rounds_s(rounds: int = ROUNDS) -> tuple[list[float], list[float]]:

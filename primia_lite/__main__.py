@@ -2,6 +2,6 @@
 
 import sys
 
-from primia_lite.cli import main
+from primia_lite.apps.cli import main
 
 sys.exit(main())

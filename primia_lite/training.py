@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from primia_lite import augmentation as aug
 from primia_lite import models
 from primia_lite.config import TrainingError, UserError
-from primia_lite.models import Films
+from primia_lite.data import augmentation as aug
+from primia_lite.data.films import Films
 from primia_lite.privacy.dpsgd import (
     ClippedStep,
     ClippedSum,
@@ -43,10 +43,10 @@ class Training:
     momentum, weight_decay : of local SGD
     label_smoothing : share of each label that is spread over all classes (Szegedy et al. 2016)
     class_weights : None, ``"balanced"`` (from the hospital's own counts: not with DP), or one public number per class
-    model_options : the network's own, by name (see :mod:`primia_lite.networks`)
+    model_options : the network's own, by name (see :mod:`primia_lite.models.networks`)
     max_grad_norm : without DP, clips each patient's gradient to this L2 norm and samples patients as DP-SGD does, but
         adds no noise: what clipping alone does to training. It protects nobody. With DP ``Privacy`` says it
-    augmentation : any of ``flip``, ``shift``, ``jitter``, ``stretch`` (see :mod:`primia_lite.augmentation`) and
+    augmentation : any of ``flip``, ``shift``, ``jitter``, ``stretch`` (see :mod:`primia_lite.data.augmentation`) and
         ``mixup`` (Zhang et al. 2018; not with DP: it blends films, so that no step's sensitivity to one film is bounded
         by clipping)
     """

@@ -22,7 +22,7 @@ from scipy.stats import binomtest
 from primia_lite import models
 from primia_lite.attacks.simulate import State, clipping_alone
 from primia_lite.config import UserError
-from primia_lite.models import Films
+from primia_lite.data.films import Films
 from primia_lite.privacy.accounting import Release, attacker_power
 from primia_lite.privacy.clipping import clipped_sum
 from primia_lite.privacy.dpsgd import PoissonBatch, check_model

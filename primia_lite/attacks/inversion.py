@@ -22,7 +22,7 @@ from torch.nn.grad import conv2d_weight
 
 from primia_lite.attacks.view import AttackerView
 from primia_lite.config import UserError
-from primia_lite.networks import Square
+from primia_lite.models.networks import Square
 from primia_lite.runtime import in_notebook
 
 Loss = Callable[[torch.Tensor], torch.Tensor]

@@ -148,7 +148,7 @@ def head_features(view: AttackerView, constant: float) -> torch.Tensor:
 
     Parameters
     ----------
-    constant : value of the last feature (see :func:`primia_lite.models.features`)
+    constant : value of the last feature (see :func:`primia_lite.models.frozen`)
 
     Raises
     ------

@@ -10,8 +10,8 @@ import torch
 from primia_lite import models
 from primia_lite.attacks.view import NOISELESS, AttackerView, State, ThreatModel
 from primia_lite.config import UserError
+from primia_lite.data.films import Films
 from primia_lite.federation.hospital import declare_size, local_update
-from primia_lite.models import Films
 from primia_lite.privacy.dpsgd import Privacy
 from primia_lite.privacy.rng import SecureGenerator
 from primia_lite.training import Training

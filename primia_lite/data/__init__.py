@@ -9,14 +9,26 @@ import inspect
 from collections.abc import Callable
 from importlib import import_module
 
+import lazy_loader
+
 from primia_lite.config import DATA_SOURCES, DataError, printable
 from primia_lite.data.split import assign_hospitals, partition, split_by_patient
 from primia_lite.data.types import CLASSES_2, CLASSES_3, NORMAL, SPLITS, ChestXrays
 
+__getattr__, _lazy_dir, _lazy = lazy_loader.attach(
+    __name__,
+    submodules=["phantom"],
+    submod_attrs={"films": ["PIXEL_MEAN", "PIXEL_STD", "Films", "Units", "ranges"], "split": ["resplit"]},
+)
 __all__ = [
     "CLASSES_2", "CLASSES_3", "NORMAL", "SPLITS", "ChestXrays", "DataError", "assign_hospitals", "load", "partition",
-    "sources", "split_by_patient",
+    "sources", "split_by_patient", *_lazy,
 ]  # fmt: skip
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
 
 # Source -> (module, function). Imported on use: `import primia_lite.data` needs no Pillow, medmnist or pydicom.
 _LOADERS = {

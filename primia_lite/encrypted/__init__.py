@@ -1,0 +1,18 @@
+"""Diagnosis of encrypted films by CKKS: the client has films and key, the server the model."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "card": ["ModelCard", "prepare_film"],
+        "ckks": ["Client", "Server", "plan"],
+        "encrypted_sum": ["CkksAggregation", "read_upload"],
+        "flooding": ["Flooding"],
+        "keys": ["SecretKey"],
+        "masks": ["Mask"],
+        "packing": ["packing_from"],
+        "parameters": ["MAX_BITS_128", "Parameters", "choose", "rescaling_error_bits"],
+        "seal": ["Context"],
+    },
+)

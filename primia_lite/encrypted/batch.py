@@ -24,7 +24,7 @@ from primia_lite.encrypted.kernels import EvaluationKeys, LinearKernel
 from primia_lite.encrypted.packing import NOISE_STD, CNNPacking, LinearPacking, check_norm, check_pixels
 from primia_lite.encrypted.parameters import Parameters, choose, choose_single_product
 from primia_lite.encrypted.seal import Context, refuse_too_large
-from primia_lite.networks import folded
+from primia_lite.models.networks import folded
 
 # Of the ciphertexts of one batch at the server.
 MAX_BATCH_BYTES = 1 << 30

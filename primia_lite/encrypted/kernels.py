@@ -9,7 +9,7 @@ from torch import nn
 from primia_lite.config import UserError
 from primia_lite.encrypted.packing import CNNPacking, LinearPacking
 from primia_lite.encrypted.seal import Context
-from primia_lite.networks import FixedNorm, Square, folded
+from primia_lite.models.networks import FixedNorm, Square, folded
 
 
 class EvaluationKeys:

@@ -44,7 +44,7 @@ class LinearPacking:
     flooded: bool = False
     kind: ClassVar[str] = "linear"
     in_slots: ClassVar[bool] = False
-    # Features' L2 norm at most; those of a frozen network have 1.005 (primia_lite.models.features).
+    # Features' L2 norm at most; those of a frozen network have 1.005 (primia_lite.models.frozen).
     most_norm: ClassVar[float] = 1.1
     rotations: ClassVar[tuple[int, ...]] = ()
     relinearise: ClassVar[bool] = False
@@ -344,7 +344,7 @@ def check_norm(features: np.ndarray, most: float) -> None:
     if not (norm := float(np.linalg.norm(features, axis=1).max())) <= most:
         raise UserError(
             f"these features have norm {norm:.4g}; above {most} logits could wrap round unseen: "
-            "scale them to norm 1, as primia_lite.models.features does"
+            "scale them to norm 1, as primia_lite.models.frozen does"
         )
 
 

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from primia_lite import secagg
 from primia_lite.config import UserError
-from primia_lite.federation import secagg
 from primia_lite.federation.hospital import State, Update
 
 Ask = Callable[[], Update]
@@ -105,7 +105,7 @@ class WeightedMean:
 
 
 class SecureAggregation:
-    """:mod:`primia_lite.federation.secagg` between parties in this process.
+    """:mod:`primia_lite.secagg` between parties in this process.
 
     Parameters
     ----------
@@ -117,7 +117,7 @@ class SecureAggregation:
         Simulates drop-outs: called with round and step, gives those who are gone from there on in this round.
     listen
         Called with each message: round, step, ``request`` or ``reply``, the hospital, and the bytes (or, of a reply,
-        the :class:`~primia_lite.federation.secagg.Reply`). All that a server sees goes through here.
+        the :class:`~primia_lite.secagg.Reply`). All that a server sees goes through here.
     """
 
     def __init__(

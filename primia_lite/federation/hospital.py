@@ -21,7 +21,7 @@ import torch
 from primia_lite import models
 from primia_lite.config import TrainingError, UserError
 from primia_lite.data import ChestXrays
-from primia_lite.models import Films
+from primia_lite.data.films import Films
 from primia_lite.privacy.accounting import Release
 from primia_lite.privacy.dpsgd import Privacy
 from primia_lite.privacy.ledger import Ledger, charged_for

@@ -22,18 +22,18 @@ from filelock import FileLock, Timeout
 
 from primia_lite import models
 from primia_lite.config import UserError, elsewhere
+from primia_lite.data.films import Films
 from primia_lite.federation.aggregation import Aggregator, Ask, SecureAggregation, WeightedMean
 from primia_lite.federation.hospital import Hospital, State
 from primia_lite.federation.progress import RoundProgress
-from primia_lite.federation.secagg import Question
 from primia_lite.federation.shared_noise import shared_step
 from primia_lite.metrics import scores
-from primia_lite.models import Films
 from primia_lite.privacy.accounting import epsilon
 from primia_lite.privacy.dpsgd import Privacy
 from primia_lite.privacy.ledger import charged_for
 from primia_lite.privacy.rng import SecureGenerator
 from primia_lite.runtime import seed_for, write_atomic
+from primia_lite.secagg import Question
 from primia_lite.training import Training, check_options, predict
 
 

@@ -21,16 +21,16 @@ import numpy as np
 import torch
 
 from primia_lite.config import UserError, printable
+from primia_lite.data.films import Films
 from primia_lite.federation.aggregation import flat
 from primia_lite.federation.claims import check_unpacked, read_json
 from primia_lite.federation.hospital import State, Update
-from primia_lite.federation.neighbours import withstands
-from primia_lite.federation.secagg import Agreement
-from primia_lite.models import Films
 from primia_lite.privacy.accounting import Release
 from primia_lite.privacy.dpsgd import Privacy
 from primia_lite.privacy.rng import SecureGenerator
 from primia_lite.privacy.shared import SharedNoise
+from primia_lite.secagg import Agreement
+from primia_lite.secagg.graph import withstands
 from primia_lite.training import Training
 
 CODE, STUDY, REQUEST, ROUND = "code/main.py", "code/study.json", "code/request.json", "code/round.json"
@@ -136,7 +136,7 @@ class Study:
             raise UserError(f"study.json can't be read ({words})") from error
 
     def files(self, code: bytes | None = None) -> dict[str, bytes]:
-        """The job that proposes this study; ``code`` in place of :mod:`~primia_lite.federation.syft_job`."""
+        """The job that proposes this study; ``code`` in place of :mod:`~primia_lite.federation.job`."""
         return {RUN: RUN_SH.encode(), CODE: code or job_code(), STUDY: self.to_bytes()}
 
 
@@ -189,8 +189,8 @@ def describe(study: Study) -> str:
 
 
 def job_code() -> bytes:
-    """The text of :mod:`primia_lite.federation.syft_job`."""
-    return Path(__file__).with_name("syft_job.py").read_bytes()
+    """The text of :mod:`primia_lite.federation.job`."""
+    return Path(__file__).with_name("job.py").read_bytes()
 
 
 def _training(content: dict) -> Training:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from primia_lite.config import UserError
-from primia_lite.models import Films, Units, ranges
+from primia_lite.data.films import Films, Units, ranges
 from primia_lite.privacy.accounting import Release, calibrate_noise_multiplier, epsilon
 from primia_lite.privacy.clipping import clipped_sum
 from primia_lite.privacy.ledger import UNITS

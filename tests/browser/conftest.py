@@ -99,7 +99,7 @@ def _wait_until_up(address: str, server: subprocess.Popen, log: Path, seconds: i
 def browser():
     from playwright.sync_api import sync_playwright
 
-    from primia_lite.doctor import find_chromium
+    from primia_lite.apps.doctor import find_chromium
 
     executable = find_chromium()
     if executable is None:

@@ -62,7 +62,7 @@ def test_readme_has_the_two_commands():
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_make_targets_and_commands_exist(page: Path):
     targets = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    from primia_lite.cli import _parser
+    from primia_lite.apps.cli import _parser
 
     commands = set(next(a for a in _parser()._actions if a.dest == "command").choices)
     code = [b.code for b in blocks(page.read_text("utf-8"))] + re.findall(r"`([^`\n]+)`", page.read_text("utf-8"))

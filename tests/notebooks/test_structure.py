@@ -72,7 +72,7 @@ def test_parameters_are_literals(path):
 def test_profiles_give_only_parameters_that_exist(path):
     import yaml
 
-    from primia_lite.notebook import parameter_names
+    from primia_lite.apps.notebook import parameter_names
 
     for profile in sorted((ROOT / "configs").glob("*.yaml")):
         settings = (yaml.safe_load(profile.read_text()) or {}).get(path.stem) or {}

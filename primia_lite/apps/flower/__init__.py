@@ -1,0 +1,1 @@
+"""A federation over Flower: folders, processes, and rounds of secure aggregation through its Grid."""

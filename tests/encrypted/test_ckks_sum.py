@@ -1,0 +1,344 @@
+"""CKKS aggregation: right within a bound set beforehand, and what each party can and can't read."""
+
+from __future__ import annotations
+
+import gc
+import json
+
+import numpy as np
+import pytest
+import tenseal.sealapi as sealapi
+import torch
+from scipy.stats import kstest
+
+from primia_lite.config import UserError
+from primia_lite.encrypted.encrypted_sum import PARAMETERS, CkksAggregation, Hospital, Server, Terms, read_upload
+from primia_lite.encrypted.flooding import flooding_std
+from primia_lite.encrypted.keys import SecretKey
+from primia_lite.encrypted.packing import NOISE_STD
+from primia_lite.encrypted.parameters import MAX_BITS_128
+from primia_lite.encrypted.seal import CiphertextError, Context
+from primia_lite.federation.aggregation import WeightedMean
+from primia_lite.federation.hospital import Update
+from primia_lite.secagg import TooFewSurvivors
+
+SIZES = {"a": 100, "b": 220, "c": 50}
+LIKE = {"weight": torch.zeros(3, 1400), "bias": torch.zeros(3)}  # 4,203 entries: two ciphertexts
+LENGTH = 4203
+FULL = 2.0**PARAMETERS.scale_bits
+# Box and Muller's samples of 53-bit uniforms end there.
+MOST_STDS = 8.6
+
+
+def updates(names=SIZES, like=LIKE, spread=0.5, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {h: {k: spread * torch.randn(v.shape, generator=generator) for k, v in like.items()} for h in names}
+
+
+def asks(deltas):
+    return {h: lambda d=d: Update(d, 1, False) for h, d in deltas.items()}
+
+
+def vector(delta) -> np.ndarray:
+    return torch.cat([value.flatten() for value in delta.values()]).numpy()
+
+
+@pytest.fixture(scope="module")
+def key():
+    return SecretKey(Context(PARAMETERS))
+
+
+@pytest.fixture(scope="module")
+def terms():
+    return Terms(SIZES, LENGTH)
+
+
+def test_parameters_have_128_bits():
+    assert sum(PARAMETERS.coeff_mod_bit_sizes) <= MAX_BITS_128[PARAMETERS.poly_modulus_degree]
+
+
+@pytest.mark.parametrize("clip", [3.0, 32.0])
+def test_the_mean_is_the_plain_one_within_the_floodings_bound(clip):
+    deltas, way = updates(), CkksAggregation(clip=clip)
+    plain = WeightedMean().aggregate(asks(deltas), SIZES, LIKE, 1)
+    for number in (1, 2):
+        found = way.aggregate(asks(deltas), SIZES, LIKE, number)
+        assert found.survivors == ("a", "b", "c")
+        assert {k: v.shape for k, v in found.value.items()} == {k: v.shape for k, v in LIKE.items()}
+        bound = MOST_STDS * way.terms.flooding_std(*SIZES)
+        assert bound < 1e-6 * clip
+        difference = vector(found.value) - vector(plain.value)
+        assert np.abs(difference).max() <= bound + 2.0**-23 * np.abs(vector(plain.value)).max()
+
+
+def test_entries_at_the_clip_do_not_wrap_round():
+    ones = {h: {"w": torch.full((4096,), 2.0)} for h in SIZES}
+    like = {"w": torch.zeros(4096)}
+    found = CkksAggregation(clip=2.0).aggregate(asks(ones), SIZES, like, 1)
+    torch.testing.assert_close(found.value["w"], ones["a"]["w"], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("gone", SIZES)
+@pytest.mark.parametrize("step", ["encrypt", "decrypt"])
+def test_any_one_may_vanish(gone, step):
+    deltas = updates()
+    heard = []
+    way = CkksAggregation(
+        absent=lambda number, now: [gone] if now == step else [], listen=lambda *what: heard.append(what)
+    )
+    found = way.aggregate(asks(deltas), SIZES, LIKE, 1)
+    stay = [h for h in SIZES if h != gone or step == "decrypt"]
+    assert found.survivors == tuple(stay)
+    plain = WeightedMean().aggregate(asks({h: deltas[h] for h in stay}), {h: SIZES[h] for h in stay}, LIKE, 1)
+    difference = np.abs(vector(found.value) - vector(plain.value)).max()
+    assert difference <= MOST_STDS * way.terms.flooding_std(*stay) + 1e-6
+    assert not any(h == gone and kind == "reply" and now == step for _, now, kind, h, _ in heard)
+
+
+def test_one_survivor_or_nobody_to_decrypt_ends_the_round():
+    deltas = updates()
+    heard = []
+    way = CkksAggregation(absent=lambda number, step: ["a", "b"], listen=lambda *what: heard.append(what[1:3]))
+    with pytest.raises(TooFewSurvivors, match="fewer than the threshold of 2.*missing: a, b.*ledgers stays charged"):
+        way.aggregate(asks(deltas), SIZES, LIKE, 1)
+    assert ("decrypt", "request") not in heard
+    way = CkksAggregation(absent=lambda number, step: SIZES if step == "decrypt" else [])
+    with pytest.raises(TooFewSurvivors, match="nobody is left"):
+        way.aggregate(asks(deltas), SIZES, LIKE, 1)
+    with pytest.raises(UserError, match="threshold is 1 of 3"):
+        CkksAggregation(threshold=1).aggregate(asks(deltas), SIZES, LIKE, 1)
+
+
+# --- who can read what ------------------------------------------------------------------------------------------------
+
+
+def held(start) -> list:
+    """All objects that can be reached from one, but for code and what it refers to."""
+    seen, rest = {}, [start]
+    while rest:
+        thing = rest.pop()
+        if id(thing) in seen or isinstance(thing, type) or callable(thing):
+            continue
+        seen[id(thing)] = thing
+        rest += gc.get_referents(thing)
+    return list(seen.values())
+
+
+def test_the_servers_side_holds_no_key_and_no_message_has_one(key, terms):
+    server, sent = Server(terms, 1), []
+    for name, delta in updates().items():
+        for data in Hospital(name, key, terms).encrypt(1, lambda d=delta: vector(d)):
+            sent.append(data)
+            server.receive(name, data)
+    sent += server.sums()
+    kinds = (SecretKey, sealapi.SecretKey, sealapi.KeyGenerator, sealapi.Decryptor)
+    assert any(isinstance(thing, sealapi.Ciphertext) for thing in held(server))
+    assert not any(isinstance(thing, kinds) for thing in held(server))
+    assert not any(key.is_inside(data) for data in sent)
+    # The control: what has a key is found.
+    assert any(isinstance(thing, kinds) for thing in held([key]))
+
+
+def test_the_server_reads_nothing_without_the_key(key, terms):
+    """With a key of its own, it finds numbers all over the modulus; with the hospitals', the update."""
+    update = vector(updates()["a"])
+    sent = list(Hospital("a", key, terms).encrypt(1, lambda: update))
+    own = SecretKey(Context(PARAMETERS))
+    guess = own.polynomial(own.context.receive(sent[0], scale=FULL))
+    assert kstest(guess / own.context.moduli[0] + 0.5, "uniform").pvalue > 1e-6
+    found = key.polynomial(key.context.receive(sent[0], scale=FULL))
+    assert kstest(found / key.context.moduli[0] + 0.5, "uniform").pvalue < 1e-12
+    assert abs(np.corrcoef(guess, update[:4096])[0, 1]) < 0.1 < 0.99 < np.corrcoef(found, update[:4096])[0, 1]
+
+
+def test_the_server_and_one_hospital_see_everything():
+    """Said plainly in the module: here is how. The server passes on b's upload; a has the key."""
+    seen: dict[str, list[bytes]] = {h: [] for h in SIZES}
+
+    def listen(number, step, kind, hospital, data):
+        if (step, kind) == ("encrypt", "reply"):
+            seen[hospital].append(data)
+
+    deltas, way = updates(), CkksAggregation(listen=listen)
+    way.aggregate(asks(deltas), SIZES, LIKE, 1)
+    key_of_a = way._hospitals["a"]._key
+    found = read_upload(key_of_a, way.terms, "b", seen["b"])
+    np.testing.assert_allclose(found, vector(deltas["b"]), atol=1e-6)
+
+
+def test_the_same_update_is_never_encrypted_twice_alike(key, terms):
+    update = vector(updates()["a"])
+    first = list(Hospital("a", key, terms).encrypt(1, lambda: update))
+    second = list(Hospital("b", key, terms).encrypt(1, lambda: update))
+    assert not any(a[200:] == b[200:] for a, b in zip(first, second, strict=True))
+
+
+# --- flooding ---------------------------------------------------------------------------------------------------------
+
+
+def test_flooding_has_the_claimed_deviation_and_is_drawn_anew(key):
+    terms = Terms({"a": 1, "b": 1}, 40_000, clip=1.0)
+    server = Server(terms, 1)
+    for name in "ab":
+        for data in Hospital(name, key, terms).encrypt(1, lambda: np.zeros(40_000, np.float32)):
+            server.receive(name, data)
+    sums = list(server.sums())
+    means = [np.frombuffer(b"".join(Hospital(h, key, terms).decrypt(1, "ab", sums)), "<f4").astype(float) for h in "ab"]
+    std = terms.flooding_std("a", "b")
+    for mean in (*means, (means[0] - means[1]) / np.sqrt(2)):  # two decryptions' noises are independent
+        assert kstest(mean / std, "norm").pvalue > 1e-6
+        assert mean.std() == pytest.approx(std, rel=0.025)  # 7 standard errors
+    # As the guarantee has it: for all rounds of a key, all ciphertexts, and each hospital decrypting.
+    queries = 1000 * 2 * 10
+    assert std == pytest.approx(flooding_std(terms.noise_bound, queries, 30.0) / FULL)
+    noise = [np.linalg.norm(key.polynomial(key.context.receive(data, scale=FULL, seeded=False))) for data in sums]
+    assert 0.8 * NOISE_STD * np.sqrt(2 * 4096) < min(noise) <= max(noise) < terms.noise_bound
+
+
+def test_precision_that_flooding_leaves_nothing_of_is_refused():
+    assert Terms(SIZES, 11_000_000).flooding_std(*SIZES) < 1e-6 * 32
+    with pytest.raises(UserError, match="leaves no precision"):
+        Terms(SIZES, 11_000_000, statistical_bits=50.0)
+
+
+def test_a_hospital_decrypts_once_a_round_and_for_so_many_rounds(key):
+    terms = Terms(SIZES, 10, rounds=2)
+    hospital = Hospital("a", key, terms)
+    hospital.decrypt(1, "abc", [])
+    with pytest.raises(UserError, match="round 1 after 1"):
+        hospital.decrypt(1, "abc", [])
+    with pytest.raises(UserError, match="serves 2 rounds"):
+        hospital.decrypt(3, "abc", [])
+    with pytest.raises(TooFewSurvivors, match="a sum of \\['b'\\]"):
+        hospital.decrypt(2, "b", [])
+
+
+def test_a_new_key_when_the_rounds_of_one_are_used_up():
+    way, deltas, keys = CkksAggregation(rounds=2), updates(), []
+    for number in range(1, 6):
+        way.aggregate(asks(deltas), SIZES, LIKE, number)
+        keys.append(way._hospitals["a"]._key)
+        assert {id(h._key) for h in way._hospitals.values()} == {id(keys[-1])}
+    assert [keys.index(k) for k in keys] == [0, 0, 2, 2, 4]
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda d: d | {"bias": torch.zeros(4)}, "hospital b's update holds"),
+        (lambda d: {k: v.double() for k, v in d.items()}, "hospital b's update is float64"),
+        (lambda d: d | {"bias": torch.tensor([0.0, np.nan, 0.0])}, "hospital b: .*aren't finite"),
+        (lambda d: d | {"bias": torch.tensor([0.0, -np.inf, 0.0])}, "hospital b: .*aren't finite"),
+        (lambda d: d | {"bias": torch.tensor([0.0, 0.0, -33.0])}, "hospital b: .*33, above the declared clip of 32"),
+    ],
+)
+def test_bad_updates_are_refused_before_anything_is_sent(spoil, message):
+    deltas, replies = updates(), []
+
+    def listen(number, step, kind, hospital, data):
+        if kind == "reply" and hospital == "b":
+            replies.append(data)
+
+    deltas["b"] = spoil(deltas["b"])
+    with pytest.raises(UserError, match=message):
+        CkksAggregation(listen=listen).aggregate(asks(deltas), SIZES, LIKE, 1)
+    assert replies == []
+
+
+def test_sizes_and_updates_must_name_the_same_and_sums_are_refused():
+    with pytest.raises(UserError, match="they must name the same"):
+        CkksAggregation().aggregate(asks(updates("ab")), SIZES, LIKE, 1)
+    with pytest.raises(UserError, match="integers that are exact.*use SecureAggregation"):
+        CkksAggregation().aggregate(asks(updates()), SIZES, LIKE, 1, summed=True)
+
+
+def test_an_update_goes_out_once_a_round(key, terms):
+    hospital, update = Hospital("a", key, terms), np.zeros(LENGTH, np.float32)
+    hospital.encrypt(2, lambda: update)
+    for session in (1, 2):
+        with pytest.raises(UserError, match="each once"):
+            hospital.encrypt(session, lambda: update)
+
+
+def test_garbage_is_refused_by_the_server_and_its_sender_counts_as_gone(key, terms):
+    deltas, server = updates(), Server(terms, 1)
+    sent = {h: list(Hospital(h, key, terms).encrypt(1, lambda h=h: vector(deltas[h]))) for h in SIZES}
+    server.receive("c", sent["c"][0])
+    for bad in (b"", b"garbage" * 100, sent["c"][1][:-5], sent["c"][1] + b"x"):
+        with pytest.raises(CiphertextError, match="hospital c: "):
+            server.receive("c", bad)
+    for h in "ab":
+        for data in sent[h]:
+            server.receive(h, data)
+    assert server.survivors == ("a", "b")
+    with pytest.raises(CiphertextError, match="a sent its update twice"):
+        server.receive("a", sent["a"][0])
+    with pytest.raises(UserError, match="which isn't one of a, b, c"):
+        server.receive("z", sent["a"][0])
+    found = server.finish(Hospital("b", key, terms).decrypt(1, server.survivors, server.sums()))
+    plain = WeightedMean().aggregate(asks({h: deltas[h] for h in "ab"}), {h: SIZES[h] for h in "ab"}, LIKE, 1)
+    assert np.abs(found - vector(plain.value)).max() <= MOST_STDS * terms.flooding_std("a", "b") + 1e-6
+
+
+@pytest.mark.parametrize("length", [LENGTH, 4096])
+def test_a_ciphertext_of_another_key_is_noticed_by_who_decrypts(key, length):
+    terms = Terms(SIZES, length)
+    server, other = Server(terms, 1), SecretKey(Context(PARAMETERS))
+    for name, one in (("a", key), ("b", key), ("c", other)):
+        for data in Hospital(name, one, terms).encrypt(1, lambda: np.zeros(length, np.float32)):
+            server.receive(name, data)
+    with pytest.raises(CiphertextError, match="under another key"):
+        list(Hospital("a", key, terms).decrypt(1, server.survivors, server.sums()))
+
+
+def test_one_made_up_sum_gives_the_key_away(key):
+    """What the docstring says of a server that lies: from a sum of zeros it makes one that decrypts to the key."""
+    terms = Terms(SIZES, PARAMETERS.poly_modulus_degree)
+    server, context = Server(terms, 1), Context(PARAMETERS)
+    sent = {}
+    for name in SIZES:
+        sent[name] = list(Hospital(name, key, terms).encrypt(1, lambda: np.full(terms.length, 0.5, np.float32)))
+        server.receive(name, sent[name][0])
+    (honest,) = server.sums()
+    integers = context.integers(honest, scale=FULL, level=0, ntt=True).copy()
+    integers[0] = 0
+    integers[1] = 2**56  # the constant polynomial times the key
+    made_up = context.compose(integers, scale=FULL, level=0, ntt=True)
+    mean = np.frombuffer(b"".join(Hospital("a", key, terms).decrypt(1, SIZES, [made_up])), "<f4")
+    ternary = np.rint(mean / terms.clip * 4)
+    assert set(ternary.tolist()) == {-1.0, 0.0, 1.0}
+    assert key.is_inside(ternary.astype(np.int8).tobytes())
+
+
+def test_what_comes_back_must_fit(key, terms):
+    with pytest.raises(CiphertextError, match="a mean of 1 entries"):
+        Server(terms, 1).finish([b"1234"])
+    with pytest.raises(CiphertextError):
+        list(Hospital("a", key, terms).decrypt(1, "ab", [b"garbage"]))
+
+
+# --- bytes ------------------------------------------------------------------------------------------------------------
+
+
+def test_bytes_are_about_twice_float32_up_and_four_times_down_to_one_hospital():
+    like = {"w": torch.zeros(4096 * 5)}
+    plain, total = 4 * 4096 * 5, dict.fromkeys([("encrypt", "reply"), ("decrypt", "request"), ("decrypt", "reply")], 0)
+    hospitals = set()
+
+    def listen(number, step, kind, hospital, data):
+        assert isinstance(data, bytes)
+        if (step, kind) in total:
+            total[step, kind] += len(data)
+        if step == "decrypt":
+            hospitals.add(hospital)
+            if kind == "request" and data.startswith(b"["):
+                assert json.loads(data) == ["decrypt", 1, ["a", "b", "c"]]
+
+    CkksAggregation(listen=listen).aggregate(asks(updates(like=like)), SIZES, like, 1)
+    assert hospitals == {"a"}
+    assert 3 * 2 <= total["encrypt", "reply"] / plain < 3 * 2.05
+    assert 4 <= total["decrypt", "request"] / plain < 4.05
+    assert total["decrypt", "reply"] == plain

@@ -1,0 +1,679 @@
+"""Secure aggregation: exact sums, drop-outs, bad input at the hospital and at the server, what is agreed on."""
+
+import json
+import threading
+from dataclasses import replace
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from parties import Round, agree, fork, identities, names, relayed
+
+from primia_lite import secagg
+from primia_lite.config import UserError
+from primia_lite.data.films import Films
+from primia_lite.federation.aggregation import SecureAggregation, WeightedMean
+from primia_lite.federation.hospital import Hospital
+from primia_lite.federation.rounds import Schedule, federate
+from primia_lite.privacy.dpsgd import Privacy
+from primia_lite.secagg import STEPS, Agreement, Client, ProtocolError, Reply, Server, TooFewSurvivors, run
+from primia_lite.secagg.shares import SHARE_BYTES
+from primia_lite.training import Training
+
+# --- exactness --------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.data())
+def test_the_sum_is_exactly_that_of_the_integers_and_the_mean_within_its_error(data):
+    n, length = data.draw(st.integers(2, 6), "n"), data.draw(st.integers(1, 9), "length")
+    clip = data.draw(st.sampled_from([1e-3, 0.1, 1.0, 32.0, 1e20]), "clip")
+    sizes = data.draw(st.lists(st.integers(1, 10**6), min_size=n, max_size=n), "sizes")
+    entry = st.sampled_from([-1.0, 1.0, 0.0]) | st.floats(-1, 1, width=32)
+    vectors = data.draw(st.lists(st.lists(entry, min_size=length, max_size=length), min_size=n, max_size=n), "updates")
+    updates = {name: np.float32(v) * np.float32(clip) for name, v in zip(names(n), vectors, strict=True)}
+    party = Round(n, length, updates=updates, sizes=sizes, clip=clip).finish()
+    assert party.server.survivors == tuple(names(n))
+    assert np.array_equal(party.server.total, party.exact(names(n)))
+
+    total = sum(sizes)
+    true = [
+        float(sum(Fraction(s, total) * Fraction(float(u[i])) for s, u in zip(sizes, updates.values(), strict=True)))
+        for i in range(length)
+    ]
+    rounding = np.abs(party.server.mean) * 2.0**-23  # of the mean to float32
+    assert (np.abs(party.server.mean - true) <= party.agreement.fixed_point.error + rounding).all()
+
+
+def test_whole_numbers_are_summed_as_they_are():
+    updates = {name: np.array([2**30 - i, -(2**30), 7 * i, -1]) for i, name in enumerate("AB")}
+    party = Round(2, 4, updates=updates, weighted=False).finish()
+    assert party.server.total.tolist() == [2**31 - 1, -(2**31), 7, -2]
+
+
+def test_rounds_of_one_agreement_follow_each_other():
+    first = Round(3).finish()
+    later = Round(before=first, session=5).finish()
+    assert np.array_equal(later.server.total, later.exact("ABC"))
+
+
+# --- drop-outs --------------------------------------------------------------------------------------------------------
+
+
+def survivors(n, gone, step):
+    """Whose updates are in the sum: also those who vanish after their masked update arrived."""
+    return [name for name in names(n) if name not in gone or STEPS.index(step) > STEPS.index("mask")]
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("gone", "ABC")
+def test_any_one_of_three_may_vanish_at_any_step(gone, step):
+    party = Round(3, leave={step: [gone]}).finish()
+    assert list(party.server.survivors) == survivors(3, gone, step)
+    assert np.array_equal(party.server.total, party.exact(party.server.survivors))
+    mean = sum(party.updates[n] * party.agreement.sizes[n] for n in party.server.survivors)
+    mean /= sum(party.agreement.sizes[n] for n in party.server.survivors)
+    np.testing.assert_allclose(party.server.mean, mean, atol=1e-6)
+
+
+def assert_as_many_as_may_vanish(n, threshold):
+    """At each step, from one start; which ones differs by step."""
+    start, order = Round(n, 4, threshold=threshold), np.random.default_rng(n)
+    for step in STEPS:
+        if step != STEPS[0]:
+            start.step()
+        gone = order.choice(names(n), n - start.agreement.threshold, replace=False)
+        party = fork(start)
+        party.leave = {step: gone}
+        party.finish()
+        assert list(party.server.survivors) == survivors(n, gone, step)
+        assert np.array_equal(party.server.total, party.exact(party.server.survivors))
+
+
+@pytest.mark.parametrize(("n", "threshold"), [(4, 3), (5, 3), (9, None), (25, 13), (100, 51)])
+def test_as_many_as_the_threshold_allows_may_vanish_at_each_step(n, threshold):
+    assert_as_many_as_may_vanish(n, threshold)
+
+
+@pytest.mark.parametrize(("n", "threshold"), [(11, 6), (100, None)])
+def test_hospitals_may_vanish_at_different_steps(n, threshold):
+    party = Round(n, 4, threshold=threshold)
+    order = np.random.default_rng(n).permutation(names(n))[: n - party.agreement.threshold]
+    party.leave = dict(zip(STEPS, np.array_split(order, len(STEPS)), strict=True))
+    party.finish()
+    assert set(names(n)) - set(party.server.survivors) == set().union(*(party.leave[step] for step in STEPS[:3]))
+    assert np.array_equal(party.server.total, party.exact(party.server.survivors))
+
+
+def test_a_hospital_that_lies_within_the_clip_is_not_noticed():
+    """What the docs say of the protocol: it spoils the mean as far as the clip allows, and nobody can tell."""
+    honest = Round(3, 8).finish()
+    lie = {**honest.updates, "B": np.full(8, honest.agreement.clip, np.float32)}
+    spoilt = Round(3, 8, updates=lie).finish()  # finish: nothing was refused
+    assert spoilt.server.survivors == honest.server.survivors
+    assert np.array_equal(spoilt.server.total, spoilt.exact("ABC"))
+    share = honest.agreement.sizes["B"] / sum(honest.agreement.sizes.values())
+    moved = spoilt.server.mean - honest.server.mean
+    np.testing.assert_allclose(moved, share * (lie["B"] - honest.updates["B"]), atol=1e-5)
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_fewer_than_the_threshold_leave_no_sum(step):
+    party = Round(4, threshold=3, leave={step: "BD"})
+    with pytest.raises(TooFewSurvivors, match=rf"ended at {step}: 2 hospitals .* 3 \(missing: B, D\)"):
+        run(party.server, party.exchange)
+    server = party.server
+    assert server.step is None and server.total is None and server._sum is None
+    assert not any(server._replies.values())
+    with pytest.raises(ProtocolError, match="after the end"):
+        server.receive(Reply("B", 1, step, {}))
+    again = Round(before=party, session=2).finish()
+    assert np.array_equal(again.server.total, again.exact("ABCD"))
+
+
+# --- drop-outs in federated training ----------------------------------------------------------------------------------
+
+
+def hospital(name, n, seed):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % 2
+    inputs = torch.randn(n, 1, 4, generator=generator) + labels[:, None, None]
+    return Hospital(name, Films(inputs, labels, np.array([f"{name}{i}" for i in range(n)])))
+
+
+PRIVACY = Privacy(2.0, 0.5, target_epsilon=100.0)
+TRAINING = Training(n_classes=2, sample_rate=0.5, learning_rate=0.5)
+
+
+def train(folder, rounds=3, aggregator=None, privacy=PRIVACY, **options):
+    group = [hospital(name, n, i) for i, (name, n) in enumerate(zip("ABC", (30, 40, 50), strict=True))]
+    result = federate(
+        group, TRAINING, Schedule(rounds), privacy, folder=folder, aggregator=aggregator, progress=None, **options
+    )
+    return group, result
+
+
+def charged(group, folder):
+    return [len(h.ledger(folder, PRIVACY).charges()) for h in group]
+
+
+def gone(number, step, who):
+    return lambda at, when: who if (at, when) == (number, step) else ()
+
+
+def test_a_run_goes_on_without_the_absent_and_says_who_they_were(tmp_path):
+    group, result = train(tmp_path, aggregator=SecureAggregation(absent=gone(2, "mask", "B")))
+    assert result.history == [{"round": 1}, {"round": 2, "absent": ["B"]}, {"round": 3}]
+    assert charged(group, tmp_path) == [3, 2, 3]
+
+
+def test_a_run_with_absents_is_taken_up_and_its_ledgers_fit(tmp_path):
+    train(tmp_path, 3, SecureAggregation(absent=gone(1, "advertise", "B")))
+    group, result = train(tmp_path, 3)
+    assert [r.get("absent") for r in result.history] == [["B"], None, None]
+    assert charged(group, tmp_path) == [3, 2, 3]
+    (tmp_path / "ledger-B.sqlite").unlink()
+    with pytest.raises(UserError, match="hospital B's ledger .* has 0 steps, but 2 rounds are done"):
+        train(tmp_path, 3)
+
+
+@pytest.mark.parametrize(("step", "charges"), [("share", 1), ("confirm", 2), ("unmask", 2)])
+def test_too_few_survivors_stop_a_run_which_can_be_taken_up(tmp_path, step, charges):
+    with pytest.raises(TooFewSurvivors, match=f"round 2 ended at {step}"):
+        train(tmp_path, 2, SecureAggregation(absent=gone(2, step, "AC")))
+    # What was charged before they vanished stays charged; the same update isn't charged again.
+    group, result = train(tmp_path, 2)
+    assert result.history == [{"round": 1}, {"round": 2}]
+    assert charged(group, tmp_path) == [2, 2, 2]
+    assert charges == 1 or not list(tmp_path.glob("update-*.pt"))
+
+
+@pytest.mark.parametrize(("step", "charges"), [("share", 1), ("confirm", 2), ("unmask", 2)])
+def test_a_round_that_ended_early_stays_charged(tmp_path, step, charges):
+    group = [hospital(name, 30, i) for i, name in enumerate("ABC")]
+    with pytest.raises(TooFewSurvivors):
+        federate(
+            group, TRAINING, Schedule(2), PRIVACY, folder=tmp_path, progress=None,
+            aggregator=SecureAggregation(absent=gone(2, step, "AC")),
+        )  # fmt: skip
+    assert charged(group, tmp_path) == [charges] * 3
+
+
+def test_training_equals_training_in_the_clear_within_quantisation(tmp_path):
+    secure, clear = (
+        train(tmp_path / a.name, aggregator=a, privacy=None)[1].state for a in (SecureAggregation(), WeightedMean())
+    )
+    for name in clear:
+        torch.testing.assert_close(secure[name], clear[name], atol=1e-6, rtol=1e-5)
+
+
+# --- bad input at the hospital ----------------------------------------------------------------------------------------
+
+GOOD = np.zeros(8, np.float32)
+
+
+def with_entry(value):
+    return np.where(np.arange(8) == 5, np.float32(value), GOOD)
+
+
+@pytest.mark.parametrize(
+    ("update", "message"),
+    [
+        (GOOD[:7], r"float32 \[7\]: float32 \[8\] was agreed on"),
+        (GOOD[None], r"float32 \[1, 8\]"),
+        (GOOD.astype(np.float64), r"float64 \[8\]"),
+        (np.zeros(8, np.int64), r"int64 \[8\]"),
+        (with_entry(np.nan), "aren't finite"),
+        (with_entry(-np.inf), "aren't finite"),
+        (with_entry(np.nextafter(np.float32(32), np.float32(99))), "above the declared clip of 32"),
+        (with_entry(-33), "a value of 33, above"),
+    ],
+)
+def test_a_bad_update_never_leaves(update, message):
+    party = Round(3).until("mask")
+    party.updates["B"] = update
+    with pytest.raises(UserError, match=f"hospital B.*{message}"):
+        party.ask("B", party.request("B"))
+    assert party.clients["B"]._round is None and all(step != "mask" for step, *_ in party.seen)
+
+
+@pytest.mark.parametrize("update", [np.full(8, 2**31), np.full(8, -(2**31) - 1), np.full(8, -(2**63)), GOOD])
+def test_numbers_that_32_bits_cannot_hold_never_leave(update):
+    party = Round(3, weighted=False).until("mask")
+    party.updates["B"] = update
+    with pytest.raises(UserError, match="hospital B"):
+        party.ask("B", party.request("B"))
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyError, TypeError, AttributeError, KeyboardInterrupt])
+def test_an_error_of_the_training_is_not_blamed_on_the_server(error):
+    party = Round(3).until("mask")
+
+    def update():
+        raise error("in the training")
+
+    with pytest.raises(error, match="in the training"):
+        party.clients["A"].answer(party.request("A"), update)
+    assert party.clients["A"]._round is None
+
+
+def test_the_update_is_asked_for_in_one_step_only():
+    party, calls = Round(3), []
+    while party.server.step:
+        step = party.server.step
+        for name, request in party.server.requests().items():
+            party.server.receive(
+                party.clients[name].answer(request, lambda step=step, name=name: calls.append((step, name)) or GOOD)
+            )
+        party.server.close()
+    assert calls == [("mask", name) for name in "ABC"]
+
+
+# --- bad input at the server ------------------------------------------------------------------------------------------
+
+
+def refused(party, reply, message):
+    """The server refuses it, and its state stays as it was."""
+    before = {step: dict(replies) for step, replies in party.server._replies.items()}
+    with pytest.raises(ProtocolError, match=message):
+        party.server.receive(reply)
+    assert party.server._replies == before
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_message_sent_twice_counts_once(step):
+    party = Round(3).until(step)
+    replies = party.replies()
+    for reply in replies:
+        party.server.receive(reply)
+    refused(party, replies[1], f"B sent its {step} twice: the first one counts")
+    party.server.close()
+    if step != "unmask":
+        refused(party, replies[1], f"of B for {step} of round 1, but this is .*: it came late, or was sent again")
+        party.finish()
+    assert np.array_equal(party.server.total, party.exact("ABC"))
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_message_from_another_round_is_refused(step):
+    old = Round(3).until(step)
+    late = old.replies()[0]
+    party = Round(before=old, session=2).until(step)
+    refused(party, late, "of round 1, but this is .* of 2: it came late")
+    refused(party, replace(late, session=2), "didn't sign")
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_forged_message_is_refused_and_the_true_one_still_counts(step):
+    party = Round(3).until(step)
+    replies = party.replies()
+    for fake in (
+        replace(replies[0], signature=b""),
+        replace(replies[0], signature=replies[1].signature),
+        replace(replies[0], sender="B"),
+        replace(replies[0], body=replies[0].body | {"odd": "1"}),
+    ):
+        refused(party, fake, "didn't sign")
+    if step == "mask":
+        refused(party, replace(replies[0], vector=replies[0].vector + 1), "didn't sign")
+    for reply in replies:
+        party.server.receive(reply)
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_an_unknown_hospital_is_refused(step):
+    party = Round(3).until(step)
+    stranger = Ed25519PrivateKey.generate()
+    reply = replace(party.replies()[0], sender="X")
+    refused(party, replace(reply, signature=stranger.sign(reply.signed(party.agreement))), "'X', which isn't one of A")
+
+
+@pytest.mark.parametrize("step", STEPS[1:])
+def test_a_hospital_that_missed_a_step_stays_out(step):
+    missed = STEPS[STEPS.index(step) - 1]
+    party = Round(4, threshold=3, leave={missed: "D"}).until(step)
+    vector = np.zeros(8, np.uint32) if step == "mask" else None
+    reply = party.resigned(Reply("D", 1, step, {}, vector=vector))
+    refused(party, reply, "D answers, but wasn't asked: it missed a step")
+
+
+VECTORS = [
+    None, np.zeros(7, np.uint32), np.zeros(9, np.uint32), np.zeros((1, 8), np.uint32), np.zeros(0, np.uint32),
+    np.zeros(8, np.int32), np.zeros(8, ">u4"), np.zeros(8, np.float32), np.zeros(4, np.uint64), np.zeros(8, object),
+    [0] * 8,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("vector", VECTORS, ids=lambda v: f"{getattr(v, 'dtype', type(v).__name__)}{np.shape(v)}")
+def test_a_vector_of_another_form_is_refused(vector):
+    party = Round(3).until("mask")
+    refused(party, replace(party.replies()[0], vector=vector), "A sent no uint32 vector of 8 entries")
+
+
+def test_a_vector_may_lie_in_memory_as_it_likes():
+    party = Round(3).until("mask")
+    for reply in party.replies():
+        spread = np.zeros((8, 2), np.uint32)
+        spread[:, 0] = reply.vector
+        party.server.receive(replace(reply, vector=spread[:, 0]))
+    party.server.close()
+    assert np.array_equal(party.finish().server.total, party.exact("ABC"))
+
+
+@pytest.mark.parametrize("step", [s for s in STEPS if s != "mask"])
+def test_a_vector_in_another_step_is_refused(step):
+    party = Round(3).until(step)
+    reply = party.resigned(party.replies()[0], vector=np.zeros(8, np.uint32))
+    refused(party, reply, f"A sent a vector in {step}")
+
+
+KEY, OTHER, SHARE = "5a" * 32, "5b" * 32, "5a" * SHARE_BYTES
+SEALED = "AAAA" * 49 + "AA=="  # 148 bytes, base64
+BODIES = {
+    "advertise": [
+        {}, {"keys": []}, {"keys": [KEY]}, {"keys": [KEY, KEY]}, {"keys": [KEY, OTHER, KEY]}, {"keys": {KEY: OTHER}},
+        {"keys": "KK"}, {"keys": [KEY, "zz" * 32]}, {"keys": [KEY, KEY.upper()]}, {"keys": [KEY, " " * 64]},
+        {"keys": [KEY, "00" * 32]}, {"keys": [KEY, OTHER], "count": "1"},
+    ],
+    "share": [
+        {}, {"shares": {}}, {"shares": {"B": SEALED}}, {"shares": {"A": SEALED, "B": SEALED}}, {"shares": [SEALED] * 2},
+        {"shares": {"B": SEALED, "C": "AAAA"}}, {"shares": {"B": SEALED, "C": "?" * 200}},
+        {"shares": {"B": SEALED, "C": SEALED, "X": SEALED}}, {"shares": {"B": SEALED, "C": SEALED}},
+    ],
+    "mask": [{"count": "1"}],
+    "confirm": [{}, {"survivors": ["A", "B"]}, {"survivors": ["A", "B", "C"], "keys": KEY}, {"survivors": "ABC"}],
+    "unmask": [
+        {}, {"keys": {}}, {"keys": {}, "seeds": {}}, {"keys": {}, "seeds": {"A": SHARE}}, {"keys": [], "seeds": []},
+        {"keys": {"A": SHARE}, "seeds": {"A": SHARE, "B": SHARE, "C": SHARE}},
+        {"keys": {}, "seeds": {"A": SHARE, "B": SHARE, "C": "zz" * SHARE_BYTES}},
+        {"keys": {}, "seeds": {"A": SHARE, "B": SHARE, "C": SHARE[2:]}},
+        {"keys": {}, "seeds": {"A": SHARE, "B": SHARE, "X": SHARE}},
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_signed_messages_of_another_form_are_refused(step):
+    party = Round(3).until(step)
+    reply = party.replies()[0]
+    for body in BODIES[step]:
+        if step == "share":
+            body = body | {"commitment": KEY.upper() if body == BODIES[step][-1] else KEY}
+        refused(party, party.resigned(reply, body=body), "A")
+    party.server.receive(reply)
+
+
+def test_a_round_goes_on_without_those_who_send_nonsense():
+    party = Round(4, threshold=3)
+
+    def exchange(step, requests):
+        for reply in party.exchange(step, requests):
+            yield party.resigned(reply, body={"odd": "1"}) if (reply.sender, step) == ("D", "share") else reply
+
+    assert run(party.server, exchange) == ["D's share holds ['odd'], not ['commitment', 'shares']"]
+    assert party.server.survivors == ("A", "B", "C")
+    assert np.array_equal(party.server.total, party.exact("ABC"))
+
+
+@pytest.mark.parametrize(("kind", "leave", "message"), [
+    ("seeds", {}, "own mask|fit together"), ("keys", {"mask": "D"}, "D's key|fit together")
+])  # fmt: skip
+def test_shares_that_lie_end_the_round_without_a_sum(kind, leave, message):
+    party = Round(4, threshold=3, leave=leave).until("unmask")
+    for reply in party.replies():
+        body = json.loads(json.dumps(reply.body))
+        name = "B" if kind == "seeds" else "D"
+        if reply.sender == "A":
+            body[kind][name] = f"{int(body[kind][name], 16) ^ 1:0{2 * SHARE_BYTES}x}"
+        party.server.receive(party.resigned(reply, body=body))
+    with pytest.raises(ProtocolError, match=message):
+        party.server.close()
+    assert party.server.total is None and party.server._sum is None and party.server.step is None
+
+
+def test_a_hospital_that_shared_something_else_than_it_masked_with_spoils_the_round_only():
+    party = Round(3).until("share")
+    replies = party.replies()
+    party.server.receive(party.resigned(replies[0], body=replies[0].body | {"commitment": KEY}))
+    for reply in replies[1:]:
+        party.server.receive(reply)
+    party.server.close()
+    with pytest.raises(ProtocolError, match="A's own mask don't give what it committed to"):
+        run(party.server, party.exchange)
+    assert party.server.total is None and party.server._sum is None
+
+
+# --- messages ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_vector_travels_as_little_endian_words_after_the_head():
+    reply = Reply("A", 1, "mask", {}, b"s" * 64, np.array([1, 2**31, 0xDEADBEEF], np.uint32))
+    assert reply.to_bytes().endswith(bytes.fromhex("01000000 00000080 efbeadde"))
+    again = Reply.from_bytes(reply.to_bytes())
+    assert again.vector.tolist() == reply.vector.tolist() and replace(again, vector=None) == replace(reply, vector=None)
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"\x00", b"\x05\x00\x00\x00[]", b"\xff\xff\xff\xff", b"\x02\x00\x00\x00[]\x00",
+    *(len(head).to_bytes(4, "little") + head for head in (
+        b"", b"[]", b"{}", b"null", b"\xff\xfe", b"[" * 50_000, b'["A",1,"mask",{},"zz"]', b'["A",1,"mask",[],""]',
+        b'["A",true,"mask",{},""]', b'["A",1.0,"mask",{},""]', b'[7,1,"mask",{},""]', b'["A",1,[],{},""]',
+        b'["A",1,"mask",{"x":1},""]', b'["A",1,"mask",{"x":[[]]},""]', b'["A",1,"mask",{"x":{"y":{}}},""]',
+        b'["A",1,"mask",{"x":null},""]', b'["A",1,"mask",{"x":NaN},""]', b'["A",1,"mask",{},7]',
+        b'["A",' + b"9" * 5000 + b',"mask",{},""]',
+    )),
+], ids=lambda content: f"{content[:24]!r}")  # fmt: skip
+def test_bytes_that_are_no_message_are_refused(content):
+    with pytest.raises(ProtocolError):
+        Reply.from_bytes(content)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=60), st.integers(0, 400), st.booleans())
+def test_altered_messages_never_crash_the_server(noise, at, insert):
+    party = ALTERED
+    for step, reply in party.items():
+        content = reply[1].to_bytes()
+        changed = content[:at] + noise + content[at if insert else at + len(noise) :]
+        server = reply[0].server
+        before = dict(server._replies[step])
+        try:
+            server.receive(Reply.from_bytes(changed))
+        except ProtocolError:
+            assert server._replies[step] == before
+        else:  # other bytes for the same content
+            assert server._replies[step][reply[1].sender] == replace(reply[1], vector=None)
+            server._replies[step] = before
+            server._sum = None
+
+
+ALTERED = {step: (party := Round(2, 2).until(step), party.replies()[0]) for step in STEPS}
+
+
+# --- what is agreed on ------------------------------------------------------------------------------------------------
+
+KEYS = identities(4)
+PUBLIC = {name: key.public_key().public_bytes_raw() for name, key in KEYS.items()}
+SIZES = dict.fromkeys(PUBLIC, 10)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"identities": {"A": PUBLIC["A"]}, "sizes": {"A": 1}}, "1 hospital has none, take 2"),
+        ({"identities": {}, "sizes": {}}, "0 hospital"),
+        ({"sizes": {"A": 1}}, r"identities of .* but sizes of \['A'\]"),
+        ({"sizes": SIZES | {"A": 0}}, "sizes must be at least 1"),
+        ({"sizes": SIZES | {"A": 10.5}}, "A's declared size is 10.5"),
+        ({"sizes": SIZES | {"A": True}}, "A's declared size is True"),
+        ({"length": 0}, "length"),
+        ({"length": 2**40}, "length"),
+        ({"length": 1.5}, "length is 1.5"),
+        ({"identities": PUBLIC | {"A": PUBLIC["B"]}}, "key of its own"),
+        ({"identities": PUBLIC | {"A": b"short"}}, "32 bytes"),
+        ({"identities": PUBLIC | {"A": "x" * 32}}, "32 bytes"),
+        ({"identities": {f"{k}\n": v for k, v in PUBLIC.items()}, "sizes": {f"{k}\n": 1 for k in PUBLIC}}, "no name"),
+        ({"identities": dict(enumerate(PUBLIC.values())), "sizes": dict.fromkeys(range(4), 1)}, "no name"),
+        ({"threshold": 2}, "threshold is 2 of 4 hospitals: it must be above half"),
+        ({"threshold": 5}, "at most 4"),
+        ({"threshold": 3.0}, "threshold is 3.0"),
+        ({"clip": 0.0}, "clip is 0"),
+        ({"clip": -1.0}, "clip is -1"),
+        ({"clip": float("nan")}, "clip is nan"),
+        ({"clip": float("inf")}, "clip is inf"),
+        ({"clip": 1e-320}, "clip is 1e-320"),
+        ({"degree": 1, "share_threshold": 2}, "degree is 1.* even"),
+        ({"degree": 2}, "share_threshold .*, up to 3"),
+        ({"degree": 2, "share_threshold": 1}, "share_threshold .*, up to 3"),
+        ({"degree": 2, "share_threshold": 4}, "share_threshold .*, up to 3"),
+        ({"degree": 0, "share_threshold": 1}, "degree is 0"),
+        ({"degree": -2, "share_threshold": 1}, "degree is -2"),
+    ],
+)
+def test_agreements_that_do_not_hold_are_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        Agreement(**{"identities": PUBLIC, "sizes": SIZES, "length": 8} | changes)
+
+
+def test_the_threshold_is_two_thirds_rounded_up():
+    assert [agree(identities(n)).threshold for n in (2, 3, 4, 5, 6, 7)] == [2, 2, 3, 4, 4, 5]
+
+
+def test_an_agreement_survives_json_and_what_was_handed_in_may_change():
+    sizes = dict(SIZES)
+    agreement = Agreement(PUBLIC, sizes, 8)
+    sizes["A"] = 99
+    again = Agreement.from_dict(json.loads(json.dumps(agreement.as_dict())))
+    assert again == agreement and again.digest == agreement.digest and agreement.sizes["A"] == 10
+    alike = Agreement(dict(reversed(PUBLIC.items())), {k: np.int64(v) for k, v in SIZES.items()}, np.int32(8), 32, 3, 1)
+    assert alike == agreement and alike.digest == agreement.digest
+
+
+P = 2**255 - 19
+# y of the points of order 1, 2, 4 and 8; then as a number above the prime, which stands for the same point.
+ORDER_8 = [int.from_bytes(bytes.fromhex(text), "little") for text in (
+    "26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05",
+    "c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac037a",
+)]  # fmt: skip
+WEAK = [1, P - 1, 0, *ORDER_8, P, P + 1, P + 2, 2**255 - 1]
+
+
+@pytest.mark.parametrize("sign", [0, 1])
+@pytest.mark.parametrize("y", WEAK)
+def test_identities_that_others_could_sign_for_are_refused_where_an_agreement_is_read(y, sign):
+    weak = (y | sign << 255).to_bytes(32, "little")
+    with pytest.raises(UserError, match="A's public key"):
+        Agreement(PUBLIC | {"A": weak}, SIZES, 8)
+    content = Agreement(PUBLIC, SIZES, 8).as_dict()
+    content["identities"]["A"] = weak.hex()
+    with pytest.raises(UserError, match="A's public key"):
+        Agreement.from_dict(content)
+
+
+def test_the_identity_point_signs_anything():
+    """Why: the first of those is a key for which everybody has a signature of every message."""
+    key = Ed25519PublicKey.from_public_bytes((1).to_bytes(32, "little"))
+    for message in (b"one", b"another"):
+        key.verify((1).to_bytes(32, "little") + bytes(32), message)
+
+
+@pytest.mark.parametrize("content", [{}, [], None, {"identities": {"A": 1}}, {"identities": {"A": "zz"}}, {"x": 1}])
+def test_what_is_no_agreement_is_refused(content):
+    with pytest.raises(UserError, match="no agreement"):
+        Agreement.from_dict(content)
+
+
+ANOTHER = Ed25519PrivateKey.generate().public_key().public_bytes_raw()
+CHANGES = {
+    "identities": PUBLIC | {"D": ANOTHER}, "sizes": SIZES | {"D": 11}, "length": 9, "clip": 16.0, "threshold": 4,
+    "weighted": False, "degree": 2, "share_threshold": 3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", CHANGES)
+def test_parties_that_agreed_on_something_else_do_not_understand_each_other(field):
+    assert set(CHANGES) == set(Agreement.__dataclass_fields__)
+    base = Agreement(PUBLIC, SIZES, 8, degree=2, share_threshold=2) if field == "share_threshold" else None
+    base = base or Agreement(PUBLIC, SIZES, 8)
+    other = replace(base, **{field: CHANGES[field]} | ({"share_threshold": 2} if field == "degree" else {}))
+    assert other.digest != base.digest
+    client, server = Client("A", KEYS["A"], other), Server(base, 1)
+    reply = client.answer(server.requests()["A"], lambda: GOOD)
+    with pytest.raises(ProtocolError, match="A didn't sign"):
+        server.receive(reply)
+    reply = Client("B", KEYS["B"], base).answer(server.requests()["B"], lambda: GOOD)
+    with pytest.raises(ProtocolError, match="B didn't sign"):
+        client.answer(secagg.request("share", 1, advertised=[relayed(reply)]), lambda: GOOD)
+
+
+def test_a_hospital_with_another_identity_is_refused():
+    with pytest.raises(UserError, match="A's identity isn't the one"):
+        Client("A", KEYS["B"], Agreement(PUBLIC, SIZES, 8))
+    with pytest.raises(UserError, match="X's identity"):
+        Client("X", KEYS["A"], Agreement(PUBLIC, SIZES, 8))
+
+
+# --- a hospital's state -----------------------------------------------------------------------------------------------
+
+
+def test_a_hospital_may_be_a_new_process_at_each_step():
+    party = Round(3, leave={"mask": "C"})
+    while party.server.step:
+        party.step()
+        for name, client in party.clients.items():
+            party.clients[name] = Client(name, party.keys[name], party.agreement).restore(client.save())
+    assert np.array_equal(party.server.total, party.exact("AB"))
+    with pytest.raises(ProtocolError, match="asked for round 1 after round 1"):
+        party.clients["A"].answer(secagg.request("advertise", 1), lambda: GOOD)
+
+
+def test_a_state_is_not_restored_over_a_later_one():
+    party = Round(3).until("mask")
+    states = {name: client.save() for name, client in party.clients.items()}
+    party.finish()
+    client = party.clients["A"]
+    with pytest.raises(ProtocolError, match="it doesn't go back"):
+        client.restore(states["A"])
+    with pytest.raises(ProtocolError, match="it doesn't go back"):
+        Client("A", party.keys["A"], party.agreement, last_session=1).restore(states["A"])
+    assert client.restore(client.save()).last_session == 1
+
+
+def test_secrets_go_as_soon_as_they_have_served():
+    party = Round(3).until("confirm")
+    for client in party.clients.values():
+        kept = client._round
+        assert kept.mask_key == kept.share_key == kept.own_seed == b""
+    party.finish()
+    assert all(client._round is None for client in party.clients.values())
+    assert json.loads(party.clients["A"].save()) == {"last_session": 1, "round": None}
+
+
+def test_two_requests_at_once_are_answered_once():
+    party = Round(3).until("mask")
+    client, request = party.clients["A"], party.request("A")
+    begun, go_on, replies, errors = threading.Event(), threading.Event(), [], []
+
+    def slow():
+        begun.set()
+        assert go_on.wait(60)
+        return GOOD
+
+    def ask(update):
+        try:
+            replies.append(client.answer(request, update))
+        except ProtocolError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=ask, args=[update]) for update in (slow, lambda: GOOD)]
+    threads[0].start()
+    assert begun.wait(60)
+    threads[1].start()
+    go_on.set()
+    for thread in threads:
+        thread.join(60)
+    assert len(replies) == len(errors) == 1

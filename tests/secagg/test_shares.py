@@ -1,0 +1,124 @@
+"""Shamir's sharing: what shares give, and that fewer tell nothing."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from primia_lite.secagg import shares as shamir
+from primia_lite.secagg.shares import PRIME, SHARE_BYTES, combine, split
+
+SECRET = bytes(range(32))
+
+
+@given(st.data())
+def test_any_threshold_of_shares_give_the_secret(data):
+    secret = data.draw(st.binary(min_size=32, max_size=32))
+    points = data.draw(st.lists(st.integers(1, 2000), min_size=1, max_size=12, unique=True))
+    threshold = data.draw(st.integers(1, len(points)))
+    shares = split(secret, threshold, points)
+    assert list(shares) == points and all(len(share) == SHARE_BYTES for share in shares.values())
+    chosen = data.draw(st.permutations(points))[: data.draw(st.integers(threshold, len(points)))]
+    assert combine({p: shares[p] for p in chosen}, threshold) == secret
+    if threshold > 1:
+        with pytest.raises(ValueError, match="are needed"):
+            combine({p: shares[p] for p in chosen[: threshold - 1]}, threshold)
+
+
+def test_the_extremes_and_the_greatest_threshold():
+    for secret in (bytes(32), b"\xff" * 32):
+        shares = split(secret, 100, range(1, 101))
+        assert combine(shares, 100) == secret
+
+
+def test_the_modulus_is_a_prime_larger_than_any_secret():
+    # Lucas and Lehmer's test of Mersenne numbers.
+    s = 4
+    for _ in range(519):
+        s = (s * s - 2) % PRIME
+    assert s == 0 and PRIME > 2**256
+
+
+@pytest.mark.parametrize("secret", [b"", bytes(31), bytes(33)])
+def test_secrets_have_32_bytes(secret):
+    with pytest.raises(ValueError, match="a secret has 32 bytes"):
+        split(secret, 2, [1, 2])
+
+
+@pytest.mark.parametrize(("threshold", "points"), [(0, [1]), (3, [1, 2]), (1, []), (2, [1, 1, 2]), (1, [0]), (1, [-1])])
+def test_points_are_distinct_above_0_and_enough(threshold, points):
+    with pytest.raises(ValueError, match="must be distinct"):
+        split(SECRET, threshold, points)
+
+
+@pytest.mark.parametrize("threshold", [0, -1, 3])
+def test_a_threshold_outside_the_shares_is_refused(threshold):
+    with pytest.raises(ValueError, match="are needed"):
+        combine(split(SECRET, 2, [1, 2]), threshold)
+
+
+@pytest.mark.parametrize("share", [b"", bytes(65), bytes(67), bytes(132)])
+def test_a_share_of_another_length_is_refused(share):
+    with pytest.raises(ValueError, match="a share has 66 bytes"):
+        combine(split(SECRET, 2, [1, 2]) | {2: share}, 2)
+
+
+def test_a_share_that_lies_never_gives_the_secret():
+    shares = split(SECRET, 2, [1, 2])
+    for bit in (0, 7, 263):  # a change at one point moves the value at 0 by a multiple of a field element
+        lie = (int.from_bytes(shares[2], "big") ^ 1 << bit).to_bytes(SHARE_BYTES, "big")
+        try:
+            assert combine(shares | {2: lie}, 2) != SECRET
+        except ValueError as error:
+            assert "one of them is false" in str(error)
+
+
+def test_two_sharings_of_a_secret_have_nothing_in_common():
+    first, second = split(SECRET, 3, range(1, 6)), split(SECRET, 3, range(1, 6))
+    assert not set(first.values()) & set(second.values())
+
+
+def tiny(monkeypatch, prime=11):
+    monkeypatch.setattr(shamir, "PRIME", prime)
+    monkeypatch.setattr(shamir, "SECRET_BYTES", 1)
+    monkeypatch.setattr(shamir, "SHARE_BYTES", 1)
+
+
+def test_fewer_shares_than_the_threshold_are_uniform_whatever_the_secret(monkeypatch):
+    tiny(monkeypatch)
+    for secret in (0, 1, 7):
+        pairs = np.zeros((11, 11))
+        for _ in range(6000):
+            shares = split(bytes([secret]), 3, [1, 2, 3])
+            pairs[shares[1][0], shares[3][0]] += 1
+        assert stats.chisquare(pairs.ravel()).pvalue > 1e-10
+
+
+def test_control_enough_shares_are_not(monkeypatch):
+    tiny(monkeypatch)
+    pairs = np.zeros((11, 11))
+    for _ in range(2000):
+        shares = split(b"\x07", 2, [1, 2, 3])
+        pairs[shares[1][0], shares[3][0]] += 1
+    assert stats.chisquare(pairs.ravel()).pvalue < 1e-10
+
+
+def test_fewer_shares_fit_every_secret_once(monkeypatch):
+    """Exhaustively in a field of 7: two shares of a threshold of three, all coefficients."""
+    tiny(monkeypatch, 7)
+    coefficients = iter(())
+    monkeypatch.setattr(shamir.secrets, "randbelow", lambda _: next(coefficients))
+    seen = {}
+    for secret, a, b in itertools.product(range(7), repeat=3):
+        coefficients = iter((a, b))
+        shares = split(bytes([secret]), 3, [1, 2, 4])
+        seen.setdefault((shares[1], shares[2]), []).append(secret)
+    assert len(seen) == 49 and all(sorted(secrets) == list(range(7)) for secrets in seen.values())
+
+
+def test_real_shares_look_uniform():
+    words = np.concatenate([np.frombuffer(split(bytes(32), 2, [1, 2])[1][2:], "u1") for _ in range(1500)])
+    assert stats.chisquare(np.bincount(words, minlength=256)).pvalue > 1e-10
