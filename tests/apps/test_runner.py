@@ -261,7 +261,7 @@ def start_sleepers(tmp_path, folder, write_notebook, jobs):
         cell = f"import os, pathlib, time\npathlib.Path({str(flag)!r}).write_text(str(os.getpid()))\ntime.sleep(2000)"
         write_notebook(folder / f"{name}.ipynb", "a = 1", cell)
     code = (
-        "import sys, pathlib; from primia_lite import cli, reproduce\n"
+        "import sys, pathlib; from primia_lite.apps import cli, runner as reproduce\n"
         "reproduce.load_profile = lambda name: {}\n"
         f"reproduce.repo_root = lambda: pathlib.Path({str(tmp_path)!r})\n"
         f"sys.exit(cli.main(['run', '--jobs', '{jobs}', '--out', {str(tmp_path / 'out')!r}]))"
