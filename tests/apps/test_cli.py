@@ -36,7 +36,7 @@ def test_importing_it_imports_nothing_heavy(module):
 
 def test_help_is_instant_and_names_every_command(capsys):
     before = os.times()
-    text = python("from primia_lite import cli\ntry: cli.main(['--help'])\nexcept SystemExit: pass")
+    text = python("from primia_lite.apps import cli\ntry: cli.main(['--help'])\nexcept SystemExit: pass")
     assert seconds_since(before) < 2
     assert all(name in text for name in ("run", "doctor", "data", "bench"))
 
