@@ -124,12 +124,12 @@ class Ours:
         identities = {name: Ed25519PrivateKey.generate() for name in sizes}
         public = {name: key.public_key().public_bytes_raw() for name, key in identities.items()}
         self.agreement = secagg.Agreement(public, sizes, length, CLIP, threshold)
-        self.clients = {name: secagg.Client(name, key, self.agreement) for name, key in identities.items()}
+        self.clients = {name: secagg.SecAggClient(name, key, self.agreement) for name, key in identities.items()}
         self.session, self.server = 0, None
 
     def __call__(self, vectors: dict[str, np.ndarray], meter: Meter) -> np.ndarray:
         self.session += 1
-        self.server = server = secagg.Server(self.agreement, self.session)
+        self.server = server = secagg.SecAggServer(self.agreement, self.session)
         while server.step is not None:
             with meter.of("server"):
                 requests = server.requests()
@@ -304,7 +304,7 @@ class Unsealed:
 def light(memo: dict, zeros: np.ndarray, real: str) -> Iterator[None]:
     """The others' side without what neither the server nor the real hospital sees: checks of signatures, masks, and
     sealing among themselves. The graph, what was advertised, and what is relayed, are the same for all of them."""
-    relayed, cipher = secagg.messages.relayed_reply, secagg.Client._cipher
+    relayed, cipher = secagg.messages.relayed_reply, secagg.SecAggClient._cipher
 
     def read(text: str) -> secagg.Reply:
         if text not in memo:
@@ -323,7 +323,7 @@ def light(memo: dict, zeros: np.ndarray, real: str) -> Iterator[None]:
         (secagg.client, "advertised_keys", once("advertised", secagg.messages.advertised_keys)),
         (secagg.Agreement, "neighbours", once("neighbours", secagg.Agreement.neighbours)),
         (secagg.client, "relayed_reply", read),
-        (secagg.Client, "_cipher", lambda self, *pair: cipher(self, *pair) if real in pair else Unsealed()),
+        (secagg.SecAggClient, "_cipher", lambda self, *pair: cipher(self, *pair) if real in pair else Unsealed()),
         (secagg.Reply, "check", lambda self, *_: self),
         (secagg.client, "mask_seed", lambda *_: b""),
         (secagg.client, "add_masks", lambda *_: None),
@@ -344,7 +344,7 @@ def alone(hospitals: int, length: int, gone: int) -> Meter:
     away = set(random.Random(0).sample(others, gone))
     vector = 0.01 * np.random.default_rng(2).standard_normal(length, np.float32)
     zeros = np.zeros(length, np.uint32)
-    server = secagg.Server(ours.agreement, 1)
+    server = secagg.SecAggServer(ours.agreement, 1)
     while server.step is not None:
         with meter.of("server"):
             requests = server.requests()
@@ -410,7 +410,9 @@ class Law:
         self.agreement, k = ours.agreement, ours.agreement.degree
         ask = secagg.request("advertise", 1)
         replies = {name: client.answer(ask, lambda: values) for name, client in ours.clients.items()}
-        advertised = secagg.messages.advertised_keys([r.split()[0].decode() for r in replies.values()], self.agreement, 1)
+        advertised = secagg.messages.advertised_keys(
+            [r.split()[0].decode() for r in replies.values()], self.agreement, 1
+        )
         client = ours.clients["h0000"]
         client._round.advertised = advertised
         reply = replies["h0001"]

@@ -24,7 +24,7 @@ from primia_lite.apps.bench import Options
 from primia_lite.apps.syft.transport import in_memory
 from primia_lite.data.films import Films
 from primia_lite.federation.hospital import Hospital  # noqa: E402
-from primia_lite.federation.rounds import Schedule, Server  # noqa: E402
+from primia_lite.federation.rounds import Schedule, ServerOptimizer  # noqa: E402
 from primia_lite.federation.study import Study  # noqa: E402
 from primia_lite.privacy.dpsgd import Privacy  # noqa: E402
 from primia_lite.privacy.ledger import Ledger  # noqa: E402
@@ -58,7 +58,7 @@ def syft_rounds_s(rounds: int = ROUNDS) -> tuple[list[float], list[float]]:
         federation.sync()
         for site in sites.values():
             site.approve(site.review("bench"))
-        weights = Server.start(training, Schedule(1), (FEATURES,), 0).state
+        weights = ServerOptimizer.start(training, Schedule(1), (FEATURES,), 0).state
         took = []
         for number in range(1, rounds + 1):
             researcher.spans.clear()

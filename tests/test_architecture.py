@@ -160,7 +160,7 @@ def test_secure_aggregation_knows_neither_films_nor_models_nor_training(root):
 
 def test_secure_aggregation_loads_without_films_models_or_torch():
     code = (
-        "import sys; from primia_lite.secagg import Client, Server; "
+        "import sys; from primia_lite.secagg import SecAggClient, SecAggServer; "
         "print(sorted(m for m in sys.modules if m == 'torch' or m.startswith('primia_lite.')))"
     )
     loaded = ast.literal_eval(
@@ -182,4 +182,4 @@ def test_the_server_neither_quantises_nor_asks_for_an_update(root):
         for kind in ("server", "client")
     }
     assert {"quantise", "integers", "update"} <= used["client"]
-    assert not {"quantise", "integers", "update", "Client"} & used["server"]
+    assert not {"quantise", "integers", "update", "SecAggClient"} & used["server"]

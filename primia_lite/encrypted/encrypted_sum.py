@@ -326,25 +326,25 @@ class CkksAggregation:
     def name(self) -> str:
         return f"CKKS aggregation, one key for all hospitals, clip {self.clip:g}"
 
-    def fewest(self, hospitals: int) -> int:
+    def min_revealed(self, hospitals: int) -> int:
         return self.threshold
 
-    def aggregate(self, ask, sizes, like, number, *, summed=False, question=None) -> Aggregate:
-        check(ask, sizes)
-        if summed:
+    def aggregate(self, compute_update, sizes, template, number, *, integer_sum=False, question=None) -> Aggregate:
+        check(compute_update, sizes)
+        if integer_sum:
             raise UserError(
                 "shared noise needs sums of integers that are exact, but CKKS only approximates, and flooding blurs "
                 "its sums; and whoever works with the server has the key, so a share of the noise would protect "
                 "nobody: use SecureAggregation, or let each hospital add its own noise (Privacy without shared)"
             )
-        self._agree(Terms(dict(sizes), length(like), self.clip, self.threshold, self.rounds))
+        self._agree(Terms(dict(sizes), length(template), self.clip, self.threshold, self.rounds))
         self._session += 1
         server, gone = Server(self.terms, self._session), set()
         self._leave(gone, number, "encrypt")
-        for name in sorted(ask):
+        for name in sorted(compute_update):
             self._tell(number, "encrypt", "request", name, json.dumps(["encrypt", self._session]).encode())
             if name not in gone:
-                update = lambda name=name: flat(ask[name]().delta, like, name)  # noqa: E731
+                update = lambda name=name: flat(compute_update[name]().delta, template, name)  # noqa: E731
                 for data in self._hospitals[name].encrypt(self._session, update):
                     self._tell(number, "encrypt", "reply", name, data)
                     server.receive(name, data)
@@ -355,7 +355,7 @@ class CkksAggregation:
             self._tell(number, "decrypt", "request", name, json.dumps(request).encode())
             if name not in gone:
                 server.finish(self._decrypted(server, sums, name, number))
-                return Aggregate(unflat(server.mean, like), server.survivors)
+                return Aggregate(unflat(server.mean, template), server.survivors)
         raise TooFewSurvivors(f"round {number} ended: nobody is left who could decrypt the sum")
 
     def _decrypted(self, server: Server, sums: Iterator[bytes], name: str, number: int) -> Iterator[bytes]:

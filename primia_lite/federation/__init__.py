@@ -7,7 +7,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "aggregation": ["Aggregate", "Aggregator", "SecureAggregation", "WeightedMean", "flat", "unflat"],
         "hospital": ["Hospital", "Update", "declare_size", "local_update", "mean_and_std_under_dp"],
-        "rounds": ["Result", "Schedule", "federate", "planned_epsilon", "pool"],
+        "rounds": ["Result", "Schedule", "ServerOptimizer", "federate", "planned_epsilon", "pool"],
         "study": ["REQUEST", "ROUND", "RUN_SH", "Study", "job_code", "round_file"],
     },
 )

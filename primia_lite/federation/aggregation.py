@@ -18,7 +18,7 @@ from primia_lite import secagg
 from primia_lite.config import UserError
 from primia_lite.federation.hospital import State, Update
 
-Ask = Callable[[], Update]
+ComputeUpdate = Callable[[], Update]
 
 
 @dataclass(frozen=True)
@@ -40,33 +40,33 @@ class Aggregator(Protocol):
 
     name: str
 
-    def fewest(self, hospitals: int) -> int:
+    def min_revealed(self, hospitals: int) -> int:
         """The fewest of so many hospitals whose mean or sum the server may come to know."""
         ...
 
     def aggregate(
         self,
-        ask: Mapping[str, Ask],
+        compute_update: Mapping[str, ComputeUpdate],
         sizes: Mapping[str, int],
-        like: State,
+        template: State,
         number: int,
         *,
-        summed: bool = False,
+        integer_sum: bool = False,
         question: secagg.Question | None = None,
     ) -> Aggregate:
         """One round.
 
         Parameters
         ----------
-        ask
+        compute_update
             By hospital: computes its update when called.
         sizes
             Declared size by hospital. A hospital's weight is its share of those that take part.
-        like
+        template
             What an update holds: tensors by parameter; only names and shapes matter.
         number
             Of the round.
-        summed
+        integer_sum
             Updates are integers, summed as they are: noise is shared among the hospitals.
         question
             What updates without DP answer, for hospitals in this process; elsewhere they see it themselves.
@@ -84,22 +84,22 @@ class WeightedMean:
 
     name = "weighted mean in the clear"
 
-    def fewest(self, hospitals: int) -> int:
+    def min_revealed(self, hospitals: int) -> int:
         return 1
 
-    def aggregate(self, ask, sizes, like, number, *, summed=False, question=None) -> Aggregate:
-        check(ask, sizes)
+    def aggregate(self, compute_update, sizes, template, number, *, integer_sum=False, question=None) -> Aggregate:
+        check(compute_update, sizes)
         # float64 and a fixed order, so that the sum doesn't depend on who answered first.
-        names, total = sorted(ask), sum(sizes.values())
-        updates = {h: ask[h]().delta for h in names}
+        names, total = sorted(compute_update), sum(sizes.values())
+        updates = {h: compute_update[h]().delta for h in names}
         for h in names:
-            flat(updates[h], like, h)
-        if summed:
-            value = {key: torch.stack([updates[h][key] for h in names]).sum(0) for key in like}
+            flat(updates[h], template, h)
+        if integer_sum:
+            value = {key: torch.stack([updates[h][key] for h in names]).sum(0) for key in template}
         else:
             value = {
                 key: torch.stack([sizes[h] / total * updates[h][key].double() for h in names]).sum(0).float()
-                for key in like
+                for key in template
             }
         return Aggregate(value, tuple(names))
 
@@ -130,23 +130,23 @@ class SecureAggregation:
     ):
         self.threshold, self.clip, self.absent, self.listen = threshold, clip, absent, listen
         self._identities: dict[str, Ed25519PrivateKey] = {}
-        self._clients: dict[str, secagg.Client] = {}
+        self._clients: dict[str, secagg.SecAggClient] = {}
         self._answered: dict[str, dict] = {}  # by hospital
         self._agreement: secagg.Agreement | None = None
         self._session = 0
 
-    def fewest(self, hospitals: int) -> int:
+    def min_revealed(self, hospitals: int) -> int:
         return secagg.default_threshold(hospitals) if self.threshold is None else self.threshold
 
     @property
     def name(self) -> str:
         return f"secure aggregation, threshold {self.threshold or 'two thirds'}, clip {self.clip:g}"
 
-    def aggregate(self, ask, sizes, like, number, *, summed=False, question=None) -> Aggregate:
-        check(ask, sizes)
-        self._agree(ask, sizes, length(like), weighted=not summed)
+    def aggregate(self, compute_update, sizes, template, number, *, integer_sum=False, question=None) -> Aggregate:
+        check(compute_update, sizes)
+        self._agree(compute_update, sizes, length(template), weighted=not integer_sum)
         self._session += 1
-        server = secagg.Server(self._agreement, self._session)
+        server = secagg.SecAggServer(self._agreement, self._session)
         gone: set[str] = set()
 
         def exchange(step: str, requests: Mapping[str, bytes]) -> Iterable[secagg.Reply]:
@@ -155,14 +155,14 @@ class SecureAggregation:
                 self._tell(number, step, "request", name, request)
                 if name in gone:
                     continue
-                update = lambda name=name: flat(ask[name]().delta, like, name)  # noqa: E731
+                update = lambda name=name: flat(compute_update[name]().delta, template, name)  # noqa: E731
                 reply = self._clients[name].answer(request, update, question)
                 self._tell(number, step, "reply", name, reply)
                 yield reply
 
-        secagg.run(server, exchange)
-        vector = server.total.astype(np.int64) if summed else server.mean
-        return Aggregate(unflat(vector, like), server.survivors)
+        secagg.run_round(server, exchange)
+        vector = server.total.astype(np.int64) if integer_sum else server.mean
+        return Aggregate(unflat(vector, template), server.survivors)
 
     def _agree(self, names, sizes, n, weighted) -> None:
         for name in names:
@@ -173,7 +173,7 @@ class SecureAggregation:
         if agreement != self._agreement:
             self._agreement = agreement
             self._clients = {
-                name: secagg.Client(name, key, agreement, answered=self._answered.setdefault(name, {}))
+                name: secagg.SecAggClient(name, key, agreement, answered=self._answered.setdefault(name, {}))
                 for name, key in self._identities.items()
                 if name in identities
             }
@@ -183,35 +183,35 @@ class SecureAggregation:
             self.listen(*what)
 
 
-def check(ask: Mapping[str, object], sizes: Mapping[str, int]) -> None:
+def check(compute_update: Mapping[str, object], sizes: Mapping[str, int]) -> None:
     """Raise UserError unless both name the same hospitals, and each has a size."""
-    if ask.keys() != sizes.keys():
-        raise UserError(f"updates from {sorted(ask)} but sizes of {sorted(sizes)}: they must name the same")
+    if compute_update.keys() != sizes.keys():
+        raise UserError(f"updates from {sorted(compute_update)} but sizes of {sorted(sizes)}: they must name the same")
     if min(sizes.values(), default=0) < 1:
         raise UserError(f"declared sizes are {dict(sizes)}: each must be at least 1")
 
 
-def length(like: State) -> int:
-    return sum(value.numel() for value in like.values())
+def length(template: State) -> int:
+    return sum(value.numel() for value in template.values())
 
 
-def flat(delta: State, like: State, name: str) -> np.ndarray:
-    """float32 or int64 [L]: an update's entries in the order of ``like``.
+def flat(delta: State, template: State, name: str) -> np.ndarray:
+    """float32 or int64 [L]: an update's entries in the order of ``template``.
 
     Raises
     ------
     UserError
         Other parameters or shapes, naming the hospital.
     """
-    shapes = {key: tuple(value.shape) for key, value in like.items()}
+    shapes = {key: tuple(value.shape) for key, value in template.items()}
     found = {key: tuple(value.shape) for key, value in delta.items()}
     if found != shapes:
         raise UserError(f"hospital {name}'s update holds {found}, but the model has {shapes}")
-    parts = [delta[key].detach().reshape(-1).numpy() for key in like]
+    parts = [delta[key].detach().reshape(-1).numpy() for key in template]
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def unflat(vector: np.ndarray, like: State) -> State:
+def unflat(vector: np.ndarray, template: State) -> State:
     """The inverse of :func:`flat`."""
-    parts = torch.from_numpy(vector).split([value.numel() for value in like.values()])
-    return {key: part.view(value.shape) for (key, value), part in zip(like.items(), parts, strict=True)}
+    parts = torch.from_numpy(vector).split([value.numel() for value in template.values()])
+    return {key: part.view(value.shape) for (key, value), part in zip(template.items(), parts, strict=True)}

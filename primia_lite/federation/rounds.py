@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from primia_lite import models
 from primia_lite.config import UserError, elsewhere
 from primia_lite.data.films import Films
-from primia_lite.federation.aggregation import Aggregator, Ask, SecureAggregation, WeightedMean
+from primia_lite.federation.aggregation import Aggregator, ComputeUpdate, SecureAggregation, WeightedMean
 from primia_lite.federation.hospital import Hospital, State
 from primia_lite.federation.progress import RoundProgress
 from primia_lite.federation.shared_noise import shared_step
@@ -234,10 +234,10 @@ def _run(hospitals, training, schedule, privacy, seed, noise_seed, folder, valid
         aggregator = SecureAggregation(threshold) if len(hospitals) > 1 else WeightedMean()
     sizes = {h.name: h.declared(privacy) for h in hospitals}
     if shared:
-        shared.check(sizes.values(), aggregator.fewest(len(hospitals)))
+        shared.check(sizes.values(), aggregator.min_revealed(len(hospitals)))
     rng = SecureGenerator.for_seed(noise_seed) if privacy else SecureGenerator.from_seed(seed)
 
-    server = Server.start(training, schedule, in_shape, seed)
+    server = ServerOptimizer.start(training, schedule, in_shape, seed)
     salt = _salt(folder) if folder else ""
     key = _fingerprint(salt, hospitals, training, schedule, privacy, seed, noise_seed, aggregator.name)
     if folder:
@@ -253,7 +253,7 @@ def _run(hospitals, training, schedule, privacy, seed, noise_seed, folder, valid
             )
     show = RoundProgress(progress, schedule.rounds, server.history) if isinstance(progress, str) else progress
 
-    def ask(number: int) -> dict[str, Ask]:
+    def compute_updates(number: int) -> dict[str, ComputeUpdate]:
         return {
             h.name: partial(
                 h.update, number, server.state, training, privacy, rng.child("round", number, h.name), folder
@@ -261,8 +261,8 @@ def _run(hospitals, training, schedule, privacy, seed, noise_seed, folder, valid
             for h in hospitals
         }
 
-    rounds = serve(
-        server, aggregator, ask, sizes, training, in_shape, privacy=privacy, folder=folder, validation=validation,
+    rounds = run_rounds(
+        server, aggregator, compute_updates, sizes, training, in_shape, privacy=privacy, folder=folder, validation=validation,
         study=key,
     )  # fmt: skip
     for record in rounds:
@@ -279,10 +279,10 @@ def _run(hospitals, training, schedule, privacy, seed, noise_seed, folder, valid
     )
 
 
-def serve(
-    server: Server,
+def run_rounds(
+    server: ServerOptimizer,
     aggregator: Aggregator,
-    ask: Callable[[int], Mapping[str, Ask]],
+    compute_updates: Callable[[int], Mapping[str, ComputeUpdate]],
     sizes: Mapping[str, int],
     training: Training,
     in_shape: tuple[int, ...],
@@ -311,11 +311,13 @@ def serve(
     ------
     each round's record, once it is saved (see :class:`Result`)
     """
-    like = server.parameters(training, in_shape)
+    template = server.parameters(training, in_shape)
     shared = bool(privacy and privacy.shared)
     for number in range(server.round + 1, server.schedule.rounds + 1):
         question = None if privacy else Question.of(f"{study}:{number}", server.state)
-        found = aggregator.aggregate(ask(number), sizes, like, number, summed=shared, question=question)
+        found = aggregator.aggregate(
+            compute_updates(number), sizes, template, number, integer_sum=shared, question=question
+        )
         change = found.value
         if shared:
             declared = sum(sizes[name] for name in found.survivors)
@@ -353,7 +355,7 @@ def pool(hospitals: Sequence[Hospital], name: str = "pooled") -> Hospital:
     return Hospital(name, films)
 
 
-class Server:
+class ServerOptimizer:
     """Global weights, momentum, running mean and history: all that a checkpoint holds."""
 
     def __init__(self, schedule: Schedule, state: State):
@@ -365,7 +367,7 @@ class Server:
         self.history: list[dict] = []
 
     @classmethod
-    def start(cls, training: Training, schedule: Schedule, in_shape: tuple[int, ...], seed: int) -> Server:
+    def start(cls, training: Training, schedule: Schedule, in_shape: tuple[int, ...], seed: int) -> ServerOptimizer:
         model = models.build(
             training.model, training.n_classes, in_shape, seed=seed_for(seed, "weights"), **training.model_options
         )

@@ -84,25 +84,25 @@ class Study:
         if not (type(self.rounds) is int and self.rounds >= 1):
             raise UserError(f"rounds is {self.rounds}: at least one is needed")
         agreement, everyone = self.agreement, len(self.agreement.names)
-        if agreement.weighted == self.summed:
+        if agreement.weighted == self.integer_sum:
             raise UserError("shared noise goes with an agreement that isn't weighted, and nothing else does")
-        if self.summed:
+        if self.integer_sum:
             self.privacy.shared.check(agreement.sizes.values(), agreement.threshold)
             self.privacy.grid.check_parameters(agreement.length)
         graph = (everyone, agreement.degree, agreement.share_threshold, agreement.threshold)
-        if agreement.degree < everyone - 1 and (self.summed or not withstands(*graph)):
+        if agreement.degree < everyone - 1 and (self.integer_sum or not withstands(*graph)):
             raise UserError(
                 f"each hospital shares masks with {agreement.degree} of {everyone - 1} others only (degree), and a "
                 + (
                     "group of them has too little of the shared noise"
-                    if self.summed
+                    if self.integer_sum
                     else "server that lies may unmask it"
                 )
                 + ": leave degree and share_threshold out"
             )
 
     @property
-    def summed(self) -> bool:
+    def integer_sum(self) -> bool:
         """Whether updates are whole numbers to be summed: noise is shared among the hospitals."""
         return bool(self.privacy and self.privacy.shared)
 
@@ -160,7 +160,7 @@ def describe(study: Study) -> str:
             "in several rounds, with other\n  hospitals each time, and subtract: so it gets single updates"
         )
     liars = 2 * t - n - 1  # may work with a server that lies
-    if study.summed:
+    if study.integer_sum:
         enough, told = privacy.shared.threshold, privacy.shared.colluding
         left = privacy.noise_multiplier * ((enough - told - 1) / (enough - told)) ** 0.5
         lines += [

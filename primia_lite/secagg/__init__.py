@@ -23,8 +23,8 @@ learns the sum of the others, one that lies may split it into sums of groups, an
 One round, one answer. Two sums of the same updates with different survivors give their difference away. So where no
 noise protects an update, a hospital is told which :class:`Question` it answers. The question goes into the masks:
 updates of other rounds, or from other weights, don't cancel. And a hospital signs one list of survivors for a round of
-a study, and one set of weights, whatever the session, and remembers it for good (see :meth:`Client.save`). What was
-signed may be asked for again, and gives the same sum. A round that ended before ``confirm`` may be asked again with
+a study, and one set of weights, whatever the session, and remembers it for good (see :meth:`SecAggClient.save`).
+What was signed may be asked for again, and gives the same sum. A round that ended before ``confirm`` may be asked again with
 anybody; one that ended later only with the hospitals that were on the list: others may have opened that sum, and nobody
 can tell. If these don't come back, take another study. With DP no such memory is kept: each answer is charged to a
 ledger, or is a noisy update that was charged and is sent again.
@@ -44,12 +44,12 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submodules=["agreement", "client", "keys", "messages", "server", "shares"],
     submod_attrs={
         "agreement": ["Agreement", "ProtocolError", "Question", "TooFewSurvivors"],
-        "client": ["Client"],
+        "client": ["SecAggClient"],
         "fixed_point": ["FixedPoint", "centred", "integers"],
         "graph": ["choose_degree", "default_threshold"],
         "keys": ["derive", "mask_seed", "mask_sign"],
         "masks": ["add_masks"],
         "messages": ["Reply", "STEPS", "request"],
-        "server": ["Server", "run"],
+        "server": ["SecAggServer", "run_round"],
     },
 )

@@ -49,7 +49,7 @@ class RoundSecrets:
     question: list[str] | None = None  # round and weights
 
 
-class Client:
+class SecAggClient:
     """The hospital's side.
 
     Parameters
@@ -309,7 +309,7 @@ class Client:
             kept["answered"] = self._answered
         return json.dumps(kept).encode()
 
-    def restore(self, content: bytes) -> Client:
+    def restore(self, content: bytes) -> SecAggClient:
         """Go on from what :meth:`save` kept. Returns itself.
 
         Raises
@@ -321,7 +321,7 @@ class Client:
         if kept["last_session"] < self.last_session + bool(kept["round"]):
             raise ProtocolError(
                 f"{self.name} has taken part in round {self.last_session}, and what was kept is of round "
-                f"{kept['last_session']}: it doesn't go back. Restore into a new Client, once"
+                f"{kept['last_session']}: it doesn't go back. Restore into a new SecAggClient, once"
             )
         self.last_session = kept["last_session"]
         self._answered.update(kept.get("answered", {}))

@@ -29,7 +29,7 @@ BODIES = {"advertise": {"keys"}, "share": {"shares", "commitment"}, "mask": {"qu
            "confirm": {"survivors", "keys"}, "unmask": {"keys", "seeds"}}  # fmt: skip
 
 
-class Server:
+class SecAggServer:
     """The server's side of one round. It holds no secret and, until the end, only a masked sum.
 
     Parameters
@@ -272,7 +272,7 @@ class Server:
 Exchange = Callable[[str, Mapping[str, bytes]], Iterable[Reply]]
 
 
-def run(server: Server, exchange: Exchange) -> list[str]:
+def run_round(server: SecAggServer, exchange: Exchange) -> list[str]:
     """Take a round to its end.
 
     Parameters
@@ -286,7 +286,7 @@ def run(server: Server, exchange: Exchange) -> list[str]:
 
     Raises
     ------ ProtocolError
-        See :meth:`Server.close`.
+        See :meth:`SecAggServer.close`.
     """
     refused = []
     while server.step is not None:

@@ -252,7 +252,7 @@ def test_sizes_and_updates_must_name_the_same_and_sums_are_refused():
     with pytest.raises(UserError, match="they must name the same"):
         CkksAggregation().aggregate(asks(updates("ab")), SIZES, LIKE, 1)
     with pytest.raises(UserError, match="integers that are exact.*use SecureAggregation"):
-        CkksAggregation().aggregate(asks(updates()), SIZES, LIKE, 1, summed=True)
+        CkksAggregation().aggregate(asks(updates()), SIZES, LIKE, 1, integer_sum=True)
 
 
 def test_an_update_goes_out_once_a_round(key, terms):

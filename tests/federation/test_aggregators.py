@@ -36,7 +36,7 @@ def test_all_have_one_face():
     assert len(faces) >= 6
     _, protocol = faces["Aggregator"]
     for name, (node, parts) in faces.items():
-        for method in ("aggregate", "fewest"):
+        for method in ("aggregate", "min_revealed"):
             assert method in parts, f"{name} has no {method}"
             wanted, found = (
                 [a.arg for a in (*m.args.args, *m.args.kwonlyargs)] for m in (protocol[method], parts[method])
@@ -59,9 +59,9 @@ def test_the_mean_is_weighted_and_its_fewest_and_name_are_told(kind):
             torch.testing.assert_close(
                 value, torch.full(value.shape, 0.1 * 0.5 + 0.3 * 1.5 + 0.6 * 2.5), atol=1e-5, rtol=0
             )
-    assert 1 <= way.fewest(3) <= 3 and way.name
+    assert 1 <= way.min_revealed(3) <= 3 and way.name
     if kind is not WeightedMean:
-        assert kind(threshold=3).fewest(3) == 3
+        assert kind(threshold=3).min_revealed(3) == 3
 
 
 @ways
@@ -70,9 +70,9 @@ def test_whole_numbers_are_summed_exactly_or_refused(kind):
              for name in SIZES}  # fmt: skip
     if kind is CkksAggregation:
         with pytest.raises(UserError, match="SecureAggregation"):
-            kind().aggregate(asks(**whole), SIZES, LIKE, 1, summed=True)
+            kind().aggregate(asks(**whole), SIZES, LIKE, 1, integer_sum=True)
         return
-    found = kind().aggregate(asks(**whole), SIZES, LIKE, 1, summed=True).value
+    found = kind().aggregate(asks(**whole), SIZES, LIKE, 1, integer_sum=True).value
     assert all(
         value.dtype == torch.int64 and (value == 3 * whole["A"]["w"].flatten()[0]).all() for value in found.values()
     )

@@ -102,7 +102,7 @@ def test_shared_noise_goes_with_enough_hospitals_in_each_sum_and_masks_with_all(
     sizes = dict.fromkeys(names, 10)
     shared = SharedNoise(5, 1, 60, (10,) * 6)
     agreed = {"identities": keys, "sizes": sizes, "threshold": 5, "degree": None, "share_threshold": None}
-    assert sharing(shared, **agreed).summed
+    assert sharing(shared, **agreed).integer_sum
     with pytest.raises(UserError, match="may reveal a sum of 4"):
         sharing(shared, **agreed | {"threshold": 4})
     with pytest.raises(UserError, match="degree.*too little of the shared noise"):

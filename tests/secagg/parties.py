@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from primia_lite import secagg
-from primia_lite.secagg import Agreement, Client, Reply, Server, run
+from primia_lite.secagg import Agreement, Reply, SecAggClient, SecAggServer, run_round
 from primia_lite.secagg import shares as shamir
 from primia_lite.secagg.masks import add_masks
 
@@ -46,9 +46,9 @@ class Round:
         self.keys = before.keys if before else identities(n)
         self.agreement = before.agreement if before else agree(self.keys, length, **options)
         self.clients = before.clients if before else {
-            name: Client(name, key, self.agreement) for name, key in self.keys.items()
+            name: SecAggClient(name, key, self.agreement) for name, key in self.keys.items()
         }  # fmt: skip
-        self.server = Server(self.agreement, session)
+        self.server = SecAggServer(self.agreement, session)
         rng = np.random.default_rng(session)
         self.updates = updates or {
             name: rng.uniform(-1, 1, self.agreement.length).astype(np.float32) for name in self.keys
@@ -85,7 +85,7 @@ class Round:
         return self
 
     def finish(self) -> Round:
-        assert run(self.server, self.exchange) == []
+        assert run_round(self.server, self.exchange) == []
         return self
 
     def request(self, name: str, **changes) -> bytes:
@@ -127,7 +127,7 @@ def fork(party: Round) -> Round:
     """A second future of a round: everybody's state at this moment, copied."""
     other = Round(before=party, session=party.server.session, updates=party.updates)
     other.clients = {
-        name: Client(name, party.keys[name], party.agreement).restore(client.save())
+        name: SecAggClient(name, party.keys[name], party.agreement).restore(client.save())
         for name, client in party.clients.items()
     }
     server = vars(party.server)

@@ -199,7 +199,7 @@ def test_too_few_neighbours_of_one_hospital_leave_no_sum():
     around = party.server._neighbours["h0000"]
     party.leave = {"unmask": around[:2]}
     with pytest.raises(TooFewSurvivors, match=r"too few of h0\d+'s neighbours are left"):
-        secagg.run(party.server, party.exchange)
+        secagg.run_round(party.server, party.exchange)
     assert party.server.total is None and party.server._sum is None and party.server.step is None
 
 

@@ -20,7 +20,16 @@ from primia_lite.federation.aggregation import SecureAggregation, WeightedMean
 from primia_lite.federation.hospital import Hospital
 from primia_lite.federation.rounds import Schedule, federate
 from primia_lite.privacy.dpsgd import Privacy
-from primia_lite.secagg import STEPS, Agreement, Client, ProtocolError, Reply, Server, TooFewSurvivors, run
+from primia_lite.secagg import (
+    STEPS,
+    Agreement,
+    ProtocolError,
+    Reply,
+    SecAggClient,
+    SecAggServer,
+    TooFewSurvivors,
+    run_round,
+)
 from primia_lite.secagg.shares import SHARE_BYTES
 from primia_lite.training import Training
 
@@ -125,7 +134,7 @@ def test_a_hospital_that_lies_within_the_clip_is_not_noticed():
 def test_fewer_than_the_threshold_leave_no_sum(step):
     party = Round(4, threshold=3, leave={step: "BD"})
     with pytest.raises(TooFewSurvivors, match=rf"ended at {step}: 2 hospitals .* 3 \(missing: B, D\)"):
-        run(party.server, party.exchange)
+        run_round(party.server, party.exchange)
     server = party.server
     assert server.step is None and server.total is None and server._sum is None
     assert not any(server._replies.values())
@@ -414,7 +423,7 @@ def test_a_round_goes_on_without_those_who_send_nonsense():
         for reply in party.exchange(step, requests):
             yield party.resigned(reply, body={"odd": "1"}) if (reply.sender, step) == ("D", "share") else reply
 
-    assert run(party.server, exchange) == ["D's share holds ['odd'], not ['commitment', 'shares']"]
+    assert run_round(party.server, exchange) == ["D's share holds ['odd'], not ['commitment', 'shares']"]
     assert party.server.survivors == ("A", "B", "C")
     assert np.array_equal(party.server.total, party.exact("ABC"))
 
@@ -443,7 +452,7 @@ def test_a_hospital_that_shared_something_else_than_it_masked_with_spoils_the_ro
         party.server.receive(reply)
     party.server.close()
     with pytest.raises(ProtocolError, match="A's own mask don't give what it committed to"):
-        run(party.server, party.exchange)
+        run_round(party.server, party.exchange)
     assert party.server.total is None and party.server._sum is None
 
 
@@ -601,20 +610,20 @@ def test_parties_that_agreed_on_something_else_do_not_understand_each_other(fiel
     base = base or Agreement(PUBLIC, SIZES, 8)
     other = replace(base, **{field: CHANGES[field]} | ({"share_threshold": 2} if field == "degree" else {}))
     assert other.digest != base.digest
-    client, server = Client("A", KEYS["A"], other), Server(base, 1)
+    client, server = SecAggClient("A", KEYS["A"], other), SecAggServer(base, 1)
     reply = client.answer(server.requests()["A"], lambda: GOOD)
     with pytest.raises(ProtocolError, match="A didn't sign"):
         server.receive(reply)
-    reply = Client("B", KEYS["B"], base).answer(server.requests()["B"], lambda: GOOD)
+    reply = SecAggClient("B", KEYS["B"], base).answer(server.requests()["B"], lambda: GOOD)
     with pytest.raises(ProtocolError, match="B didn't sign"):
         client.answer(secagg.request("share", 1, advertised=[relayed(reply)]), lambda: GOOD)
 
 
 def test_a_hospital_with_another_identity_is_refused():
     with pytest.raises(UserError, match="A's identity isn't the one"):
-        Client("A", KEYS["B"], Agreement(PUBLIC, SIZES, 8))
+        SecAggClient("A", KEYS["B"], Agreement(PUBLIC, SIZES, 8))
     with pytest.raises(UserError, match="X's identity"):
-        Client("X", KEYS["A"], Agreement(PUBLIC, SIZES, 8))
+        SecAggClient("X", KEYS["A"], Agreement(PUBLIC, SIZES, 8))
 
 
 # --- a hospital's state -----------------------------------------------------------------------------------------------
@@ -625,7 +634,7 @@ def test_a_hospital_may_be_a_new_process_at_each_step():
     while party.server.step:
         party.step()
         for name, client in party.clients.items():
-            party.clients[name] = Client(name, party.keys[name], party.agreement).restore(client.save())
+            party.clients[name] = SecAggClient(name, party.keys[name], party.agreement).restore(client.save())
     assert np.array_equal(party.server.total, party.exact("AB"))
     with pytest.raises(ProtocolError, match="asked for round 1 after round 1"):
         party.clients["A"].answer(secagg.request("advertise", 1), lambda: GOOD)
@@ -639,7 +648,7 @@ def test_a_state_is_not_restored_over_a_later_one():
     with pytest.raises(ProtocolError, match="it doesn't go back"):
         client.restore(states["A"])
     with pytest.raises(ProtocolError, match="it doesn't go back"):
-        Client("A", party.keys["A"], party.agreement, last_session=1).restore(states["A"])
+        SecAggClient("A", party.keys["A"], party.agreement, last_session=1).restore(states["A"])
     assert client.restore(client.save()).last_session == 1
 
 

@@ -12,7 +12,7 @@ from parties import Round, altered, fork, names, relayed
 
 from primia_lite import secagg
 from primia_lite.config import UserError
-from primia_lite.secagg import STEPS, Client, ProtocolError, Reply
+from primia_lite.secagg import STEPS, ProtocolError, Reply, SecAggClient
 
 
 def refuses(party, name, request, message=None):
@@ -24,7 +24,7 @@ def refuses(party, name, request, message=None):
     for step in STEPS[1:]:
         with pytest.raises(ProtocolError, match="it is in no round|understood"):
             party.ask(name, secagg.request(step, party.server.session))
-    party.clients[name] = Client(name, party.keys[name], party.agreement).restore(kept)  # for the next try
+    party.clients[name] = SecAggClient(name, party.keys[name], party.agreement).restore(kept)  # for the next try
 
 
 def at(step, n=4, **options):
@@ -185,7 +185,9 @@ def opened_by_nobody(party, sender, receivers):
     """A hospital that lies, and signs it: what it sealed for some others doesn't open."""
     replies = {reply.sender: reply for reply in party.replies()}
     shares = replies[sender].body["shares"]
-    body = replies[sender].body | {"shares": shares | dict.fromkeys(receivers, secagg.messages.encode(bytes(secagg.keys.SEALED)))}
+    body = replies[sender].body | {
+        "shares": shares | dict.fromkeys(receivers, secagg.messages.encode(bytes(secagg.keys.SEALED)))
+    }
     for reply in (replies | {sender: party.resigned(replies[sender], body=body)}).values():
         party.server.receive(reply)
     party.server.close()
@@ -215,7 +217,7 @@ def test_who_sealed_a_share_that_does_not_open_is_named_and_the_receiver_stays_i
 @pytest.mark.parametrize("n", [3, 4])
 def test_without_a_hospital_to_spare_the_receiver_of_a_bad_share_is_left_out_and_the_sender_named(n):
     party = opened_by_nobody(at("share", n), "B", "A")
-    refused = secagg.run(party.server, party.exchange)
+    refused = secagg.run_round(party.server, party.exchange)
     assert len(refused) == 1 and "B sent A a share that doesn't open" in refused[0]
     assert party.server.survivors == tuple(names(n)[1:])
     assert np.array_equal(party.server.total, party.exact(party.server.survivors))
@@ -337,7 +339,7 @@ def test_confirmations_of_a_run_before_with_the_same_number_do_not_do():
     first = at("unmask")
     old = json.loads(first.request("A"))["confirmed"]
     again = Round(before=first, session=1)
-    again.clients = {n: Client(n, key, again.agreement) for n, key in again.keys.items()}
+    again.clients = {n: SecAggClient(n, key, again.agreement) for n, key in again.keys.items()}
     again.until("confirm")
     texts = [relayed(again.ask("A", again.request("A")))]
     refuses(again, "A", secagg.request("unmask", 1, confirmed=[*texts, *old[1:]]), "other survivors or keys")
@@ -374,7 +376,7 @@ JSON = st.recursive(
 def answers(step, request):
     """A hospital's reply to a request, or None where it refuses in the one way that is allowed."""
     party, state, _ = STATES[step]
-    client = Client("A", party.keys["A"], party.agreement).restore(state)
+    client = SecAggClient("A", party.keys["A"], party.agreement).restore(state)
     try:
         return client.answer(request, lambda: party.updates["A"])
     except ProtocolError:

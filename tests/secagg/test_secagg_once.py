@@ -14,10 +14,10 @@ from primia_lite.apps.flower.hospital import Site
 from primia_lite.data.films import Films
 from primia_lite.federation.aggregation import SecureAggregation
 from primia_lite.federation.hospital import Hospital, Update
-from primia_lite.federation.rounds import Schedule, Server, federate
+from primia_lite.federation.rounds import Schedule, ServerOptimizer, federate
 from primia_lite.federation.study import Study
 from primia_lite.privacy.dpsgd import Privacy
-from primia_lite.secagg import Client, ProtocolError, Question, TooFewSurvivors
+from primia_lite.secagg import ProtocolError, Question, SecAggClient, TooFewSurvivors
 from primia_lite.training import Training
 
 ONE, OTHER, NEXT = Question("study:1", "w"), Question("study:1", "v"), Question("study:2", "w")
@@ -107,11 +107,11 @@ def test_updates_of_other_rounds_or_weights_are_left_out_and_do_not_cancel(other
 def test_what_was_signed_outlives_the_client_and_the_agreement():
     answered = {name: {} for name in "ABC"}
     first = Round(3, question=ONE)
-    first.clients = {n: Client(n, key, first.agreement, answered=answered[n]) for n, key in first.keys.items()}
+    first.clients = {n: SecAggClient(n, key, first.agreement, answered=answered[n]) for n, key in first.keys.items()}
     first.finish()
     kept = json.loads(json.dumps(answered))
     party = again(first, 2, mask="C")
-    party.clients = {n: Client(n, key, party.agreement, 1, kept[n]) for n, key in party.keys.items()}
+    party.clients = {n: SecAggClient(n, key, party.agreement, 1, kept[n]) for n, key in party.keys.items()}
     with pytest.raises(ProtocolError, match="signed other survivors"):
         party.finish()
 
@@ -119,7 +119,7 @@ def test_what_was_signed_outlives_the_client_and_the_agreement():
 def test_a_round_s_question_is_kept_between_steps():
     first = Round(3, question=ONE, leave={"mask": "C"}).until("confirm")
     for name, key in first.keys.items():
-        first.clients[name] = Client(name, key, first.agreement).restore(first.clients[name].save())
+        first.clients[name] = SecAggClient(name, key, first.agreement).restore(first.clients[name].save())
     first.finish()
     with pytest.raises(ProtocolError, match="signed other survivors"):
         again(first, 2).finish()
@@ -192,7 +192,7 @@ class Sites:
         self.agreement = secagg.Agreement(public, sizes, 24)
         self.study = Study("trial", "films", TRAINING, privacy, rounds, self.agreement).to_bytes()
         self.folder, self.kept = folder, {}
-        self.weights = {k: v.numpy() for k, v in Server.start(TRAINING, Schedule(1), (8,), 0).state.items()}
+        self.weights = {k: v.numpy() for k, v in ServerOptimizer.start(TRAINING, Schedule(1), (8,), 0).state.items()}
         self.restart()
 
     def restart(self):
@@ -205,7 +205,7 @@ class Sites:
             self.sites[name]._keep(kept)
 
     def round(self, session, without="", number=1, weights=None, until=None):
-        server = secagg.Server(self.agreement, session)
+        server = secagg.SecAggServer(self.agreement, session)
 
         def exchange(step, requests):
             for name, request in requests.items():
@@ -214,7 +214,7 @@ class Sites:
                     asked = number[name] if isinstance(number, dict) else number
                     yield from self.sites[name].answer(self.sites[name].fingerprint, [request], asked, given)
 
-        secagg.run(server, exchange)
+        secagg.run_round(server, exchange)
         return server
 
 

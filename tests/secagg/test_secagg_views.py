@@ -116,7 +116,7 @@ def test_control_no_mask_is_seen(monkeypatch):
 def test_control_without_the_others_masks_the_end_of_a_round_unmasks(monkeypatch):
     party = masking(big(), without("others'"), monkeypatch)
     assert is_noise(party.masked()["A"], party.updates["A"])  # for now
-    secagg.run(party.server, party.exchange)
+    secagg.run_round(party.server, party.exchange)
     left = strip(party)["A"]
     assert not is_noise(left, party.updates["A"]) and is_update(party, "A", left)
 
@@ -266,7 +266,7 @@ def test_two_of_three_is_as_little_as_a_lying_server_with_one_hospital_needs():
 
 @pytest.mark.parametrize("step", ["mask", "confirm"])
 def test_control_a_state_that_comes_back_twice_gives_a_hospital_away(step):
-    """Why ``Client.save`` says that a state must not come back."""
+    """Why ``SecAggClient.save`` says that a state must not come back."""
     if step == "mask":
         party = big().until("mask")
         other = fork(party)

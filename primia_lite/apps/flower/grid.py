@@ -27,7 +27,7 @@ from primia_lite.config import UserError
 from primia_lite.data.films import Films
 from primia_lite.federation.aggregation import length
 from primia_lite.federation.hospital import Hospital
-from primia_lite.federation.rounds import Result, Schedule, Server
+from primia_lite.federation.rounds import Result, Schedule, ServerOptimizer
 from primia_lite.federation.study import Study
 from primia_lite.privacy.dpsgd import Privacy
 from primia_lite.training import Training
@@ -133,7 +133,7 @@ def run_inline(
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
     in_shape = tuple(hospitals[0].films.inputs.shape[2:])
-    like = Server.start(training, schedule, in_shape, seed).parameters(training, in_shape)
+    like = ServerOptimizer.start(training, schedule, in_shape, seed).parameters(training, in_shape)
     identities = {h.name: Ed25519PrivateKey.generate() for h in hospitals}
     agreement = secagg.Agreement(
         {name: key.public_key().public_bytes_raw() for name, key in identities.items()},

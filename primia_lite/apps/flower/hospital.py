@@ -128,7 +128,7 @@ class Site:
         study
             :func:`fingerprint` of the server's study.
         requests
-            As :meth:`primia_lite.secagg.Client.answer` takes them.
+            As :meth:`primia_lite.secagg.SecAggClient.answer` takes them.
         number, weights
             Of a round of training, and the global weights by parameter name: for a request of step ``mask``.
 
@@ -167,9 +167,9 @@ class Site:
         self._keep(json.dumps([client.save().decode() for client in clients]).encode())
         return replies
 
-    def _clients(self) -> list[secagg.Client]:
+    def _clients(self) -> list[secagg.SecAggClient]:
         kept, answered = self._kept(), {}
-        clients = [secagg.Client(self.name, self._identity, self.agreement, answered=answered) for _ in range(2)]
+        clients = [secagg.SecAggClient(self.name, self._identity, self.agreement, answered=answered) for _ in range(2)]
         for client, content in zip(clients, json.loads(kept) if kept else (), strict=False):
             client.restore(content.encode())
         return clients

@@ -29,7 +29,7 @@ from primia_lite.apps.flower.hospital import FARTHEST_MS, STUDY, fingerprint, no
 from primia_lite.config import UserError, printable
 from primia_lite.federation.aggregation import Aggregate, check, unflat
 from primia_lite.federation.hospital import State
-from primia_lite.federation.rounds import Schedule, Server, serve
+from primia_lite.federation.rounds import Schedule, ServerOptimizer, run_rounds
 from primia_lite.federation.study import Study
 from primia_lite.runtime import write_atomic
 
@@ -77,25 +77,25 @@ class FlowerAggregation:
         self._nodes: dict[str, int] = {}  # by hospital
         self._missing: dict[str, int] = {}  # nodes that owe a reply, by message
         self._session = self._told = 0  # the last number given out; the highest that a hospital has named
-        self._next: secagg.Server | None = None
+        self._next: secagg.SecAggServer | None = None
 
-    def fewest(self, hospitals: int) -> int:
+    def min_revealed(self, hospitals: int) -> int:
         return self.agreement.threshold
 
     @property
     def name(self) -> str:
         return f"secure aggregation over Flower, threshold {self.agreement.threshold}, clip {self.agreement.clip:g}"
 
-    def aggregate(self, ask, sizes, like, number, *, summed=False, question=None) -> Aggregate:
-        """See :class:`~primia_lite.federation.aggregation.Aggregator`; of ``ask`` only the names count."""
-        check(ask, sizes)
-        if summed == self.agreement.weighted or dict(sizes) != dict(self.agreement.sizes):
+    def aggregate(self, compute_update, sizes, template, number, *, integer_sum=False, question=None) -> Aggregate:
+        """See :class:`~primia_lite.federation.aggregation.Aggregator`; of ``compute_update`` only the names count."""
+        check(compute_update, sizes)
+        if integer_sum == self.agreement.weighted or dict(sizes) != dict(self.agreement.sizes):
             raise UserError("the round's sizes, or what is summed, aren't those of the agreement: start from one study")
         server = self._round(number)
-        vector = server.total.astype(np.int64) if summed else server.mean
-        return Aggregate(unflat(vector, like), server.survivors)
+        vector = server.total.astype(np.int64) if integer_sum else server.mean
+        return Aggregate(unflat(vector, template), server.survivors)
 
-    def _round(self, number: int, *, again: bool = True) -> secagg.Server:
+    def _round(self, number: int, *, again: bool = True) -> secagg.SecAggServer:
         server, self._next = self._next or self._begin(), None
         steps = []
 
@@ -111,7 +111,7 @@ class FlowerAggregation:
                 yield from self._sorted(message, server)
 
         try:
-            self.refused += secagg.run(server, exchange)
+            self.refused += secagg.run_round(server, exchange)
             self._close_next()
         except secagg.TooFewSurvivors:
             self._next = None
@@ -126,11 +126,11 @@ class FlowerAggregation:
 
     # --- the next round, one exchange ahead ---------------------------------------------------------------------------
 
-    def _begin(self) -> secagg.Server:
+    def _begin(self) -> secagg.SecAggServer:
         # By the clock, so that a new run's rounds come after the last one's; hospitals answer no earlier number.
         now = max(self._session + 1, self._told + 1, now_ms())
         self._session = now + (now - self._session + 1) % 2  # even after odd: hospitals keep the two apart
-        return secagg.Server(self.agreement, self._session)
+        return secagg.SecAggServer(self.agreement, self._session)
 
     def _ahead(self, step: str) -> dict[str, bytes]:
         if step == "confirm":
@@ -153,7 +153,7 @@ class FlowerAggregation:
     def _record(self) -> ArrayRecord:
         return ArrayRecord({name: Array(value.numpy()) for name, value in self._weights().items()})
 
-    def _sorted(self, message: Message, server: secagg.Server) -> Iterator[secagg.Reply]:
+    def _sorted(self, message: Message, server: secagg.SecAggServer) -> Iterator[secagg.Reply]:
         """A message's replies for this round; those for the next one are taken."""
         if message.has_error():
             self._note(f"node {message.metadata.src_node_id}: {message.error.reason}")
@@ -176,7 +176,7 @@ class FlowerAggregation:
             else:
                 yield reply
 
-    def _learn(self, reply: secagg.Reply, node: int, server: secagg.Server) -> None:
+    def _learn(self, reply: secagg.Reply, node: int, server: secagg.SecAggServer) -> None:
         """Which node a hospital is, from what it signed."""
         for round_ in (server, self._next):
             try:
@@ -256,7 +256,7 @@ def train(
     validation=None,
     show: Callable[[dict], None] | None = None,
     **options,
-) -> Server:
+) -> ServerOptimizer:
     """Train over the Grid, as :func:`primia_lite.federation.rounds.federate` does in one process.
 
     Parameters
@@ -280,7 +280,7 @@ def train(
     agreed = Study.from_bytes(study)
     if schedule.rounds > agreed.rounds:
         raise UserError(f"rounds is {schedule.rounds}, but hospitals agreed to {agreed.rounds}")
-    server = Server.start(agreed.training, schedule, in_shape, agreed.seed)
+    server = ServerOptimizer.start(agreed.training, schedule, in_shape, agreed.seed)
     if folder:
         plan = asdict(schedule)
         if not schedule.average_last:  # more rounds may be added to a run, but not to what was averaged
@@ -288,7 +288,7 @@ def train(
         server.resume(folder, "", hashlib.sha256(study + json.dumps(plan).encode()).hexdigest()[:16])
     aggregator = FlowerAggregation(grid, study, lambda: server.state, schedule.rounds, **options)
     sizes = dict(agreed.agreement.sizes)
-    for record in serve(
+    for record in run_rounds(
         server, aggregator, lambda number: dict.fromkeys(sizes), sizes, agreed.training, in_shape,
         privacy=agreed.privacy, folder=folder, validation=validation,
     ):  # fmt: skip

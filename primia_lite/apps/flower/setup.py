@@ -30,7 +30,7 @@ from primia_lite.config import UserError, printable
 from primia_lite.federation.aggregation import length
 from primia_lite.federation.claims import read_file, read_json
 from primia_lite.federation.hospital import declare_size
-from primia_lite.federation.rounds import Schedule, Server
+from primia_lite.federation.rounds import Schedule, ServerOptimizer
 from primia_lite.federation.study import Study
 from primia_lite.federation.study import describe as describe
 from primia_lite.privacy.dpsgd import Privacy
@@ -330,7 +330,7 @@ def settle(
         raise UserError(f"[training] of the settings can't be used: {error}") from error
     shape = prepare(training.model, load("phantom", cards[0]["size"], n_films=12), cache=False).inputs.shape
     in_shape = tuple(shape[2:])
-    entries = length(Server.start(training, Schedule(1), in_shape, 0).parameters(training, in_shape))
+    entries = length(ServerOptimizer.start(training, Schedule(1), in_shape, 0).parameters(training, in_shape))
     sizes = {card["name"]: card["declared"] for card in cards}
     privacy, wanted = None, {**PRIVACY, **settings.get("privacy", {})}
     colluding = wanted.pop("colluding", None)

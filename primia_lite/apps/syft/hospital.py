@@ -121,7 +121,7 @@ class Site:
         self._trusted = {self.name: self.public_key}
         self.approvals = {key: Approval.from_dict(value) for key, value in self._kept("approvals", {}).items()}
         self._round = self._kept("round", {"digest": "", "client": ""})  # the protocol's state
-        self._secagg: secagg.Client | None = None
+        self._secagg: secagg.SecAggClient | None = None
         self._names: list[str] = self._kept("names", [])  # of rounds' jobs; each comes once
         self.journal: list[str] = []
         self.seconds: dict[str, float] = {}
@@ -385,14 +385,18 @@ class Site:
             self._keep("round", self._round)
         return reply.to_bytes()
 
-    def _client(self, key: str, study: Study) -> secagg.Client:
+    def _client(self, key: str, study: Study) -> secagg.SecAggClient:
         if self._round["digest"] == key and self._secagg is not None:
             return self._secagg
         if self._round["digest"] == key:
-            return secagg.Client(self.name, self._identity, study.agreement).restore(self._round["client"].encode())
+            return secagg.SecAggClient(self.name, self._identity, study.agreement).restore(
+                self._round["client"].encode()
+            )
         # Another study: its rounds go on counting where the last one's stopped, and none is answered anew.
         last = json.loads(self._round["client"] or '{"last_session": 0}')
-        return secagg.Client(self.name, self._identity, study.agreement, last["last_session"], last.get("answered"))
+        return secagg.SecAggClient(
+            self.name, self._identity, study.agreement, last["last_session"], last.get("answered")
+        )
 
     def _update(self, job: str, key: str, study: Study, files: Files, timeout_s: float) -> np.ndarray:
         """The job's update, after the round is counted and charged."""

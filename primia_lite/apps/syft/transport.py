@@ -40,7 +40,7 @@ from primia_lite.federation.aggregation import Aggregate, check, length, unflat
 from primia_lite.federation.claims import read_file
 from primia_lite.federation.hospital import Hospital, State
 from primia_lite.federation.progress import RoundProgress
-from primia_lite.federation.rounds import Result, Schedule, Server, serve
+from primia_lite.federation.rounds import Result, Schedule, ServerOptimizer, run_rounds
 from primia_lite.federation.study import CODE, REQUEST, ROUND, RUN, RUN_SH, Files, Study, films_from, round_file
 
 
@@ -207,7 +207,7 @@ class Researcher:
 
     # A round
 
-    def round(self, study: Study, weights: State, number: int) -> secagg.Server:
+    def round(self, study: Study, weights: State, number: int) -> secagg.SecAggServer:
         """Take a round to its end; the server that comes back holds the sum and its survivors.
 
         Raises
@@ -217,14 +217,14 @@ class Researcher:
         """
         self._session += 1
         before = len(self.refused)
-        server = secagg.Server(study.agreement, self._session)
+        server = secagg.SecAggServer(study.agreement, self._session)
         weights_file = round_file(number, weights)
 
         def exchange(step: str, requests: Mapping[str, bytes]) -> Iterable[secagg.Reply]:
             return self._ask(study, number, step, requests, weights_file if step == "mask" else None)
 
         try:
-            self.refused += secagg.run(server, exchange)
+            self.refused += secagg.run_round(server, exchange)
         except secagg.TooFewSurvivors as error:
             said = "; ".join(self.refused[before:])
             raise secagg.TooFewSurvivors(f"{error}. What hospitals said: {said or 'nothing'}") from error
@@ -290,18 +290,19 @@ class SyftAggregation:
     def name(self) -> str:
         return f"secure aggregation over PySyft, threshold {self.study.agreement.threshold}"
 
-    def fewest(self, hospitals: int) -> int:
+    def min_revealed(self, hospitals: int) -> int:
         return self.study.agreement.threshold
 
-    def aggregate(self, ask, sizes, like, number, *, summed=False, question=None) -> Aggregate:
-        check(ask, sizes)
-        if length(like) != self.study.agreement.length or summed != self.study.summed:
+    def aggregate(self, compute_update, sizes, template, number, *, integer_sum=False, question=None) -> Aggregate:
+        check(compute_update, sizes)
+        if length(template) != self.study.agreement.length or integer_sum != self.study.integer_sum:
             raise UserError(
-                f"the study agreed on updates of {self.study.agreement.length} numbers, the model has {length(like)}"
+                f"the study agreed on updates of {self.study.agreement.length} numbers, "
+                f"the model has {length(template)}"
             )
         server = self.researcher.round(self.study, self.weights(), number)
-        vector = server.total.astype(np.int64) if summed else server.mean
-        return Aggregate(unflat(vector, like), server.survivors)
+        vector = server.total.astype(np.int64) if integer_sum else server.mean
+        return Aggregate(unflat(vector, template), server.survivors)
 
 
 def _elsewhere():
@@ -342,11 +343,11 @@ def federate_with_syft(
         raise UserError(f"{schedule.rounds} rounds, but study {study.name!r} asks for {study.rounds}")
     mock = films_from(researcher.mock(study.agreement.names[0], study.dataset))
     in_shape = tuple(mock.inputs.shape[2:])
-    server = Server.start(study.training, schedule, in_shape, seed)
+    server = ServerOptimizer.start(study.training, schedule, in_shape, seed)
     aggregator = SyftAggregation(researcher, study, lambda: server.state)
     show = RoundProgress(progress, schedule.rounds, []) if isinstance(progress, str) else progress
     sizes = study.agreement.sizes
-    rounds = serve(
+    rounds = run_rounds(
         server, aggregator, lambda number: dict.fromkeys(sizes, _elsewhere), sizes, study.training, in_shape,
         privacy=study.privacy, validation=validation,
     )  # fmt: skip

@@ -217,7 +217,7 @@ def site(tmp_path):
 
 def ask(site, number=1, weights=None, session=1, *, until="unmask"):
     """A round with all three hospitals up to a step; the replies of the last one."""
-    server = secagg.Server(site.agreement, session)
+    server = secagg.SecAggServer(site.agreement, session)
     weights = {"weight": np.zeros((3, 8), np.float32)} if weights is None else weights
     while True:
         step, requests = server.step, server.requests()
@@ -235,7 +235,7 @@ def test_a_server_that_asks_for_less_noise_is_refused_before_anything_is_charged
     content["privacy"]["noise_multiplier"] = 0.1
     other = fingerprint(json.dumps(content).encode())
     with pytest.raises(OtherStudy, match=f"agreed to study {site.fingerprint[:16]}, the server runs {other[:16]}"):
-        site.answer(other, [secagg.Server(site.agreement, 1).requests()["A"]])
+        site.answer(other, [secagg.SecAggServer(site.agreement, 1).requests()["A"]])
     assert not site.ledger.exists()
 
 
@@ -255,7 +255,7 @@ def test_rounds_beyond_the_study_s_and_sessions_that_were_are_refused(site):
                  b'{"step": "advertise", "session": 9000000000000000}', b'{"step": "advertise", "session": true}']
 )  # fmt: skip
 def test_a_request_that_nobody_can_mean_is_refused_and_the_next_one_answered(site, request_):
-    good = secagg.Server(site.agreement, 1).requests()["A"]
+    good = secagg.SecAggServer(site.agreement, 1).requests()["A"]
     (reply,) = site.answer(site.fingerprint, [request_, good])
     assert reply.step == "advertise" and reply.session == 1
 
@@ -283,7 +283,7 @@ def test_a_refusal_tells_the_server_nothing_of_films(site):
         raise UserError("film 17 of patient 4711 has values that aren't finite")
 
     site.hospital.update = broken
-    server = secagg.Server(site.agreement, 1)
+    server = secagg.SecAggServer(site.agreement, 1)
     others = [site.others[name] for name in "BC"]
     for _ in range(2):  # advertise, share
         requests = server.requests()
@@ -389,7 +389,7 @@ def test_a_clock_that_was_ahead_once_locks_no_hospital_out(monkeypatch, at_ms):
 
 def test_one_hospital_that_alone_was_asked_by_that_clock_takes_part_again(monkeypatch):
     study, sites = study_of("ABC", 4)
-    early = [secagg.Server(sites[0].agreement, number).requests()["A"] for number in (IN_2037, IN_2037 + 1)]
+    early = [secagg.SecAggServer(sites[0].agreement, number).requests()["A"] for number in (IN_2037, IN_2037 + 1)]
     assert len(sites[0].answer(sites[0].fingerprint, early)) == 2
     history = train(sites, study, 3).history
     assert [record.get("absent") for record in history] == [["A"], None, None]
@@ -398,7 +398,7 @@ def test_one_hospital_that_alone_was_asked_by_that_clock_takes_part_again(monkey
 def test_a_hospital_that_lies_about_its_last_round_locks_nobody_out(monkeypatch):
     study, sites = study_of("ABC", 4)
     for site in sites:  # asked in 2037, and nothing signed
-        asked = [secagg.Server(site.agreement, number).requests()[site.name] for number in (IN_2037, IN_2037 + 1)]
+        asked = [secagg.SecAggServer(site.agreement, number).requests()[site.name] for number in (IN_2037, IN_2037 + 1)]
         assert len(site.answer(site.fingerprint, asked)) == 2
     real, century = flower_app.respond, 100 * 365 * 24 * 3600 * 1000
 
@@ -421,7 +421,7 @@ def test_a_hospital_that_lies_about_its_last_round_locks_nobody_out(monkeypatch)
 
 
 def test_a_hospital_takes_no_number_from_a_clock_that_is_centuries_ahead(site):
-    far = secagg.Server(site.agreement, 10**13 + 1).requests()["A"]  # in 2286
+    far = secagg.SecAggServer(site.agreement, 10**13 + 1).requests()["A"]  # in 2286
     assert site.answer(site.fingerprint, [far]) == []
     assert max(last_sessions(site)) == 0
 
@@ -431,7 +431,7 @@ def test_sizes_and_sums_must_be_the_study_s(site):
     sizes = dict(site.agreement.sizes)
     for wrong, summed in ((sizes | {"A": 7}, False), (sizes, True)):
         with pytest.raises(UserError, match="start from one study"):
-            aggregator.aggregate(dict.fromkeys(sizes), wrong, {}, 1, summed=summed)
+            aggregator.aggregate(dict.fromkeys(sizes), wrong, {}, 1, integer_sum=summed)
 
 
 def test_more_rounds_than_agreed_are_refused(site):

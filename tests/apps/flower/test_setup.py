@@ -30,7 +30,7 @@ from primia_lite.apps.flower import process as flower_process
 from primia_lite.apps.flower import setup as flower_setup
 from primia_lite.apps.flower.hospital import SiteInFolder, read_identity
 from primia_lite.config import UserError
-from primia_lite.secagg import Server
+from primia_lite.secagg import SecAggServer
 
 pytestmark = pytest.mark.flower
 FILMS = {"source": "phantom", "size": 28, "n_films": 60}
@@ -307,7 +307,7 @@ def test_a_server_elsewhere_that_isn_t_reached_is_named_and_the_proxy_too(federa
 def test_a_hospital_s_processes_go_on_where_the_last_one_ended(federation):
     """Each message is answered by a Site of its own, as by a new process; nothing but the folder is kept."""
     agreement = SiteInFolder(federation / "A").agreement
-    server, secrets = Server(agreement, 1), set()
+    server, secrets = SecAggServer(agreement, 1), set()
     weights = None
     seen = b""
     while server.step is not None:

@@ -33,7 +33,7 @@ from primia_lite.apps.flower import (
 )
 from primia_lite.apps.flower.hospital import CONFIG, IDENTITY, STUDY, Behind, OtherStudy, SiteInFolder
 from primia_lite.apps.flower.worker import SOCKET, Relay
-from primia_lite.federation.rounds import Schedule, Server
+from primia_lite.federation.rounds import Schedule, ServerOptimizer
 from primia_lite.federation.study import Study
 
 pytestmark = pytest.mark.flower
@@ -75,7 +75,7 @@ def wait_for(condition, seconds=600):
 
 def weights_of(folder: Path, agreed: Study) -> dict[str, np.ndarray]:
     config = tomllib.loads((folder / "server" / "server.toml").read_text())
-    state = Server.start(agreed.training, Schedule(2), tuple(config["in_shape"]), agreed.seed).state
+    state = ServerOptimizer.start(agreed.training, Schedule(2), tuple(config["in_shape"]), agreed.seed).state
     return {name: value.numpy() for name, value in state.items()}
 
 
@@ -84,7 +84,7 @@ def test_a_round_through_it_ends_with_the_sum(worker):
     agreed = Study.from_bytes((folder / "server" / "study.json").read_bytes())
     sites = {name: SiteInFolder(folder / name) for name in "ABC"}
     weights = weights_of(folder, agreed)
-    server = secagg.Server(agreed.agreement, 2)
+    server = secagg.SecAggServer(agreed.agreement, 2)
 
     def exchange(step, requests):
         for name, request in requests.items():
@@ -93,7 +93,7 @@ def test_a_round_through_it_ends_with_the_sum(worker):
             assert (reply.sender, reply.step) == (name, step)
             yield reply
 
-    assert secagg.run(server, exchange) == []
+    assert secagg.run_round(server, exchange) == []
     assert list(server.survivors) == ["A", "B", "C"]
     expected = np.zeros(agreed.agreement.length, np.uint32)
     for name, site in sites.items():  # without DP a round's update is drawn from the study's seed
@@ -101,7 +101,7 @@ def test_a_round_through_it_ends_with_the_sum(worker):
         expected += agreed.agreement.fixed_point.quantise(update, agreed.agreement.weight(name))
     assert np.array_equal(server.total, expected.view(np.int32))
     # Its memory holds nothing that the folder doesn't: another process goes on where it was.
-    request = secagg.Server(agreed.agreement, 2).requests()["A"]
+    request = secagg.SecAggServer(agreed.agreement, 2).requests()["A"]
     for site in (sites["A"], Relay.to(folder / "A")):
         with pytest.raises(Behind) as caught:
             site.answer(sites["A"].fingerprint, [request])
@@ -149,14 +149,14 @@ def test_films_that_the_hospital_deletes_are_read_again(worker):
     sites = {name: SiteInFolder(folder / name) for name in "BC"}
 
     def a_round(session):
-        server = secagg.Server(agreed.agreement, session)
+        server = secagg.SecAggServer(agreed.agreement, session)
 
         def exchange(step, requests):
             for name, request in requests.items():
                 site = Relay.to(folder / "A") if name == "A" else sites[name]
                 yield from site.answer(sites["B"].fingerprint, [request], 1, weights if step == "mask" else None)
 
-        assert secagg.run(server, exchange) == []
+        assert secagg.run_round(server, exchange) == []
         return server.total
 
     first, again = a_round(12), a_round(14)
@@ -226,7 +226,7 @@ def test_when_it_ends_flowers_process_answers_by_itself(mortal, how):
     if how != "kill":
         assert not (folder / "A" / SOCKET).exists()
     site = SiteInFolder(folder / "A")
-    request = secagg.Server(site.agreement, 2).requests()["A"]
+    request = secagg.SecAggServer(site.agreement, 2).requests()["A"]
     (reply,) = ask(folder / "A", flower_app.request(site.fingerprint, [request], 1, None))
     assert [r.step for r in flower_app.replies(reply)] == ["advertise"]
 

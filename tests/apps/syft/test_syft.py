@@ -22,7 +22,7 @@ from primia_lite.apps.syft.transport import Federation, federate_with_syft, in_m
 from primia_lite.config import UserError
 from primia_lite.data.films import Films
 from primia_lite.federation.hospital import Hospital
-from primia_lite.federation.rounds import Schedule, Server, federate
+from primia_lite.federation.rounds import Schedule, ServerOptimizer, federate
 from primia_lite.federation.study import CODE, REQUEST, ROUND, STUDY, Study, job_code
 from primia_lite.privacy.accounting import Release
 from primia_lite.privacy.dpsgd import Privacy
@@ -93,7 +93,7 @@ def fast(folder, study: str, more: str = "") -> bytes:
 
 
 def weights() -> dict:
-    return Server.start(TRAINING, Schedule(1), (FEATURES,), 0).state
+    return ServerOptimizer.start(TRAINING, Schedule(1), (FEATURES,), 0).state
 
 
 def charges(federation, study: str) -> dict[str, int]:
