@@ -13,9 +13,7 @@ from scipy.stats import binom, norm
 from primia_lite.config import UserError
 from primia_lite.privacy.accounting import (
     Release,
-    attacker_power,
     calibrate_noise_multiplier,
-    child_epsilon,
     clt_mu,
     epsilon,
     epsilon_bracket,
@@ -25,10 +23,12 @@ from primia_lite.privacy.accounting import (
     from_json,
     gaussian_delta,
     gaussian_epsilon,
+    group_epsilon,
     group_privacy,
     merge,
     selection_epsilon,
     to_json,
+    tpr_upper_bound,
 )
 from primia_lite.privacy.dpsgd import Privacy
 
@@ -296,13 +296,13 @@ def test_losses_that_floats_do_not_hold_are_bounded_by_the_noise_without_samplin
     for sigma in (0.02, 0.01, 1e-3, 1e-5, 1e-12):
         exact, sampled = gaussian_epsilon(1 / sigma, 1e-5), epsilon(Release(sigma, 0.5, 1), 1e-5)
         assert sampled <= exact and sampled >= 0.98 * exact  # sampling takes off log 2 or so
-        assert attacker_power(Release(sigma, 0.5, 1), [0.01])[0] <= 1
+        assert tpr_upper_bound(Release(sigma, 0.5, 1), [0.01])[0] <= 1
     for releases in (Release(0.05, 0.5, 1000), [Release(0.01, 0.5, 1), Release(400.0, 0.01, 10**5)]):
         assert 0 < epsilon(releases, 1e-5) < math.inf
         assert math.isfinite(epsilon(releases, 1e-5, "rdp"))
     with pytest.raises(UserError, match="lower bound"):
         epsilon_bracket(Release(0.005, 0.5, 1), 1e-5)
-    assert child_epsilon(Release(0.1, 0.5, 10), 30, 1e-30) == gaussian_epsilon(30 * math.sqrt(10) / 0.1, 1e-30)
+    assert group_epsilon(Release(0.1, 0.5, 10), 30, 1e-30) == gaussian_epsilon(30 * math.sqrt(10) / 0.1, 1e-30)
 
 
 @pytest.mark.parametrize(("sigma", "q"), [(1.0, 0.01), (0.3, 0.5), (5.0, 0.25), (0.8, 0.999), (0.7, 1e-4)])
@@ -404,7 +404,7 @@ def test_the_filters_order_is_the_best_for_what_is_planned():
 
 def test_a_child_with_one_film_has_the_films_epsilon_and_one_with_more_a_larger_one():
     release = Release(1.5616, 0.25, 101)
-    values = [child_epsilon(release, k, 1e-4) for k in (1, 2, 14)]
+    values = [group_epsilon(release, k, 1e-4) for k in (1, 2, 14)]
     assert values[0] == epsilon(release, 1e-4)
     assert values[1] == pytest.approx(19.7, abs=0.2) and values[2] == pytest.approx(404, abs=3)
     # The formula is far looser: at the same ε it allows a δ of more than a half, or of anything.
@@ -413,7 +413,7 @@ def test_a_child_with_one_film_has_the_films_epsilon_and_one_with_more_a_larger_
 
 def test_a_child_in_full_batches_is_the_exact_gaussian():
     exact = exact_gaussian_epsilon(6.0 / 3 / math.sqrt(10), 1e-4)
-    assert child_epsilon(Release(6.0, 1.0, 10), 3, 1e-4) == pytest.approx(exact, rel=0.001)
+    assert group_epsilon(Release(6.0, 1.0, 10), 3, 1e-4) == pytest.approx(exact, rel=0.001)
 
 
 def test_a_childs_epsilon_bounds_what_a_simulated_attacker_reaches():
@@ -429,7 +429,7 @@ def test_a_childs_epsilon_bounds_what_a_simulated_attacker_reaches():
         )
         return worst - delta
 
-    assert child_epsilon(Release(sigma, q, 1), k, delta) == pytest.approx(brentq(gap, 0.01, 20), rel=2e-3)
+    assert group_epsilon(Release(sigma, q, 1), k, delta) == pytest.approx(brentq(gap, 0.01, 20), rel=2e-3)
 
 
 def test_group_privacy_is_the_stated_formula():
@@ -457,12 +457,12 @@ def test_trying_more_costs_more_and_selection_less_than_showing_all():
 def test_an_attackers_power_is_the_exact_one_of_the_gaussian():
     rates = np.array([0.0, 1e-4, 0.01, 0.1, 0.5, 1.0])
     exact = norm.cdf(norm.ppf(rates) + 0.5)
-    np.testing.assert_allclose(attacker_power(Release(4.0, 1.0, 4), rates), exact, atol=2e-4)
-    np.testing.assert_allclose(attacker_power([], rates), rates)
+    np.testing.assert_allclose(tpr_upper_bound(Release(4.0, 1.0, 4), rates), exact, atol=2e-4)
+    np.testing.assert_allclose(tpr_upper_bound([], rates), rates)
 
 
 def test_an_attackers_power_stays_a_number_where_epsilon_is_absurd():
-    power = attacker_power(Release(10**-0.2, 1.0, 301), np.array([0.0, 0.01, 1.0]))
+    power = tpr_upper_bound(Release(10**-0.2, 1.0, 301), np.array([0.0, 0.01, 1.0]))
     assert np.isfinite(power).all() and (power <= 1).all() and power[1] > 0.99
 
 
@@ -473,7 +473,7 @@ def test_no_test_on_samples_beats_the_stated_power():
     absent, present = rng.normal(0, sigma, n), rng.normal(rng.random(n) < q, sigma)
     rates = np.array([0.001, 0.01, 0.1, 0.3])
     reached = np.mean(present > np.quantile(absent, 1 - rates)[:, None], axis=1)
-    bound = attacker_power(Release(sigma, q, 1), rates)
+    bound = tpr_upper_bound(Release(sigma, q, 1), rates)
     assert (reached <= bound + 4 * np.sqrt(bound / n) + 1e-3).all()
     assert (reached >= bound * 0.55).all()  # the bound serves both directions, so one alone stays below it
 
@@ -494,7 +494,7 @@ def test_releases_survive_json():
         (lambda: Release(1.0, math.nan, 1), "sample_rate is nan"),
         (lambda: Release(1.0, 0.5, 1.5), "steps is 1.5"),
         (lambda: epsilon_bracket(TYPICAL[0], 1e-4, "rdp"), "gives no lower bound"),
-        (lambda: child_epsilon(TYPICAL[0], 0, 1e-4), "films is 0"),
+        (lambda: group_epsilon(TYPICAL[0], 0, 1e-4), "films is 0"),
         (lambda: selection_epsilon(TYPICAL[0], 0.5, 1e-4), "mean_trials is 0.5: it must be at least 1"),
         (lambda: filter_epsilon(TYPICAL[0], 1.0, 3), "delta is 1"),
     ],
