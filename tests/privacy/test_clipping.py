@@ -171,7 +171,11 @@ def test_no_rows_and_units_without_rows():
     model, nothing = cnn(), torch.arange(0)
     for n_units in (0, 3):
         sums, norms, each = clipped_sum(
-            model, lambda m: F.cross_entropy(m(torch.zeros(0, 1, 12, 12)), nothing, reduction="none"), nothing, n_units, 1
+            model,
+            lambda m: F.cross_entropy(m(torch.zeros(0, 1, 12, 12)), nothing, reduction="none"),
+            nothing,
+            n_units,
+            1,
         )
         assert norms.tolist() == [0.0] * n_units and len(each) == 0
         assert all(torch.equal(sums[name], torch.zeros_like(p)) for name, p in model.named_parameters())
