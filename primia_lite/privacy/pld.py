@@ -126,11 +126,10 @@ def _step_delta(epsilon: np.ndarray, noise_multiplier: float, sample_rate: float
     exponent = sign * np.where(inside, epsilon, 0.0)
     # The loss of the Gaussian alone: log(1 + (e^x - 1) / q), which is x - log q + log(1 - (1 - q) e^-x) for a large x.
     large = np.maximum(exponent, 30.0)
-    plain = np.where(
-        exponent > 30,
-        large - math.log(sample_rate) + np.log1p((sample_rate - 1) * np.exp(-large)),
-        np.log1p(np.expm1(np.minimum(exponent, 30.0)) / sample_rate),
-    )
+    with np.errstate(divide="ignore"):  # minus infinity is right
+        small = np.log1p(np.expm1(np.minimum(exponent, 30.0)) / sample_rate)
+    far = large - math.log(sample_rate) + np.log1p((sample_rate - 1) * np.exp(-large))
+    plain = np.where(exponent > 30, far, small)
     delta = gaussian_delta(sign * plain, 1 / noise_multiplier)
     if remove:
         delta = np.where(inside, sample_rate * delta, -np.expm1(np.minimum(epsilon, 0.0)))

@@ -92,12 +92,8 @@ def test_the_bracket_holds_the_exact_gaussian(sigma, accountant):
     exact = exact_gaussian_epsilon(sigma / 3, 1e-5)
     bracket = epsilon_bracket(Release(sigma, 1.0, 9), 1e-5, accountant)
     assert bracket.lower <= exact <= bracket.upper + 1e-9
-
-
-def test_mixed_releases_have_a_bracket_too():
-    bracket = epsilon_bracket([Release(10.0, 1.0, 1), Release(2.0, 0.25, 60)], 1e-4)
-    alone = epsilon_bracket(Release(2.0, 0.25, 60), 1e-4)
-    assert alone.upper < bracket.lower and bracket.gap < 0.01
+    mixed = epsilon_bracket([Release(sigma, 1.0, 9), Release(2.0, 0.25, 60)], 1e-5, accountant)
+    assert bracket.upper < mixed.lower
 
 
 def test_the_central_limit_may_understate():
@@ -106,7 +102,7 @@ def test_the_central_limit_may_understate():
     # and is near where noise is large and steps are many
     many = Release(20.0, 0.1, 2000)
     assert epsilon(many, 1e-4, "gdp") == pytest.approx(epsilon(many, 1e-4), rel=0.01)
-    assert clt_mu(many) == pytest.approx(0.1 * math.sqrt(2000 * math.expm1(1 / 400)))
+    assert clt_mu([many]) == pytest.approx(0.1 * math.sqrt(2000 * math.expm1(1 / 400)))
 
 
 def test_the_accountants_are_ordered_as_labelled():
@@ -143,7 +139,7 @@ def test_gaussian_dp_is_that_of_dp_accounting_and_mixes_with_sampled_steps():
     theirs = pld.from_gaussian_mechanism(4.0, value_discretization_interval=1e-4).self_compose(10)
     assert epsilon(Release(4.0, 1.0, 10), 1e-5, "gdp") == pytest.approx(theirs.get_epsilon_for_delta(1e-5), rel=1e-4)
     full, sampled = Release(4.0, 1.0, 10), Release(20.0, 0.1, 2000)
-    assert clt_mu([full, sampled]) == pytest.approx(math.hypot(math.sqrt(10) / 4, clt_mu(sampled)))
+    assert clt_mu([full, sampled]) == pytest.approx(math.hypot(math.sqrt(10) / 4, clt_mu([sampled])))
     assert epsilon([full, sampled], 1e-5, "gdp") == pytest.approx(epsilon([full, sampled], 1e-5), rel=0.01)
 
 
@@ -161,21 +157,6 @@ def test_the_exact_gaussian_neither_overflows_nor_hangs():
     assert gaussian_epsilon(50.0, 1e-5) == pytest.approx(1462.28501596477979, rel=1e-12)
     for mu in (0.1, 1.0, 5.0, 60.0):
         assert gaussian_delta(gaussian_epsilon(mu, 1e-5), mu) == pytest.approx(1e-5, rel=1e-6)
-
-
-def test_the_worse_direction_counts():
-    """At few steps and a high rate removing a unit tells more than adding one: by numerical integration."""
-    sigma, q, x = 0.8, 0.3, np.linspace(-12, 13, 200_001)
-    absent = norm.pdf(x, 0, sigma)
-    present = q * norm.pdf(x, 1, sigma) + (1 - q) * absent
-
-    def reached(one, other):
-        return brentq(lambda e: np.trapezoid(np.clip(one - math.exp(e) * other, 0, None), x) - 1e-4, 0.01, 20)
-
-    directions = [reached(present, absent), reached(absent, present)]
-    assert directions[0] != pytest.approx(directions[1], rel=0.01)
-    bracket = epsilon_bracket(Release(sigma, q, 1), 1e-4)
-    assert bracket.lower <= max(directions) * (1 + 1e-6) and max(directions) <= bracket.upper * (1 + 1e-6)
 
 
 def optimistic(release: Release, delta: float, interval: float) -> float:

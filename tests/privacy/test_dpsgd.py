@@ -181,15 +181,6 @@ def test_films_that_cancel_do_not_make_a_networks_sum_longer_than_the_clip(scale
     assert longest <= 1 + FLOAT32_MARGIN
 
 
-def test_parts_of_a_batch_keep_their_films():
-    films = tabular(n=900, d=2000, views=2, patients=300)
-    batch = PoissonBatch(torch.arange(len(films.units("patient"))), 1.0)
-    parts = list(private_rows(films, batch, Training(), "patient", None, torch.Generator()))
-    assert len(parts) > 1
-    index = films.units("patient").films(batch.units)
-    assert torch.equal(torch.cat([rows.inputs for rows in parts]), films.inputs[index].flatten(0, 1))
-
-
 def test_clipping_alone_is_dp_sgd_less_its_noise():
     films, moved = tabular(n=60, patients=20, scale=3.0), []
     training = Training(sample_rate=0.5, local_steps=4)

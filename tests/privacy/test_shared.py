@@ -257,15 +257,6 @@ def test_one_unit_moves_a_computed_sum_by_far_less_than_the_margin_beyond_the_cl
     assert 0.999 < moved < 1 + FLOAT32_MARGIN / 100
 
 
-def test_a_linear_heads_clipped_sum_is_near_that_of_float64():
-    films, weights = tabular(500, d=64, scale=3.0), torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
-    model = build("litenet", 3, (64,))
-    model.load_state_dict({"weight": weights})
-    total = summed(model, films, Privacy(1.0, 0.5, 8, shared=SharedNoise(1, 0, 192, (500,))))
-    torch.testing.assert_close(total["weight"], exact_sum(films, model, 0.5), rtol=1e-5, atol=5e-6)
-    assert model.weight.dtype == torch.float32 and torch.equal(model.weight, weights)
-
-
 SHARED = SharedNoise(threshold=3, colluding=1, parameters=24, declared=(60, 40, 100))
 PRIVACY = Privacy(2.0, 0.5, target_epsilon=100.0, shared=SHARED)
 TRAINING = Training(sample_rate=0.5, learning_rate=0.5)
