@@ -16,6 +16,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -31,9 +32,9 @@ from primia_lite.apps.bench import Options
 from primia_lite.data.films import Films
 from primia_lite.privacy.accounting import Release, calibrate_noise_multiplier, epsilon_bracket
 from primia_lite.privacy.clipping import clipped_sum
-from primia_lite.privacy.dpsgd import PoissonBatch, Privacy, PrivateStep, Rows, poisson_batches
+from primia_lite.privacy.dpsgd import ClippedSum, PhysicalBatch, PoissonBatch, Privacy, clipped_step, poisson_batches
 from primia_lite.privacy.rng import SecureGenerator
-from primia_lite.training import _CACHE_BYTES, Training, private_rows
+from primia_lite.training import CACHE_BYTES, Training, private_rows
 
 SIDE, BATCH, BOUND, SIGMA, RATE = 64, 64, 1.0, 1.0, 1e-4
 REPEATS = {"head": 200, "cnn": 21, "ckksnet": 41, "resnet18": 5}
@@ -71,12 +72,13 @@ def plain(name: str, x: torch.Tensor, y: torch.Tensor) -> Step:
 
 def ours(name: str, x: torch.Tensor, y: torch.Tensor) -> Step:
     model = build(name)
-    private = PrivateStep(
-        model, torch.optim.SGD(model.parameters(), RATE), Privacy(SIGMA, BOUND, 8.0), BATCH, SecureGenerator()
-    )
     everyone = torch.arange(BATCH)
-    rows = Rows(x, everyone, torch.ones(BATCH, dtype=torch.int64), F.one_hot(y, 3).float())
-    return lambda: private(PoissonBatch(everyone, 1.0), [rows])
+    rows = PhysicalBatch(x, everyone, torch.ones(BATCH, dtype=torch.int64), F.one_hot(y, 3).float())
+    noise = partial(Privacy(SIGMA, BOUND, 8.0).add_noise, rng=SecureGenerator())
+    return partial(
+        clipped_step, ClippedSum(model, BOUND, "patient"), torch.optim.SGD(model.parameters(), RATE),
+        PoissonBatch(everyone, 1.0), [rows], BATCH, noise,
+    )  # fmt: skip
 
 
 def opacus_options() -> dict:
@@ -152,14 +154,12 @@ def head_steps(sample_rate: float = 0.5) -> dict[str, Step]:
     hospital = hospital_films()
     units, views = hospital.units("patient"), hospital.inputs.shape[1]
     training = Training(sample_rate=sample_rate, label_smoothing=0.1)
-    privacy = Privacy(SIGMA, 0.25, 8.0)
     batches = list(poisson_batches(len(units), sample_rate, 40, SecureGenerator()))
     turn = {"plain": 0, "ours": 0}
     nets = {name: models.build("litenet", 3, hospital.inputs.shape[2:]) for name in turn}
     optimizers = {name: torch.optim.SGD(net.parameters(), 0.1) for name, net in nets.items()}
-    private = PrivateStep(
-        nets["ours"], optimizers["ours"], privacy, sample_rate * len(units), SecureGenerator(), hospital
-    )
+    clipped = ClippedSum(nets["ours"], 0.25, "patient", hospital)
+    noise = partial(Privacy(SIGMA, 0.25, 8.0).add_noise, rng=SecureGenerator())
     nothing = torch.Generator()
 
     def batch(name: str) -> PoissonBatch:
@@ -170,7 +170,7 @@ def head_steps(sample_rate: float = 0.5) -> dict[str, Step]:
         # In the same parts as ours: nothing but DP makes the difference.
         index = units.films(batch("plain").units)
         optimizers["plain"].zero_grad()
-        for part in index.split(_CACHE_BYTES // hospital.inputs[0].nbytes):
+        for part in index.split(CACHE_BYTES // hospital.inputs[0].nbytes):
             x = torch.index_select(hospital.inputs, 0, part).flatten(0, 1)
             y = hospital.labels[part].repeat_interleave(views)
             loss = F.cross_entropy(nets["plain"](x), y, label_smoothing=0.1, reduction="sum")
@@ -179,7 +179,8 @@ def head_steps(sample_rate: float = 0.5) -> dict[str, Step]:
 
     def private_step():
         chosen = batch("ours")
-        private(chosen, private_rows(hospital, chosen, training, "patient", None, nothing))
+        parts = private_rows(hospital, chosen, training, "patient", None, nothing)
+        clipped_step(clipped, optimizers["ours"], chosen, parts, sample_rate * len(units), noise)
 
     return {"plain": plain_step, "ours": private_step}
 

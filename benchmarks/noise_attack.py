@@ -10,6 +10,7 @@ world.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,23 +21,17 @@ from primia_lite import runtime
 from primia_lite.apps.bench import Options
 from primia_lite.data.films import Films
 from primia_lite.privacy.accounting import calibrate_noise_multiplier
-from primia_lite.privacy.dpsgd import ClippedStep, ClippedSum, PoissonBatch, Privacy, PrivateStep
+from primia_lite.privacy.dpsgd import ClippedSum, PoissonBatch, Privacy, clipped_step
 from primia_lite.privacy.rng import SecureGenerator
 from primia_lite.training import Training, private_rows
 
 PATIENTS, FEATURES, CLASSES, BOUND, EPSILON, DELTA = 64, 800, 3, 0.25, 0.5, 1e-4
 
 
-class FloatStep(ClippedStep):
+def float_noise(total: dict, scale: float, rng: SecureGenerator) -> dict:
     """The control: normal noise in float32 on a float32 sum, as DP libraries add it."""
-
-    def __init__(self, model, optimizer, privacy, expected_batch, rng, films):
-        super().__init__(optimizer, ClippedSum(model, privacy.max_grad_norm, privacy.unit, films), expected_batch)
-        self.scale = privacy.noise_multiplier * privacy.max_grad_norm
-        self.normal = torch.Generator().manual_seed(rng.seed())
-
-    def released(self, total):
-        return {n: t.float() + self.scale * torch.randn(t.shape, generator=self.normal) for n, t in total.items()}
+    normal = torch.Generator().manual_seed(rng.seed())
+    return {name: t.float() + scale * torch.randn(t.shape, generator=normal) for name, t in total.items()}
 
 
 def patients(seed: int) -> Films:
@@ -61,11 +56,12 @@ def share_consistent(released: np.ndarray, total: np.ndarray, std: float) -> flo
     return float(fits.mean()) if len(fits) else 0.0
 
 
-def right(step_of, sample_rate: float, plays: int, seed: int) -> int:
-    """How many plays the attacker wins."""
+def right(noise: str, sample_rate: float, plays: int, seed: int) -> int:
+    """How many plays the attacker wins against ``float`` or ``exact`` noise."""
     random, films, won = np.random.default_rng(seed), patients(seed), 0
     sigma = calibrate_noise_multiplier(EPSILON, DELTA, sample_rate, 1)
     privacy, training = Privacy(sigma, BOUND, 1e9), Training(sample_rate=sample_rate)
+    adds = privacy.add_noise if noise == "exact" else partial(float_noise, scale=sigma * BOUND)
     for _ in range(plays):
         others = 1 + np.flatnonzero(random.random(PATIENTS - 1) < sample_rate)  # patient 0 is the one in question
         batches = [PoissonBatch(torch.from_numpy(taken), sample_rate) for taken in (others, np.append(0, others))]
@@ -76,8 +72,8 @@ def right(step_of, sample_rate: float, plays: int, seed: int) -> int:
         totals = [summed(batch, part)[0]["weight"].float().numpy() for batch, part in zip(batches, rows, strict=True)]
         world = int(random.integers(2))
         # A learning rate and a batch that are powers of two: the weights give the step exactly.
-        step = step_of(model, torch.optim.SGD(model.parameters(), 1.0), privacy, 32.0, SecureGenerator(), films)
-        step(batches[world], rows[world])
+        optimizer, own = torch.optim.SGD(model.parameters(), 1.0), partial(adds, rng=SecureGenerator())
+        clipped_step(summed, optimizer, batches[world], rows[world], 32.0, own)
         released = -32 * model.weight.detach().numpy()
         shares = [share_consistent(released, total, sigma * BOUND) for total in totals]
         guess = int(shares[1] > shares[0]) if shares[0] != shares[1] else int(random.integers(2))
@@ -92,8 +88,8 @@ def main() -> None:
     torch.set_num_threads(1)
     found = {}
     for label, rate in (("", 1.0), ("_sampled", 0.5)):
-        for name, step_of in (("float", FloatStep), ("exact", PrivateStep)):
-            won = right(step_of, rate, plays, seed=0)
+        for name in ("float", "exact"):
+            won = right(name, rate, plays, seed=0)
             unit = f"plays won of {plays}, sample rate {rate:g}"
             found[f"{name}_noise_right{label}"] = {"mean": won, "std": math.sqrt(won * (1 - won / plays)), "n": plays,
                                                    "unit": unit}  # fmt: skip

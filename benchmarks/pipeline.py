@@ -82,13 +82,8 @@ def main() -> None:
     aurocs = [phantom_auroc(seed) for seed in SEEDS]
 
     def median(values: list[float], unit: str) -> dict:
-        return {
-            "median": statistics.median(values),
-            "min": min(values),
-            "max": max(values),
-            "n": len(values),
-            "unit": unit,
-        }
+        median, n = statistics.median(values), len(values)
+        return {"median": median, "min": min(values), "max": max(values), "n": n, "unit": unit}
 
     found = {
         "phantom_films_per_s": median(rates["phantom_films_per_s"], "films per CPU second, 64 px, one core"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,15 +16,7 @@ from primia_lite import models
 from primia_lite.config import TrainingError, UserError
 from primia_lite.data import augmentation as aug
 from primia_lite.data.films import Films
-from primia_lite.privacy.dpsgd import (
-    ClippedStep,
-    ClippedSum,
-    PoissonBatch,
-    Privacy,
-    PrivateStep,
-    Rows,
-    poisson_batches,
-)
+from primia_lite.privacy.dpsgd import ClippedSum, PhysicalBatch, PoissonBatch, Privacy, clipped_step, poisson_batches
 from primia_lite.privacy.rng import SecureGenerator
 
 
@@ -141,31 +134,32 @@ def train(
         Options that contradict DP, or a model that DP-SGD can't train.
     """
     check_options(training, privacy)
-    shuffle = _shuffle(rng)
-    weight = _class_weights(training, films.labels)
+    weight, shuffle, n_steps = _class_weights(training, films.labels), _shuffle(rng), training.steps_per_round
     model.train()
     optimizer = torch.optim.SGD(
         model.parameters(), training.learning_rate, momentum=training.momentum, weight_decay=training.weight_decay
     )
-    unit = privacy.unit if privacy else "patient" if training.max_grad_norm else None
-    if unit:
-        batches = _private_batches(films, training, unit, rng)
-    if privacy:
-        step = PrivateStep(model, optimizer, privacy, expected_batch, rng.child("noise"), films)
-    elif unit:
-        clipped = ClippedSum(model, training.max_grad_norm, unit, films)
-        step = ClippedStep(optimizer, clipped, training.sample_rate * len(films.units(unit)))
+    if privacy or training.max_grad_norm:
+        unit, bound = (privacy.unit, privacy.max_grad_norm) if privacy else ("patient", training.max_grad_norm)
+        noise = partial(privacy.add_noise, rng=rng.child("noise")) if privacy else None
+        clipped, n_units = ClippedSum(model, bound, unit, films), len(films.units(unit))
+        expected = expected_batch if privacy else training.sample_rate * n_units
+        batches = poisson_batches(n_units, training.sample_rate, n_steps, rng.child("sampling"))
+
+        def step(batch: PoissonBatch) -> float:
+            parts = private_rows(films, batch, training, unit, weight, shuffle)
+            return clipped_step(clipped, optimizer, batch, parts, expected, noise)
     else:
-        step = _PlainStep(model, optimizer)
-        batches = shuffled_batches(len(films), training.sample_rate, training.steps_per_round, shuffle)
+        batches = shuffled_batches(len(films), training.sample_rate, n_steps, shuffle)
+
+        def step(batch: torch.Tensor) -> float:
+            return _plain_step(model, optimizer, batch, _loss_function(films, batch, training, weight, shuffle))
+
     losses = []
     for number, batch in enumerate(batches):
-        where = f"at local step {number + 1} of {training.steps_per_round}"
+        where = f"at local step {number + 1} of {n_steps}"
         with _refusing(where, training):
-            if unit:
-                losses.append(step(batch, private_rows(films, batch, training, unit, weight, shuffle)))
-            else:
-                losses.append(step(_loss_function(films, batch, training, weight, shuffle), batch))
+            losses.append(step(batch))
         if len(batch) and not np.isfinite(losses[-1]):
             raise TrainingError(f"the loss is {losses[-1]} {where}: {_remedy(training)}")
     return losses
@@ -174,18 +168,14 @@ def train(
 def private_share(
     model: nn.Module, films: Films, training: Training, privacy: Privacy, rng: SecureGenerator, declared: int
 ) -> dict[str, torch.Tensor]:
-    """A hospital's part of a step with shared noise: see :meth:`primia_lite.privacy.shared.Grid.share`.
+    """A hospital's part of a step with shared noise, int64 by name: :meth:`primia_lite.privacy.shared.Quantizer.share`.
 
-    Weight decay is the server's matter. No loss is given: it is private.
+    The model isn't changed, weight decay is the server's matter, and no loss is given: it is private.
 
     Parameters
     ----------
     declared
         The hospital's declared number of units.
-
-    Returns
-    -------
-    int64 by parameter name; the model isn't changed.
 
     Raises
     ------
@@ -195,22 +185,17 @@ def private_share(
         Options that contradict shared noise, or a model that DP-SGD can't train or of another size.
     """
     check_options(training, privacy)
-    weight = _class_weights(training, films.labels)
+    weight, unit = _class_weights(training, films.labels), privacy.unit
     model.train()
-    (batch,) = _private_batches(films, training, privacy.unit, rng)
+    (batch,) = poisson_batches(len(films.units(unit)), training.sample_rate, 1, rng.child("sampling"))
     with _refusing("in this round", training):
-        rows = private_rows(films, batch, training, privacy.unit, weight, _shuffle(rng))
-        total, _ = ClippedSum(model, privacy.max_grad_norm, privacy.unit, films)(batch, rows)
-        return privacy.grid.share(total, declared, rng.child("noise"))
+        parts = private_rows(films, batch, training, unit, weight, _shuffle(rng))
+        total, _ = ClippedSum(model, privacy.max_grad_norm, unit, films)(batch, parts)
+        return privacy.quantizer.share(total, declared, rng.child("noise"))
 
 
 def _shuffle(rng: SecureGenerator) -> torch.Generator:
     return torch.Generator().manual_seed(rng.child("augmentation").seed())
-
-
-def _private_batches(films: Films, training: Training, unit: str, rng: SecureGenerator):
-    n = len(films.units(unit))
-    return poisson_batches(n, training.sample_rate, training.steps_per_round, rng.child("sampling"))
 
 
 @contextmanager
@@ -229,25 +214,20 @@ def _remedy(training: Training) -> str:
 
 # Networks that are trained whole see so many films at once; a linear head as many as the processor's cache holds, since
 # each row is read twice.
-_PART_FILMS = 256
-_CACHE_BYTES = 8 * 2**20
+PART_FILMS = 256
+CACHE_BYTES = 8 * 2**20
 
 
-class _PlainStep:
+def _plain_step(model: nn.Module, optimizer: torch.optim.Optimizer, index: torch.Tensor, losses_of) -> float:
     """One step of SGD on the mean loss of a batch."""
-
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer):
-        self.model, self.optimizer = model, optimizer
-
-    def __call__(self, losses_of, index: torch.Tensor) -> float:
-        self.optimizer.zero_grad()
-        total = 0.0
-        for part in index.split(_PART_FILMS):
-            loss = losses_of(self.model, part).sum() / len(index)
-            loss.backward()
-            total += float(loss.detach())
-        self.optimizer.step()
-        return total
+    optimizer.zero_grad()
+    total = 0.0
+    for part in index.split(PART_FILMS):
+        loss = losses_of(model, part).sum() / len(index)
+        loss.backward()
+        total += float(loss.detach())
+    optimizer.step()
+    return total
 
 
 def shuffled_batches(n: int, sample_rate: float, steps: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
@@ -275,8 +255,8 @@ def _class_weights(training: Training, labels: torch.Tensor) -> torch.Tensor | N
 
 def private_rows(
     films: Films, batch: PoissonBatch, training: Training, unit: str, weight, generator: torch.Generator
-) -> Iterator[Rows]:
-    """The films of the units of a batch, whole units at a time.
+) -> Iterator[PhysicalBatch]:
+    """The films of the units of a batch, in parts of whole units.
 
     All cached views of a film count (augmentation multiplicity, De et al. 2022), as parts of its unit's one gradient.
     """
@@ -285,11 +265,11 @@ def private_rows(
     count = films_of * views
     target = _targets(films.labels[index], training, weight) / count.repeat_interleave(films_of)[:, None]
     target = target.repeat_interleave(views, 0)
-    limit = _PART_FILMS if films.inputs.dim() == 5 else _CACHE_BYTES // films.inputs[0].nbytes
+    limit = PART_FILMS if films.inputs.dim() == 5 else CACHE_BYTES // films.inputs[0].nbytes
     for units, some in _split_units(films_of, limit):
         inputs = augment(films, index[some], training.augmentation, generator, all_views=True)  # [B, V, ...]
         rows = slice(some.start * views, some.stop * views)
-        yield Rows(inputs.flatten(0, 1), batch.units[units], count[units], target[rows])
+        yield PhysicalBatch(inputs.flatten(0, 1), batch.units[units], count[units], target[rows])
 
 
 def _targets(labels: torch.Tensor, training: Training, weight: torch.Tensor | None) -> torch.Tensor:
@@ -346,12 +326,9 @@ def augment(films, index: torch.Tensor, augmentation: tuple[str, ...], generator
         inputs = films.inputs[index, view][:, None]
     if inputs.dim() == 5 and len(index):
         pixels = inputs[:, 0]
-        if "flip" in augmentation:
-            pixels = aug.flip(pixels, generator)
-        if "shift" in augmentation:
-            pixels = aug.shift(pixels, generator)
-        if "stretch" in augmentation:
-            pixels = aug.stretch(pixels, generator)
+        for name in ("flip", "shift", "stretch"):
+            if name in augmentation:
+                pixels = getattr(aug, name)(pixels, generator)
         if "jitter" in augmentation:
             pixels = films.normalise(aug.jitter(films.denormalise(pixels), generator))
         inputs = pixels[:, None]

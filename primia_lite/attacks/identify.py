@@ -23,9 +23,10 @@ from primia_lite import models
 from primia_lite.attacks.simulate import State, clipping_alone
 from primia_lite.config import UserError
 from primia_lite.data.films import Films
-from primia_lite.privacy.accounting import Release, attacker_power
+from primia_lite.privacy.accounting import Release
 from primia_lite.privacy.clipping import clipped_sum
 from primia_lite.privacy.dpsgd import PoissonBatch, check_model
+from primia_lite.privacy.guarantees import tpr_upper_bound
 from primia_lite.runtime import in_notebook, torch_threads
 from primia_lite.training import Training, check_options, private_rows
 
@@ -89,7 +90,7 @@ def clipped_gradients(state: State, films: Films, training: Training, max_grad_n
     with torch_threads(1):
         for i in tqdm(range(len(films)), desc="gradients", unit="film", leave=False, disable=not in_notebook()):
             (rows,) = private_rows(films.subset([i]), batch, training, privacy, weight, torch.Generator())
-            own, norms, _ = clipped_sum(model, lambda m, r=rows: r.losses(m(r.inputs)), rows.owner, 1, max_grad_norm)
+            own, norms, _ = clipped_sum(model, rows.losses, rows.owner, 1, max_grad_norm)
             if not torch.isfinite(norms).all():
                 raise UserError(f"the gradient of film {i} isn't finite: leave it out, or check the weights")
             out[i] = torch.cat([value.flatten() for value in own.values()]) / max_grad_norm
@@ -175,12 +176,12 @@ def rero_bound(sigma: float, n_candidates: int, *, steps: int = 1, sample_rate: 
 
     The largest true positive rate of a test for the film's presence at a false positive rate of 1/N: at q = 1
     Φ(Φ⁻¹(1/N) + sqrt(steps) / σ), else an upper bound of it,
-    :func:`~primia_lite.privacy.accounting.attacker_power`, which takes the worse of adding and removing.
+    :func:`~primia_lite.privacy.guarantees.tpr_upper_bound`, which takes the worse of adding and removing.
     """
     _check(sigma, steps, sample_rate, counts=(n_candidates,))
     if sample_rate == 1:
         return float(ndtr(ndtri(1 / n_candidates) + math.sqrt(steps) / sigma)) if sigma else 1.0
-    return float(attacker_power(Release(sigma, sample_rate, steps), [1 / n_candidates])[0])
+    return float(tpr_upper_bound(Release(sigma, sample_rate, steps), [1 / n_candidates])[0])
 
 
 def orthogonal_rate(sigma: float, n_candidates: int, steps: int = 1) -> float:

@@ -128,7 +128,7 @@ def _checked_model(global_state: State, films: Films, training: Training, privac
         ) from error
     if privacy and privacy.shared:
         check_options(training, privacy)
-        privacy.grid.check_parameters(sum(p.numel() for p in model.parameters() if p.requires_grad))
+        privacy.quantizer.check_parameters(sum(p.numel() for p in model.parameters() if p.requires_grad))
         if declared_size not in privacy.shared.declared:
             raise UserError(
                 f"declared_size is {declared_size}, but shared noise was agreed on for hospitals that declare "

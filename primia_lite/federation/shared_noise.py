@@ -53,14 +53,14 @@ def shared_step(
             f"declared is {declared}: {privacy.shared.threshold} to {len(sizes)} of the hospitals that agreed on "
             f"shared noise declare {least} to {sum(sizes)} units together; add up those of the hospitals in the sum"
         )
-    privacy.grid.check_parameters(sum(value.numel() for value in total.values()))
+    privacy.quantizer.check_parameters(sum(value.numel() for value in total.values()))
     for name, value in total.items():
         if value.dtype != torch.int64 or name not in state or value.shape != state[name].shape:
             raise UserError(
                 f"the sum of {name!r} is {value.dtype} {tuple(value.shape)}: give int64 in the shape of the global "
                 "weights"
             )
-    divisor = privacy.grid.scale * training.sample_rate * declared
+    divisor = privacy.quantizer.scale * training.sample_rate * declared
     return {
         name: (-training.learning_rate * (value.double() / divisor + training.weight_decay * state[name].double())).to(
             state[name].dtype

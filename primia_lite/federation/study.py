@@ -88,7 +88,7 @@ class Study:
             raise UserError("shared noise goes with an agreement that isn't weighted, and nothing else does")
         if self.integer_sum:
             self.privacy.shared.check(agreement.sizes.values(), agreement.threshold)
-            self.privacy.grid.check_parameters(agreement.length)
+            self.privacy.quantizer.check_parameters(agreement.length)
         graph = (everyone, agreement.degree, agreement.share_threshold, agreement.threshold)
         if agreement.degree < everyone - 1 and (self.integer_sum or not withstands(*graph)):
             raise UserError(
@@ -208,8 +208,9 @@ def _privacy(content: dict | None) -> Privacy | None:
     if content is None:
         return None
     shared = content.get("shared")
-    plan = tuple(Release(**release) for release in content["plan"])
-    return Privacy(**content | {"plan": plan, "shared": SharedNoise(**shared) if shared else None})
+    also, planned = tuple(Release(**release) for release in content["also"]), content["planned"]
+    shared = SharedNoise(**shared) if shared else None
+    return Privacy(**content | {"also": also, "planned": planned and tuple(planned), "shared": shared})
 
 
 # --- films and weights as files ---------------------------------------------------------------------------------------

@@ -2,10 +2,14 @@
 
 import lazy_loader
 
+_ACCOUNTING = ["ACCOUNTANTS", "Bracket", "Release", "calibrate_noise_multiplier", "epsilon", "epsilon_bracket", "merge"]
+_GUARANTEES = ["federation_epsilon", "group_epsilon", "group_privacy", "selection_epsilon", "tpr_upper_bound"]
+
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "accounting": ["ACCOUNTANTS", "Bracket", "Release", "attacker_power", "calibrate_noise_multiplier", "child_epsilon", "epsilon", "epsilon_bracket", "federation_epsilon", "group_privacy", "merge", "selection_epsilon"],
+        "accounting": _ACCOUNTING,
+        "guarantees": _GUARANTEES,
         "dpsgd": ["Privacy", "poisson_batches"],
         "ledger": ["Ledger"],
         "noise": ["discrete_gaussian", "local_noise", "rounded_gaussian"],

@@ -4,10 +4,10 @@ A unit (a film, or a patient) owns rows of the batch, and its gradient is the su
 gradients of layer outputs; norms and clipped sums follow layer by layer from these and from the layer inputs
 ("book-keeping", Bu et al., ICML 2023). Each layer takes the cheapest of three ways:
 
-- kept: each unit's gradient is computed once, and kept until its clip factor is known;
+- materialised: each unit's gradient is computed once, and kept until its clip factor is known;
 - ghost: norms come from inner products of inputs and of output gradients (Goodfellow 2015; Li et al., ICLR 2022), and
   the sum from one weight gradient of the whole batch, whose rows are scaled by their unit's factor;
-- anew: each unit's gradient is computed for its norm, forgotten, and computed again for the sum.
+- recomputed: each unit's gradient is computed for its norm, forgotten, and computed again for the sum.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from primia_lite.config import UserError
+from primia_lite.privacy.row_gradients import PRODUCTS, columns_of, deltas_of, own_parameters, padded, row_gradients
 
 # What is worked on at once, so that the processor's cache holds it; and what all layers together may keep.
-_PART_BYTES = 4 * 2**20
-_KEPT_BYTES = 256 * 2**20
-# Multiplications in the time that it takes to write a number of a unit's gradient and to read it twice.
-_KEEPING = 60
+PART_BYTES = 4 * 2**20
+MATERIALISED_BYTES = 256 * 2**20
+# Multiplications in the time that it takes to write a number of a unit's gradient and to read it twice; and those that
+# one of the ghost way is worth.
+MATERIALISING_COST = 60
+GHOST_COST = 1
 # So many times longer than its sum may the products of a unit be together before they count as its norm.
 _CANCELLING = 64
-# Layers whose output is a product of weight and input: of exactly these types, a subclass may compute something else.
-_PRODUCTS = (nn.Linear, nn.Conv2d)
 
 
 @dataclass
@@ -56,8 +56,8 @@ class _Group:
     v: int
 
     def parts(self, row_bytes: float) -> Iterator[_Group]:
-        """Groups whose rows take at most ``_PART_BYTES``, or of one unit."""
-        size = max(1, int(_PART_BYTES / (row_bytes * self.v)))
+        """Groups whose rows take at most ``PART_BYTES``, or of one unit."""
+        size = max(1, int(PART_BYTES / (row_bytes * self.v)))
         for start in range(0, self.n, size):
             n = min(size, self.n - start)
             units, rows = slice(start, start + n), slice(start * self.v, (start + n) * self.v)
@@ -69,7 +69,7 @@ class _Group:
 
 @dataclass(frozen=True)
 class _Way:
-    """Of some parameters of a layer: squared norms [units], and the weighted sum of gradients for given factors."""
+    """Squared norms [units] of some parameters' gradients, and the weighted sum of these for given factors."""
 
     squares: torch.Tensor
     weighted: Callable[[torch.Tensor], dict[str, torch.Tensor]]
@@ -102,8 +102,7 @@ def clipped_sum(
     Raises
     ------
     UserError
-        A layer whose per-row gradients nobody knows, that shares a parameter with another one, that doesn't see one row
-        for each loss, or whose input is overwritten later.
+        A layer that can't be clipped.
     """
     layers = _trained_layers(model)
     with _captured(layers) as uses:
@@ -117,12 +116,14 @@ def clipped_sum(
     with torch.no_grad():
         _backward(each, uses)
         groups, ways = _groups(unit, n_units), []
-        kept = 0
+        room = MATERIALISED_BYTES
         for name, layer in layers.items():
             used = [use for use in uses[name] if use.gradient is not None]
-            for names in _apart(layer) if used else ():
-                way, room = _way(layer, used, names, groups, unit, squares, _KEPT_BYTES - kept)
-                kept += room
+            own = list(own_parameters(layer))
+            # The weight of a product takes a way of its own, other parameters of a layer take one together.
+            for names in (([each] for each in own) if type(layer) in PRODUCTS else [own]) if used else ():
+                way, taken = _way(layer, used, names, groups, unit, squares, room)
+                room -= taken
                 ways.append((name, way))
         norms = torch.stack([way.squares for _, way in ways]).sum(0).sqrt() if ways else squares
         factor = (max_grad_norm / norms).clamp(max=1.0)
@@ -136,17 +137,13 @@ def clipped_sum(
 # --- which layers there are, and what they saw ------------------------------------------------------------------------
 
 
-def _own(layer: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in layer.named_parameters(recurse=False) if p.requires_grad}
-
-
 def _trained_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The layers that own parameters to train; raise UserError for one that can't be clipped."""
     from opacus import GradSampleModule  # slow to import, and a linear head needs none of it
 
     layers, owner = {}, {}
     for name, layer in model.named_modules():
-        own = _own(layer)
+        own = own_parameters(layer)
         # Other names in a layer of torch: its weight is made from them (weight_norm).
         plain = own.keys() <= {"weight", "bias"} or not type(layer).__module__.startswith("torch.")
         if own and not (plain and type(layer) in GradSampleModule.GRAD_SAMPLERS):
@@ -225,48 +222,42 @@ def _groups(unit: torch.Tensor, n_units: int) -> list[_Group]:
 # --- the ways ---------------------------------------------------------------------------------------------------------
 
 
-def _apart(layer: nn.Module) -> list[list[str]]:
-    """The parameters of a layer that take a way together: the weight of a product has its own."""
-    own = list(_own(layer))
-    return [[name] for name in own] if type(layer) in _PRODUCTS else [own]
-
-
 def _way(layer, uses, names, groups, unit, zeros, room) -> tuple[_Way, int]:
-    """The cheapest way for some parameters of a layer, by number of multiplications, and the bytes that it keeps."""
+    """The cheapest way for some parameters of a layer, by number of multiplications, and the bytes it materialises."""
     numbers = sum(getattr(layer, name).numel() for name in names)
     units = sum(group.n for group in groups)
     needed = 4 * units * numbers
     x, d = uses[0].inputs[0][0], uses[0].gradient[0]
     row_bytes = 4 * (x.numel() + d.numel() + numbers)
-    if names == ["weight"] and type(layer) in _PRODUCTS:
+    if names == ["weight"] and type(layer) in PRODUCTS:
         # A row's gradient is a product [O, L] x [L, K]: L positions, K inputs of each output (of each channel group).
-        positions, columns = _positions(layer, d), layer.weight[0].numel() * getattr(layer, "groups", 1)
+        positions, columns = d.numel() // len(layer.weight), layer.weight[0].numel() * getattr(layer, "groups", 1)
         row_bytes += 4 * columns * positions
         pairs = sum(group.n * (group.v * positions) ** 2 for group in groups) * (columns + len(layer.weight))
-        instead = _KEEPING * units * numbers if needed <= room else len(unit) * positions * numbers
-        if len(uses) == 1 and pairs < instead:
+        instead = MATERIALISING_COST * units * numbers if needed <= room else len(unit) * positions * numbers
+        if len(uses) == 1 and GHOST_COST * pairs < instead:
             return _ghost(layer, uses[0], groups, unit, zeros, row_bytes - 4 * numbers), 0
-    keep = needed <= room
-    return _computed(layer, uses, names, groups, zeros, row_bytes, keep=keep), needed * keep
+    fits = needed <= room
+    return _computed(layer, uses, names, groups, zeros, row_bytes, materialise=fits), needed * fits
 
 
-def _computed(layer, uses, names, groups, zeros, row_bytes: float, *, keep: bool) -> _Way:
-    """By each unit's gradient, kept or computed anew."""
+def _computed(layer, uses, names, groups, zeros, row_bytes: float, *, materialise: bool) -> _Way:
+    """By each unit's gradient, materialised or recomputed."""
 
     def gradients() -> Iterator[tuple[_Group, dict[str, torch.Tensor]]]:
         for group in groups:
             for part in group.parts(row_bytes):
-                of_rows = [_row_gradients(layer, *use.of(part.rows), names) for use in uses]
+                of_rows = [row_gradients(layer, *use.of(part.rows), names) for use in uses]
                 yield part, {name: sum(g[name].view(part.n, part.v, -1).sum(1) for g in of_rows) for name in names}
 
-    kept = list(gradients()) if keep else None
+    materialised = list(gradients()) if materialise else None
     squares = zeros.clone()
-    for part, of_part in kept or gradients():
+    for part, of_part in materialised or gradients():
         squares[part.units] = sum(g.square().sum(1) for g in of_part.values())
 
     def weighted(factor):
         total = dict.fromkeys(names, 0.0)
-        for part, of_part in kept or gradients():
+        for part, of_part in materialised or gradients():
             for name, g in of_part.items():
                 total[name] = total[name] + factor[part.units] @ g
         return total
@@ -283,9 +274,9 @@ def _ghost(layer, use: _Use, groups, unit, zeros, row_bytes: float) -> _Way:
     squares = zeros.clone()
     x, d = use.inputs[0].detach(), use.gradient
     for group in groups:
-        for part in group.parts(row_bytes + 8 * group.v * _positions(layer, d[0]) ** 2):
+        for part in group.parts(row_bytes + 8 * group.v * (d[0].numel() // len(layer.weight)) ** 2):
             grams = []
-            for columns in (_columns(layer, x[part.rows]), _deltas(layer, d[part.rows])):
+            for columns in (columns_of(layer, x[part.rows]), deltas_of(layer, d[part.rows])):
                 # [n v, G, K, L] -> [n G, K, v L]
                 columns = columns.unflatten(0, (part.n, part.v)).permute(0, 2, 3, 1, 4).flatten(3).flatten(0, 1)
                 if columns.shape[2] > 1:
@@ -301,74 +292,9 @@ def _ghost(layer, use: _Use, groups, unit, zeros, row_bytes: float) -> _Way:
         if type(layer) is nn.Linear:
             return {"weight": scaled.flatten(0, -2).mT @ x.flatten(0, -2)}
         total = torch.ops.aten.convolution_backward(
-            scaled, _padded(layer, x), layer.weight, None, layer.stride, (0, 0), layer.dilation, False, (0, 0),
+            scaled, padded(layer, x), layer.weight, None, layer.stride, (0, 0), layer.dilation, False, (0, 0),
             layer.groups, (False, True, False),
         )  # fmt: skip
         return {"weight": total[1]}
 
     return _Way(squares, weighted)
-
-
-def _positions(layer, d: torch.Tensor) -> int:
-    """How many products one row of output gradients stands for."""
-    return d.numel() // len(layer.weight)
-
-
-# --- gradients of each row --------------------------------------------------------------------------------------------
-
-
-def _row_gradients(layer, inputs: list[torch.Tensor], d: torch.Tensor, names) -> dict[str, torch.Tensor]:
-    """Gradients [n, numbers] of each row's loss."""
-    if type(layer) in _PRODUCTS:
-        d = _deltas(layer, d)
-        out = {}
-        if "bias" in names:
-            out["bias"] = d.sum(3).flatten(1)
-        if "weight" in names:
-            columns = _columns(layer, inputs[0])
-            out["weight"] = torch.bmm(d.flatten(0, 1), columns.flatten(0, 1).mT).view(len(d), -1)
-        return out
-    if type(layer) is nn.GroupNorm:
-        return _group_norm_gradients(layer, inputs[0], d)
-    from opacus import GradSampleModule
-
-    sampled = GradSampleModule.GRAD_SAMPLERS[type(layer)](layer, inputs, d)
-    return {name: sampled[p].flatten(1) for name, p in _own(layer).items()}
-
-
-def _columns(layer, x: torch.Tensor) -> torch.Tensor:
-    """What each weight of an output is multiplied with, at each position: [n, G, K, L]."""
-    if type(layer) is nn.Linear:
-        return x.flatten(1, -2).mT[:, None] if x.dim() > 2 else x[:, None, :, None]
-    x = _padded(layer, x)
-    (kh, kw), (sh, sw), (dh, dw) = layer.kernel_size, layer.stride, layer.dilation
-    n, c, height, width = x.shape
-    out_h, out_w = (height - dh * (kh - 1) - 1) // sh + 1, (width - dw * (kw - 1) - 1) // sw + 1
-    a, b, h, w = x.stride()
-    windows = x.as_strided((n, c, kh, kw, out_h, out_w), (a, b, h * dh, w * dw, h * sh, w * sw), x.storage_offset())
-    return windows.reshape(n, layer.groups, -1, out_h * out_w)
-
-
-def _deltas(layer, d: torch.Tensor) -> torch.Tensor:
-    """Output gradients, [n, G, O, L]."""
-    if type(layer) is nn.Linear:
-        return d.flatten(1, -2).mT[:, None] if d.dim() > 2 else d[:, None, :, None]
-    return d.reshape(len(d), layer.groups, -1, d[0, 0].numel())
-
-
-def _padded(layer: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
-    if layer.padding_mode != "zeros":
-        return F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
-    return F.pad(x, layer._reversed_padding_repeated_twice) if any(layer._reversed_padding_repeated_twice) else x
-
-
-def _group_norm_gradients(layer: nn.GroupNorm, x: torch.Tensor, d: torch.Tensor) -> dict[str, torch.Tensor]:
-    """By ATen's own backward pass, which sums over rows: so rows become channels of one row."""
-    n, c, groups, positions = len(x), layer.num_channels, layer.num_groups, x[0, 0].numel()
-    x, d = x.contiguous(), d.contiguous()  # the kernel takes it for granted
-    _, mean, rstd = torch.native_group_norm(x, None, None, n, c, positions, groups, layer.eps)
-    _, weight, bias = torch.ops.aten.native_group_norm_backward(
-        d.view(1, n * c, -1), x.view(1, n * c, -1), mean.view(1, -1), rstd.view(1, -1), x.new_ones(n * c),
-        1, n * c, positions, n * groups, (False, True, True),
-    )  # fmt: skip
-    return {"weight": weight.view(n, c), "bias": bias.view(n, c)}

@@ -4,37 +4,30 @@ One SQLite file per hospital. A crash can charge a release that never left; it c
 
 What may still be released is decided in one of two ways, fixed when the file is made:
 
-- by a *filter*: the releases' parameters may be chosen along the way, each after looking at what came before (Feldman
-  and Zrnic 2021; :func:`primia_lite.privacy.accounting.filter_epsilon`). The way of a ledger that lasts.
+- by a *filter* (:mod:`primia_lite.privacy.filter`): the releases' parameters may be chosen along the way, each after
+  looking at what came before. The way of a ledger that lasts.
 - by a *plan*: mechanisms and numbers of steps named before the first charge. The tight ε by PLD holds for it, but
   nothing outside it is allowed.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import secrets
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 
 from primia_lite import __version__
 from primia_lite.config import BudgetError, UserError, elsewhere
-from primia_lite.privacy.accounting import (
-    FILTER_ORDERS,
-    Release,
-    Releases,
-    epsilon,
-    filter_epsilon,
-    filter_order,
-    from_json,
-    merge,
-    to_json,
-)
+from primia_lite.privacy.accounting import Release, Releases, epsilon, merge
+from primia_lite.privacy.filter import FILTER_ORDERS, filter_epsilon, filter_order
 from primia_lite.runtime import sync_folder
 
 UNITS = ("patient", "film")
@@ -55,6 +48,16 @@ CREATE TABLE charges (
 # Older ledgers say "add or remove one unit", and are counted alike.
 MECHANISM = "Poisson-subsampled Gaussian, one unit zeroed out"
 _AGAIN = re.compile(r"(.*) \(again ([0-9]{1,9})\)", re.DOTALL)
+
+
+def check_budget(target_epsilon: float, target_delta: float | None, unit: str) -> None:
+    """Raise UserError for a budget that can't be one."""
+    if not 0 < target_epsilon < float("inf"):
+        raise UserError(f"target_epsilon is {target_epsilon}: it must be above 0 and finite")
+    if target_delta is None or not 0 < target_delta < 1:
+        raise UserError(f"target_delta is {target_delta}: it must be in (0, 1), below 1 / number of patients")
+    if unit not in UNITS:
+        raise UserError(f"unit is {unit!r}: choose one of {', '.join(UNITS)}")
 
 
 class Ledger:
@@ -87,11 +90,11 @@ class Ledger:
         self.path = Path(path)
         plan = merge(plan)
         wanted = None if target_epsilon is None else (target_epsilon, target_delta, unit)
-        if not self.path.exists() and wanted is None:
-            raise UserError(f"there is no ledger {self.path}: to make one give target_epsilon, target_delta and unit")
         if wanted:
-            _check_budget(*wanted)
+            check_budget(*wanted)
         if not self.path.exists():
+            if not wanted:
+                raise UserError(f"there is no ledger {self.path}: to make one give target_epsilon and target_delta")
             self._make(wanted, plan)
         with self._database() as db:
             row = self._read(db)
@@ -113,17 +116,14 @@ class Ledger:
         """Whether the plan needs the tight ε. A matter of the plan alone, so it is settled before any data is seen."""
         return bool(self.plan) and self._filter(self.plan) > self.target_epsilon
 
-    def _connect(self) -> sqlite3.Connection:
-        # Read and write, never create: a ledger that was deleted must not come back empty.
-        db = sqlite3.connect(f"{self.path.absolute().as_uri()}?mode=rw", timeout=30, isolation_level=None, uri=True)
-        db.execute("PRAGMA synchronous=EXTRA")  # FULL leaves a moment in which a power cut rolls a charge back
-        return db
-
     @contextmanager
     def _database(self, can_not: str = "be used as a privacy ledger") -> Iterator[sqlite3.Connection]:
         """The file, checked for damage; what goes wrong becomes a UserError."""
+        # Read and write, never create: a ledger that was deleted must not come back empty.
+        existing = f"{self.path.absolute().as_uri()}?mode=rw"
         try:
-            with closing(self._connect()) as db:
+            with closing(sqlite3.connect(existing, timeout=30, isolation_level=None, uri=True)) as db:
+                db.execute("PRAGMA synchronous=EXTRA")  # FULL leaves a moment in which a power cut rolls a charge back
                 damage = db.execute("PRAGMA quick_check(1)").fetchone()[0]
                 if damage != "ok":
                     raise sqlite3.DatabaseError(damage.splitlines()[-1])
@@ -151,7 +151,7 @@ class Ledger:
             )
         row = db.execute("SELECT target_epsilon, target_delta, unit, filter_order, plan FROM budget").fetchone()
         try:
-            return (*row[:4], from_json(row[4]))
+            return (*row[:4], tuple(Release(**entry) for entry in json.loads(row[4])))
         except (TypeError, ValueError, UserError) as error:
             raise sqlite3.DatabaseError("its budget or plan can't be read") from error
 
@@ -175,8 +175,8 @@ class Ledger:
             with closing(sqlite3.connect(draft, isolation_level=None)) as db:
                 db.execute("PRAGMA synchronous=EXTRA")
                 db.executescript(_SCHEMA)
-                row = (*wanted, order, to_json(plan), __version__)
-                db.execute("INSERT INTO budget VALUES (?, ?, ?, ?, ?, ?)", row)
+                written = json.dumps([asdict(release) for release in plan])
+                db.execute("INSERT INTO budget VALUES (?, ?, ?, ?, ?, ?)", (*wanted, order, written, __version__))
             os.link(draft, self.path)
             sync_folder(self.path.parent)
         except (sqlite3.Error, OSError) as error:
@@ -195,29 +195,15 @@ class Ledger:
     def _filter(self, releases: Releases) -> float:
         return filter_epsilon(releases, self.target_delta, self.order)
 
-    def within_plan(self, releases: Iterable[Release]) -> bool:
-        """Whether releases are part of the plan."""
-        planned = {(r.noise_multiplier, r.sample_rate): r.steps for r in self.plan}
-        return all(r.steps <= planned.get((r.noise_multiplier, r.sample_rate), 0) for r in merge(releases))
-
     def epsilon(self) -> float:
-        """ε used so far, at the budget's δ: by PLD under a plan, by the filter otherwise.
-
-        What is guaranteed whatever happens, also where releases are chosen or stopped after looking at others, is the
-        budget.
-        """
+        """ε used so far, at the budget's δ: by PLD under a plan, by the filter otherwise. What is guaranteed is the
+        budget, also where releases are chosen or stopped after looking at others."""
         charges = self.charges()
         return epsilon(charges, self.target_delta) if self.by_plan else self._filter(charges)
 
     def spent(self) -> dict:
-        """How much is used so far, each way of counting by its name.
-
-        Returns
-        -------
-        ``epsilon``: as by :meth:`epsilon`; ``filter``: valid for parameters chosen along the way; ``pld``: valid if
-        they were fixed in advance; ``budget``, ``delta``, ``unit``, ``order``; ``rule``: what decides on the next
-        release
-        """
+        """How much is used so far: ``epsilon``, as by :meth:`epsilon`; ``filter``, valid for parameters chosen along
+        the way; ``pld``, valid if they were fixed in advance; and the budget with the ``rule`` that decides."""
         charges = self.charges()
         by_filter, by_pld = self._filter(charges), epsilon(charges, self.target_delta)
         return {
@@ -253,8 +239,7 @@ class Ledger:
         BudgetError
             It would exceed the budget; nothing is charged.
         UserError
-            The charge can't be written (a full disk, another process that holds the file, a damaged file); nothing is
-            charged.
+            The charge can't be written; nothing is charged.
         """
         with self._database("be charged, so nothing was computed") as db:
             db.execute("BEGIN IMMEDIATE")  # one process at a time reads what is spent and adds to it
@@ -293,9 +278,10 @@ class Ledger:
 
     def _allow(self, what: str, spent: list[Release], release: Release) -> None:
         after = [*spent, release]
+        planned = {(r.noise_multiplier, r.sample_rate): r.steps for r in self.plan}
         # What the plan allows it allows by either rule: the filter's ε of a part is at most that of the whole. So the
         # accountant, slow to import, is asked only about what lies outside.
-        if self.plan and self.within_plan(after):
+        if all(r.steps <= planned.get((r.noise_multiplier, r.sample_rate), 0) for r in merge(after)):
             return
         if not self.by_plan and self._filter(after) <= self.target_epsilon:
             return
@@ -314,13 +300,7 @@ class Ledger:
 
 
 def charged_for(path: Path) -> list[str]:
-    """What a ledger's file of any format was charged for, in order.
-
-    Raises
-    ------
-    UserError
-        It can't be read: nobody knows what it was charged for.
-    """
+    """What a ledger's file of any format was charged for, in order; raises UserError if it can't be read."""
     try:
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", timeout=5, uri=True)) as db:
             if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'charges'").fetchone():
@@ -339,19 +319,9 @@ def _name_and_number(written: str) -> tuple[str, int]:
     return (match[1], int(match[2])) if match else (written, 0)
 
 
-def _check_budget(target_epsilon: float, target_delta: float | None, unit: str) -> None:
-    if not 0 < target_epsilon < float("inf"):
-        raise UserError(f"target_epsilon is {target_epsilon}: it must be above 0 and finite")
-    if target_delta is None or not 0 < target_delta < 1:
-        raise UserError(f"target_delta is {target_delta}: it must be in (0, 1), below 1 / number of patients")
-    if unit not in UNITS:
-        raise UserError(f"unit is {unit!r}: choose one of {', '.join(UNITS)}")
-
-
 def _words(plan: tuple[Release, ...]) -> str:
-    return " + ".join(
-        f"{r.steps} steps of sigma {r.noise_multiplier:g} at rate {r.sample_rate:g}" for r in plan
-    ) or "none"  # fmt: skip
+    parts = [f"{r.steps} steps of sigma {r.noise_multiplier:g} at rate {r.sample_rate:g}" for r in plan]
+    return " + ".join(parts) or "none"
 
 
 def _releases(db: sqlite3.Connection) -> list[Release]:

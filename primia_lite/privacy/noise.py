@@ -33,7 +33,7 @@ _NDTRI_ERROR = 4e-15
 _EXTRA_BITS, _PRECISION = 192, 400
 
 # By so much of C may computing a sum move it. What of that is proven and what is only measured:
-# :class:`primia_lite.privacy.dpsgd.HeadGram` and :class:`primia_lite.privacy.dpsgd.ClippedSum`.
+# :class:`primia_lite.privacy.linear_head.LinearGhostClipping` and :class:`primia_lite.privacy.dpsgd.ClippedSum`.
 FLOAT32_MARGIN = 2.0**-8
 
 
@@ -62,11 +62,6 @@ def local_noise(
     Returns
     -------
     float64 by name: whole numbers over the scale
-
-    Raises
-    ------
-    UserError
-        The noise is too large for whole numbers of 64 bits.
     """
     d = sum(value.numel() for value in total.values())
     finest = min(1.0, max(noise_multiplier, 2.0**-24)) * max_grad_norm
@@ -89,15 +84,10 @@ def rounded_gaussian(n: int, sigma: float, rng: SecureGenerator) -> np.ndarray:
     By inversion: one bit of a word is the sign, the others begin a uniform U, and |Z| is the number that a normal
     exceeds with probability U / 2.
 
-    Parameters
-    ----------
-    sigma
-        σ above 0, at most 2^41.
-
     Raises
     ------
     UserError
-        ``sigma`` isn't such a number.
+        ``sigma`` isn't above 0 and at most 2^41.
     """
     if not 0 < sigma <= MAX_SIGMA:
         raise UserError(f"noise with a sigma of {sigma} on its grid: whole-number noise takes one in (0, 2^41]")
@@ -130,15 +120,10 @@ def discrete_gaussian(n: int, sigma: int, rng: SecureGenerator) -> np.ndarray:
     a(x) = exp(-1 / 24σ²) / E. By Jensen's inequality that is at most 1, and as sinh(y) / y ≤ exp(y² / 6) it is at least
     1 - (1 + x² / σ²) / 24σ²: a uniform below this, which most are, settles it.
 
-    Parameters
-    ----------
-    sigma
-        σ, a whole number from 1 to 2^41. For large σ the standard deviation; for σ of 1 a little less.
-
     Raises
     ------
     UserError
-        ``sigma`` isn't such a number.
+        ``sigma`` isn't a whole number from 1 to 2^41.
     """
     if isinstance(sigma, bool) or not isinstance(sigma, (int, np.integer)) or not 1 <= sigma <= MAX_SIGMA:
         raise UserError(f"sigma is {sigma!r}: exact sampling takes a whole number from 1 to 2^41; round it up")
@@ -148,8 +133,8 @@ def discrete_gaussian(n: int, sigma: int, rng: SecureGenerator) -> np.ndarray:
         x[redraw] = proposed = rounded_gaussian(len(redraw), sigma, rng)
         word = rng.words(len(redraw))
         certain = 1 - (1 + (proposed / sigma) ** 2) / (24.0 * sigma**2) - 2.0**-40
-        refused = [i for i in np.flatnonzero((word >> np.uint64(11)) * 2.0**-53 >= certain)
-                   if not _kept(int(proposed[i]), sigma, int(word[i]), rng)]  # fmt: skip
+        open_ = np.flatnonzero((word >> np.uint64(11)) * 2.0**-53 >= certain)
+        refused = [i for i in open_ if not _accepted(int(proposed[i]), sigma, int(word[i]), rng)]
         redraw = redraw[refused]
     return x
 
@@ -184,7 +169,7 @@ def _exceeds(k: int, tail: int, bits: int, sigma: float) -> bool | None:
     return False if tail * unit >= edge + slack else None
 
 
-def _kept(x: int, sigma: int, word: int, rng: SecureGenerator) -> bool:
+def _accepted(x: int, sigma: int, word: int, rng: SecureGenerator) -> bool:
     """Whether a uniform that begins with the bits of ``word`` is below a(x) of :func:`discrete_gaussian`."""
     from mpmath import erfc, exp, mp, mpf, pi, sqrt
 

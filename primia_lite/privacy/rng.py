@@ -17,7 +17,7 @@ from primia_lite.config import UserError
 
 
 class SecureGenerator:
-    """ChaCha20 keystream turned into uniforms and coin flips.
+    """ChaCha20's keystream as words and coin flips.
 
     Parameters
     ----------
@@ -76,13 +76,9 @@ class SecureGenerator:
         """Uniform uint64 [n]."""
         return np.frombuffer(self.bytes(8 * n), dtype="<u8")
 
-    def uniform(self, n: int) -> np.ndarray:
-        """float64 [n], uniform on (0, 1], multiples of 2^-53."""
-        return ((self.words(n) >> np.uint64(11)).astype(np.float64) + 1.0) * 2.0**-53
-
     def bernoulli(self, n: int, probability: float) -> np.ndarray:
         """bool [n], each true with ``probability``, up to 2^-53."""
-        return self.uniform(n) <= probability
+        return ((self.words(n) >> np.uint64(11)).astype(np.float64) + 1.0) * 2.0**-53 <= probability
 
     def seed(self) -> int:
         """A 63-bit seed for a generator where privacy doesn't rest on it (shuffling, augmentation, initialisation)."""

@@ -23,8 +23,8 @@ sinh(y) / y ≤ exp(y² / 6) from above, give
 (the lower bound but for e^-19 S²). So χ²(p, r) ≤ (1 + 3) / 576 S⁴ · (1 + 1 / S²), and over d coordinates the total
 variation is at most √((1 + χ²)^d - 1) / 2, about √d / 24 S². A whole number plus rounded normal noise is the rounding
 of that number plus normal noise: post-processing, so what :mod:`primia_lite.privacy.accounting` says of the subsampled
-Gaussian holds for r. Putting p for r costs steps · (1 + e^ε) · TV of δ, :meth:`Grid.delta_slack`, which is taken off
-the δ that a ledger counts at. Whether a sum wraps around 2^32 doesn't matter for privacy.
+Gaussian holds for r. Putting p for r costs steps · (1 + e^ε) · TV of δ, :meth:`Quantizer.delta_slack`, which is taken
+off the δ that a ledger counts at. Whether a sum wraps around 2^32 doesn't matter for privacy.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import math
 import operator
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
 from reprlib import repr as shortened
 
 import torch
@@ -49,7 +49,7 @@ _LEAST_SHARE = 2**7
 
 @dataclass(frozen=True)
 class SharedNoise:
-    """What hospitals agree on before they make noise together. All of it is public.
+    """What hospitals agree on before they make noise together, in whole numbers. All of it is public.
 
     Attributes
     ----------
@@ -57,11 +57,6 @@ class SharedNoise:
     colluding : c, how many hospitals may tell the server their own noise; 0 ≤ c < t
     parameters : d, how many numbers are trained
     declared : the declared number of units of each hospital that may take part (n of them)
-
-    Raises
-    ------
-    UserError
-        Numbers that contradict each other.
     """
 
     threshold: int
@@ -92,13 +87,8 @@ class SharedNoise:
         return len(self.declared)
 
     def check(self, declared: Collection[int], fewest: int) -> None:
-        """Raise UserError unless the noise suffices for those who take part.
-
-        Parameters
-        ----------
-        declared : each hospital's declared number of units
-        fewest : how many hospitals at least are in a sum that is revealed
-        """
+        """Raise UserError unless the noise suffices for hospitals that declare so many units each, of whom a sum of the
+        ``fewest`` may be revealed."""
         if sorted(self.declared) != sorted(declared):
             raise UserError(
                 f"noise was shared out among {self.hospitals} hospitals that declare "
@@ -112,72 +102,105 @@ class SharedNoise:
                 f"{self.threshold}, or let each hospital add its own noise (Privacy without shared)"
             )
 
-    def grid(self, noise_multiplier: float, max_grad_norm: float) -> Grid:
-        """The whole numbers for noise of σ times a sensitivity of C; see :class:`Grid`.
-
-        Raises
-        ------
-        UserError
-            32 bits don't hold them.
-        """
-        return _grid(self, float(noise_multiplier), float(max_grad_norm))
-
 
 @dataclass(frozen=True)
-class Grid:
+class Quantizer:
     """Sums and noise in whole numbers, the finest for which a round's sum stays below 2^31 but once in 2^40 rounds.
 
     Attributes
     ----------
+    noise_multiplier, max_grad_norm : σ and C
     scale : s, whole units to one unit of a gradient
-    max_grad_norm : C
-    parameters : d
-    sensitivity : how far one unit moves a hospital's numbers, L2, rounding included
-    share_sigma : the σ of a hospital's discrete Gaussian share
-    total_sigma : that of the fewest honest shares in a sum that is revealed
-    wrap_probability : at most so likely does any coordinate of a round's sum wrap around
+
+    Raises
+    ------
+    UserError
+        32 bits don't hold them.
     """
 
-    scale: int
+    shared: SharedNoise
+    noise_multiplier: float
     max_grad_norm: float
-    parameters: int
-    sensitivity: float
-    share_sigma: int
-    total_sigma: float
-    wrap_probability: float
+
+    def __post_init__(self):
+        declared, d = sum(self.shared.declared), self.shared.parameters
+        if self.scale < 1:
+            why = (
+                "sum and noise together are too large: take less noise or a smaller max_grad_norm, fewer units or "
+                "hospitals together, or train fewer parameters"
+            )
+        elif self.share_sigma < _LEAST_SHARE:
+            why = (
+                f"a share of the noise would be {self.share_sigma}, below {_LEAST_SHARE}: take more noise, or fewer "
+                "units together"
+            )
+        else:
+            return
+        raise UserError(
+            f"{MODULUS_BITS} bits are too few for shared noise with noise_multiplier {self.noise_multiplier:g}, "
+            f"max_grad_norm {self.max_grad_norm:g}, {d} parameters and {declared} declared units: {why}"
+        )
+
+    @cached_property
+    def scale(self) -> int:
+        n, declared = self.shared.hospitals, sum(self.shared.declared)
+        # A discrete Gaussian is sub-Gaussian (Canonne, Kamath and Steinke 2020): P(|sum| > z std) ≤ 2 exp(-z² / 2).
+        z = math.sqrt(2 * math.log(2 * self.shared.parameters / WRAP_PROBABILITY))
+
+        def room(scale: int) -> float:
+            """What the sums of all hospitals leave for their noise; rounding may add 1/2 to each."""
+            return 2 ** (MODULUS_BITS - 1) - declared * scale * self.max_grad_norm - n
+
+        low, high = 0, int(room(0) / (declared * self.max_grad_norm)) + 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            if room(middle) > z * math.sqrt(n) * self._share_sigma(middle):
+                low = middle
+            else:
+                high = middle
+        return low
+
+    def _share_sigma(self, scale: int) -> int:
+        moved = sensitivity(scale, self.max_grad_norm, self.shared.parameters)
+        return math.ceil(self.noise_multiplier * moved / math.sqrt(self.shared.threshold - self.shared.colluding))
 
     @property
-    def overhead(self) -> float:
-        """By what factor less 1 the noise is larger than without a grid: what rounding adds to the sensitivity."""
-        return self.sensitivity / (self.scale * self.max_grad_norm) - 1
+    def sensitivity(self) -> float:
+        """How far one unit moves a hospital's numbers, L2, rounding included."""
+        return sensitivity(self.scale, self.max_grad_norm, self.shared.parameters)
+
+    @property
+    def share_sigma(self) -> int:
+        """σ of a hospital's discrete Gaussian share."""
+        return self._share_sigma(self.scale)
+
+    @property
+    def total_sigma(self) -> float:
+        """σ of the fewest honest shares in a sum that is revealed."""
+        return self.share_sigma * math.sqrt(self.shared.threshold - self.shared.colluding)
 
     def delta_slack(self, steps: int, epsilon: float) -> float:
         """What accounting for normal noise leaves out of δ over so many steps, at ε; see the module's text."""
         if epsilon > 700:
             return 1.0
-        return min(1.0, steps * (1 + math.exp(epsilon)) * total_variation(self.total_sigma, self.parameters))
+        return min(1.0, steps * (1 + math.exp(epsilon)) * total_variation(self.total_sigma, self.shared.parameters))
 
     def share(self, total: Mapping[str, torch.Tensor], declared: int, rng: SecureGenerator) -> dict[str, torch.Tensor]:
-        """A hospital's message: its sum on the grid, plus its share of the noise.
+        """A hospital's message, int64: its sum of clipped gradients in whole numbers, plus its share of the noise.
 
         Parameters
         ----------
-        total : sums of clipped gradients by parameter, float
         declared : the hospital's declared number of units
-
-        Returns
-        -------
-        int64, in the shapes of ``total``
 
         Raises
         ------
         UserError
-            Not ``parameters`` numbers.
+            Another number of parameters than was agreed on.
         FloatingPointError
             One isn't finite.
         """
         self.check_parameters(sum(value.numel() for value in total.values()))
-        noise = torch.from_numpy(discrete_gaussian(self.parameters, self.share_sigma, rng))
+        noise = torch.from_numpy(discrete_gaussian(self.shared.parameters, self.share_sigma, rng))
         parts = noise.split([value.numel() for value in total.values()])
         bound, out = self.max_grad_norm * declared, {}
         for (name, value), own in zip(total.items(), parts, strict=True):
@@ -188,54 +211,15 @@ class Grid:
 
     def check_parameters(self, number: int) -> None:
         """Raise UserError for a model that trains another number of parameters than was agreed on."""
-        if number != self.parameters:
+        if number != self.shared.parameters:
             raise UserError(
-                f"the model trains {number} numbers, but shared noise was agreed on for {self.parameters}: give "
+                f"the model trains {number} numbers, but shared noise was agreed on for {self.shared.parameters}: give "
                 f"SharedNoise(parameters={number})"
             )
 
 
 def total_variation(sigma: float, d: int) -> float:
-    """At most so far is N_Z(0, σ²) from a rounded N(0, σ²), in total variation over d coordinates; σ ≥ 1.
-
-    See the module's text; about √d / 24 σ².
-    """
+    """At most so far is N_Z(0, σ²) from a rounded N(0, σ²) over d coordinates, σ ≥ 1; about √d / 24 σ²."""
     chi_square = (1 + sigma**-2) / (144 * sigma**4)
     exponent = d * math.log1p(chi_square)
     return min(1.0, math.sqrt(math.expm1(exponent)) / 2) if exponent < 1 else 1.0
-
-
-@lru_cache(maxsize=64)
-def _grid(shared: SharedNoise, sigma: float, bound: float) -> Grid:
-    n, d, honest = shared.hospitals, shared.parameters, shared.threshold - shared.colluding
-    # A discrete Gaussian is sub-Gaussian (Canonne, Kamath and Steinke 2020): P(|sum| > z std) ≤ 2 exp(-z² / 2).
-    z = math.sqrt(2 * math.log(2 * d / WRAP_PROBABILITY))
-
-    def share(scale: int) -> int:
-        return math.ceil(sigma * sensitivity(scale, bound, d) / math.sqrt(honest))
-
-    def room(scale: int) -> float:
-        """What the sums of all hospitals leave for their noise; rounding may add 1/2 to each."""
-        return 2 ** (MODULUS_BITS - 1) - sum(shared.declared) * scale * bound - n
-
-    low, high = 0, int(room(0) / (sum(shared.declared) * bound)) + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        if room(middle) > z * math.sqrt(n) * share(middle):
-            low = middle
-        else:
-            high = middle
-    if low < 1 or share(low) < _LEAST_SHARE:
-        why = (
-            f"a share of the noise would be {share(low)}, below {_LEAST_SHARE}: take more noise, or fewer units "
-            "together"
-            if low
-            else "sum and noise together are too large: take less noise or a smaller max_grad_norm, fewer units or "
-            "hospitals together, or train fewer parameters"
-        )
-        raise UserError(
-            f"{MODULUS_BITS} bits are too few for shared noise with noise_multiplier {sigma:g}, max_grad_norm "
-            f"{bound:g}, {d} parameters and {sum(shared.declared)} declared units: {why}"
-        )
-    wrap = 2 * d * math.exp(-(room(low) ** 2) / (2 * n * share(low) ** 2))
-    return Grid(low, bound, d, sensitivity(low, bound, d), share(low), share(low) * math.sqrt(honest), wrap)

@@ -23,8 +23,9 @@ from primia_lite.attacks.simulate import clipping_alone, initial_state, observe
 from primia_lite.config import UserError
 from primia_lite.data import load
 from primia_lite.data.films import Films
-from primia_lite.privacy.accounting import Release, attacker_power
+from primia_lite.privacy.accounting import Release
 from primia_lite.privacy.dpsgd import Privacy
+from primia_lite.privacy.guarantees import tpr_upper_bound
 from primia_lite.training import Training
 
 RECIPE = Training("convnet", sample_rate=1.0, learning_rate=1.0)
@@ -148,7 +149,7 @@ def test_no_rate_is_above_the_bound_and_a_wrong_bound_would_show(sigma, steps, q
 @pytest.mark.parametrize("n", [3, 624])
 def test_bound_in_closed_form_and_by_privacy_loss(sigma, steps, n):
     closed = rero_bound(sigma, n, steps=steps)
-    by_loss = float(attacker_power(Release(sigma, 1.0, steps), [1 / n])[0])
+    by_loss = float(tpr_upper_bound(Release(sigma, 1.0, steps), [1 / n])[0])
     assert closed - 1e-9 <= by_loss <= closed * 1.01 + 1e-4
 
 

@@ -8,7 +8,6 @@ from scipy import stats
 
 from primia_lite.config import repo_root
 from primia_lite.privacy.accounting import calibrate_noise_multiplier
-from primia_lite.privacy.dpsgd import PrivateStep
 
 
 @pytest.fixture(scope="module")
@@ -23,9 +22,9 @@ def attack():
 def test_float_noise_gives_one_patient_away_and_whole_numbers_do_not(attack, sample_rate):
     """With the sampled patients known, whoever reads the numbers as a DP attacker may wins by Φ(1 / 2σ)."""
     plays = 60
-    assert attack.right(attack.FloatStep, sample_rate, plays, seed=1) > 0.9 * plays
+    assert attack.right("float", sample_rate, plays, seed=1) > 0.9 * plays
     best = stats.norm.cdf(0.5 / calibrate_noise_multiplier(attack.EPSILON, attack.DELTA, sample_rate, 1))
-    won = attack.right(PrivateStep, sample_rate, plays, seed=2)
+    won = attack.right("exact", sample_rate, plays, seed=2)
     assert best < 0.65 and stats.binomtest(won, plays, best, alternative="greater").pvalue > 1e-4
 
 
@@ -38,8 +37,6 @@ def test_what_leaves_a_step_is_whole_numbers_over_a_public_scale(attack):
         model = torch.nn.Linear(attack.FEATURES, attack.CLASSES, bias=False).double()
         torch.nn.init.zeros_(model.weight)
         batch = attack.PoissonBatch(units, 1.0)
-        rows = list(attack.private_rows(films, batch, attack.Training(), "patient", None, torch.Generator()))
-        step = PrivateStep(model.float(), torch.optim.SGD(model.parameters(), 1.0), privacy, 64.0,
-                           attack.SecureGenerator(), films)  # fmt: skip
-        total = step.released(step.clipped_sum(batch, rows)[0])["weight"]
-        assert (total * scale).frac().eq(0).all()
+        rows = attack.private_rows(films, batch, attack.Training(), "patient", None, torch.Generator())
+        total = attack.ClippedSum(model.float(), attack.BOUND, "patient", films)(batch, rows)[0]
+        assert (privacy.add_noise(total, attack.SecureGenerator())["weight"] * scale).frac().eq(0).all()

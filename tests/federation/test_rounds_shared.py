@@ -42,8 +42,9 @@ def test_the_sums_noise_is_what_the_ledger_is_charged_for(tmp_path):
         found = run(group, promise, tmp_path / str(number))
         changes.append((found.state["weight"] - exact).numpy())
     # All three shares are in the sum, two of which suffice.
-    grid = promise.grid
-    wanted = TRAINING.learning_rate * grid.share_sigma * np.sqrt(3) / (grid.scale * sum(promise.shared.declared))
+    quantizer = promise.quantizer
+    wanted = TRAINING.learning_rate * quantizer.share_sigma * np.sqrt(3) / quantizer.scale
+    wanted /= sum(promise.shared.declared)
     assert np.std(changes) == pytest.approx(
         wanted, rel=0.12
     )  # 600 samples: four standard errors; one share less is 18 % less

@@ -14,7 +14,6 @@ from primia_lite.apps.syft.approval import Approval, changes, difference, digest
 from primia_lite.apps.syft.process import JobError, run_job
 from primia_lite.config import UserError
 from primia_lite.federation.study import CODE, REQUEST, ROUND, RUN, STUDY, Study, describe, job_code
-from primia_lite.privacy.accounting import Release
 from primia_lite.privacy.dpsgd import Privacy
 from primia_lite.privacy.shared import SharedNoise
 from primia_lite.secagg import Agreement
@@ -22,7 +21,7 @@ from primia_lite.training import Training
 
 PUBLIC = {name: Ed25519PrivateKey.generate().public_key().public_bytes_raw() for name in "AB"}
 AGREEMENT = Agreement(PUBLIC, {"A": 10, "B": 30}, 60)
-PRIVACY = Privacy(1.5, 0.5, 8.0, plan=(Release(1.5, 0.5, 4),))
+PRIVACY = Privacy(1.5, 0.5, 8.0, planned=(0.5, 4))
 TRAINING = Training(augmentation=("flip",), class_weights=(1.0, 2.0, 3.0), sample_rate=0.5)
 STUDY_ = Study("lungs", "chest-xray", TRAINING, PRIVACY, 3, AGREEMENT)
 

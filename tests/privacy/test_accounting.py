@@ -6,31 +6,27 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from opacus.accountants import PRVAccountant
 from scipy.optimize import brentq
 from scipy.stats import binom, norm
 
 from primia_lite.config import UserError
 from primia_lite.privacy.accounting import (
     Release,
-    attacker_power,
     calibrate_noise_multiplier,
-    child_epsilon,
-    clt_mu,
     epsilon,
     epsilon_bracket,
-    federation_epsilon,
-    filter_epsilon,
-    filter_order,
-    from_json,
-    gaussian_delta,
-    gaussian_epsilon,
-    group_privacy,
     merge,
-    selection_epsilon,
-    to_json,
 )
 from primia_lite.privacy.dpsgd import Privacy
+from primia_lite.privacy.filter import filter_epsilon, filter_order
+from primia_lite.privacy.gaussian import clt_mu, gaussian_delta, gaussian_epsilon
+from primia_lite.privacy.guarantees import (
+    federation_epsilon,
+    group_epsilon,
+    group_privacy,
+    selection_epsilon,
+    tpr_upper_bound,
+)
 
 
 def exact_gaussian_epsilon(sigma: float, delta: float) -> float:
@@ -40,28 +36,6 @@ def exact_gaussian_epsilon(sigma: float, delta: float) -> float:
         return norm.cdf(0.5 / sigma - eps * sigma) - math.exp(eps) * norm.cdf(-0.5 / sigma - eps * sigma) - delta
 
     return brentq(gap, 1e-9, 200)
-
-
-@pytest.mark.parametrize("sigma", [0.8, 2.0, 5.0])
-@pytest.mark.parametrize("steps", [1, 9])
-def test_full_batches_match_the_exact_gaussian(sigma, steps):
-    exact = exact_gaussian_epsilon(sigma / math.sqrt(steps), 1e-4)
-    ours = epsilon(Release(sigma, 1.0, steps), 1e-4)
-    assert exact - 1e-6 <= ours <= exact * 1.01  # an upper bound, and a tight one
-
-
-@pytest.mark.parametrize(("sigma", "q", "steps"), [(1.2, 0.1, 50), (2.0, 0.25, 60)])
-def test_subsampled_agrees_with_opacus(sigma, q, steps):
-    # Opacus's PRV returns an upper bound as well; both are within a few per cent of the truth.
-    prv = PRVAccountant()
-    prv.history = [(sigma, q, steps)]
-    assert epsilon(Release(sigma, q, steps), 1e-4) == pytest.approx(prv.get_epsilon(1e-4, eps_error=0.05), abs=0.11)
-
-
-def test_rdp_bounds_from_above():
-    release = Release(1.0, 0.2, 40)
-    pld, rdp = epsilon(release, 1e-4), epsilon(release, 1e-4, "rdp")
-    assert pld < rdp < 1.6 * pld
 
 
 @given(st.floats(0.8, 3), st.sampled_from([0.05, 0.2, 1.0]), st.integers(1, 20))
@@ -94,27 +68,8 @@ def test_calibration_leaves_room_for_what_else_is_released_and_for_spare_steps()
     assert 7.9 <= epsilon([*other, shared.release(0.25, 20)], 1e-4) <= 8.0
     spare = Privacy.for_budget(8.0, sample_rate=0.25, steps=20, max_grad_norm=1.0, spare_steps=2)
     assert spare.epsilon(0.25, 22) <= 8.0 < spare.epsilon(0.25, 24)
-    with pytest.raises(UserError, match="beside what else is released"):
+    with pytest.raises(UserError, match="beside"):
         calibrate_noise_multiplier(1.0, 1e-4, 0.25, 20, (Release(0.5, 1.0, 1),))
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: Release(0.0, 0.1, 1), "noise_multiplier is 0"),
-        (lambda: Release(float("nan"), 0.1, 1), "noise_multiplier is nan"),
-        (lambda: Release(1.0, 0.0, 1), "sample_rate is 0"),
-        (lambda: Release(1.0, 1.5, 1), "sample_rate is 1.5"),
-        (lambda: Release(1.0, 0.5, -1), "steps is -1"),
-        (lambda: epsilon([], 0.0), "delta is 0"),
-        (lambda: epsilon([], 1e-4, "moments"), "unknown accountant 'moments'"),
-        (lambda: calibrate_noise_multiplier(0.0, 1e-4, 0.1, 10), "target_epsilon is 0"),
-        (lambda: calibrate_noise_multiplier(0.001, 1e-4, 1.0, 10**6), "no noise multiplier"),
-    ],
-)
-def test_bad_values_are_named(call, message):
-    with pytest.raises(UserError, match=message):
-        call()
 
 
 # --- from both sides --------------------------------------------------------------------------------------------------
@@ -137,33 +92,8 @@ def test_the_bracket_holds_the_exact_gaussian(sigma, accountant):
     exact = exact_gaussian_epsilon(sigma / 3, 1e-5)
     bracket = epsilon_bracket(Release(sigma, 1.0, 9), 1e-5, accountant)
     assert bracket.lower <= exact <= bracket.upper + 1e-9
-
-
-def test_the_worse_direction_counts():
-    """At few steps and a high rate removing a unit tells more than adding one: the bracket must be of the larger."""
-    from dp_accounting.pld import privacy_loss_distribution as pld
-
-    both = pld.from_gaussian_mechanism(0.8, sampling_prob=0.3).self_compose(3)
-    directions = [p.get_epsilon_for_delta(1e-4) for p in (both._pmf_remove, both._pmf_add)]
-    assert directions[0] != pytest.approx(directions[1], rel=0.01)
-    bracket = epsilon_bracket(Release(0.8, 0.3, 3), 1e-4)
-    assert bracket.lower <= max(directions) <= bracket.upper + 1e-6
-
-
-def test_a_release_that_costs_next_to_nothing_has_no_negative_bracket():
-    assert epsilon_bracket(Release(400.0, 0.05, 1), 1e-2, "prv").lower == 0
-
-
-def test_mixed_releases_have_a_bracket_too():
-    bracket = epsilon_bracket([Release(10.0, 1.0, 1), Release(2.0, 0.25, 60)], 1e-4)
-    alone = epsilon_bracket(Release(2.0, 0.25, 60), 1e-4)
-    assert alone.upper < bracket.lower and bracket.gap < 0.01
-
-
-def test_the_gaussian_profile_inverts_and_does_not_overflow():
-    for mu in (0.1, 1.0, 5.0, 60.0):
-        assert gaussian_delta(gaussian_epsilon(mu, 1e-5), mu) == pytest.approx(1e-5, rel=1e-6)
-    assert gaussian_epsilon(0.5, 1e-5) == pytest.approx(exact_gaussian_epsilon(2.0, 1e-5), rel=1e-9)
+    mixed = epsilon_bracket([Release(sigma, 1.0, 9), Release(2.0, 0.25, 60)], 1e-5, accountant)
+    assert bracket.upper < mixed.lower
 
 
 def test_the_central_limit_may_understate():
@@ -172,7 +102,7 @@ def test_the_central_limit_may_understate():
     # and is near where noise is large and steps are many
     many = Release(20.0, 0.1, 2000)
     assert epsilon(many, 1e-4, "gdp") == pytest.approx(epsilon(many, 1e-4), rel=0.01)
-    assert clt_mu(many) == pytest.approx(0.1 * math.sqrt(2000 * math.expm1(1 / 400)))
+    assert clt_mu([many]) == pytest.approx(0.1 * math.sqrt(2000 * math.expm1(1 / 400)))
 
 
 def test_the_accountants_are_ordered_as_labelled():
@@ -209,7 +139,7 @@ def test_gaussian_dp_is_that_of_dp_accounting_and_mixes_with_sampled_steps():
     theirs = pld.from_gaussian_mechanism(4.0, value_discretization_interval=1e-4).self_compose(10)
     assert epsilon(Release(4.0, 1.0, 10), 1e-5, "gdp") == pytest.approx(theirs.get_epsilon_for_delta(1e-5), rel=1e-4)
     full, sampled = Release(4.0, 1.0, 10), Release(20.0, 0.1, 2000)
-    assert clt_mu([full, sampled]) == pytest.approx(math.hypot(math.sqrt(10) / 4, clt_mu(sampled)))
+    assert clt_mu([full, sampled]) == pytest.approx(math.hypot(math.sqrt(10) / 4, clt_mu([sampled])))
     assert epsilon([full, sampled], 1e-5, "gdp") == pytest.approx(epsilon([full, sampled], 1e-5), rel=0.01)
 
 
@@ -225,9 +155,8 @@ def test_the_exact_gaussian_neither_overflows_nor_hangs():
     assert gaussian_epsilon(1.0, 1e-20) == pytest.approx(9.5109362405743805, rel=1e-12)
     assert gaussian_epsilon(1.0, 1e-100) == pytest.approx(21.6275080936483822, rel=1e-12)
     assert gaussian_epsilon(50.0, 1e-5) == pytest.approx(1462.28501596477979, rel=1e-12)
-    for mu, delta in ((1.0, 0.0), (1.0, 1.0), (-1.0, 1e-5), (math.nan, 1e-5)):
-        with pytest.raises(UserError):
-            gaussian_epsilon(mu, delta)
+    for mu in (0.1, 1.0, 5.0, 60.0):
+        assert gaussian_delta(gaussian_epsilon(mu, 1e-5), mu) == pytest.approx(1e-5, rel=1e-6)
 
 
 def optimistic(release: Release, delta: float, interval: float) -> float:
@@ -275,20 +204,17 @@ def test_every_accountant_bounds_from_above_or_refuses(release, interval, delta)
     ("releases", "delta", "why"),
     [
         (Release(0.02, 1.0, 1), 1e-5, "overflows"),
-        (Release(0.03, 1.0, 1), 1e-5, "overflows"),
         (Release(0.01, 0.5, 1), 1e-5, "overflows"),
         (Release(1e-4, 0.5, 1), 1e-5, "690"),
         (Release(1.0, 1.0, 1000), 1e-5, "690"),
         (Release(1.0, 0.2, 10), 1e-12, "rounding"),
-        (Release(1.0, 0.2, 10), 1e-30, "rounding"),
         (Release(1.0, 1.0, 1), 1e-300, "rounding"),
         (Release(200.0, 0.5, 3 * 10**6), 1e-5, "GiB"),
     ],
 )
 def test_prv_refuses_where_it_is_no_bound(releases, delta, why):
-    for count in (lambda: epsilon(releases, delta, "prv"), lambda: epsilon_bracket(releases, delta, "prv")):
-        with pytest.raises(UserError, match=why):
-            count()
+    with pytest.raises(UserError, match=why):
+        epsilon(releases, delta, "prv")
     assert epsilon(releases, delta) < math.inf  # and here is what to use instead
 
 
@@ -296,13 +222,13 @@ def test_losses_that_floats_do_not_hold_are_bounded_by_the_noise_without_samplin
     for sigma in (0.02, 0.01, 1e-3, 1e-5, 1e-12):
         exact, sampled = gaussian_epsilon(1 / sigma, 1e-5), epsilon(Release(sigma, 0.5, 1), 1e-5)
         assert sampled <= exact and sampled >= 0.98 * exact  # sampling takes off log 2 or so
-        assert attacker_power(Release(sigma, 0.5, 1), [0.01])[0] <= 1
+        assert tpr_upper_bound(Release(sigma, 0.5, 1), [0.01])[0] <= 1
     for releases in (Release(0.05, 0.5, 1000), [Release(0.01, 0.5, 1), Release(400.0, 0.01, 10**5)]):
         assert 0 < epsilon(releases, 1e-5) < math.inf
         assert math.isfinite(epsilon(releases, 1e-5, "rdp"))
     with pytest.raises(UserError, match="lower bound"):
         epsilon_bracket(Release(0.005, 0.5, 1), 1e-5)
-    assert child_epsilon(Release(0.1, 0.5, 10), 30, 1e-30) == gaussian_epsilon(30 * math.sqrt(10) / 0.1, 1e-30)
+    assert group_epsilon(Release(0.1, 0.5, 10), 30, 1e-30) == gaussian_epsilon(30 * math.sqrt(10) / 0.1, 1e-30)
 
 
 @pytest.mark.parametrize(("sigma", "q"), [(1.0, 0.01), (0.3, 0.5), (5.0, 0.25), (0.8, 0.999), (0.7, 1e-4)])
@@ -404,20 +330,18 @@ def test_the_filters_order_is_the_best_for_what_is_planned():
 
 def test_a_child_with_one_film_has_the_films_epsilon_and_one_with_more_a_larger_one():
     release = Release(1.5616, 0.25, 101)
-    values = [child_epsilon(release, k, 1e-4) for k in (1, 2, 14)]
+    values = [group_epsilon(release, k, 1e-4) for k in (1, 2, 14)]
     assert values[0] == epsilon(release, 1e-4)
     assert values[1] == pytest.approx(19.7, abs=0.2) and values[2] == pytest.approx(404, abs=3)
     # The formula is far looser: at the same ε it allows a δ of more than a half, or of anything.
-    assert group_privacy(8.0, 1e-4, 2)[1] > 0.5 and group_privacy(8.0, 1e-4, 14)[1] > 1
-
-
-def test_a_child_in_full_batches_is_the_exact_gaussian():
-    exact = exact_gaussian_epsilon(6.0 / 3 / math.sqrt(10), 1e-4)
-    assert child_epsilon(Release(6.0, 1.0, 10), 3, 1e-4) == pytest.approx(exact, rel=0.001)
+    assert group_privacy(8.0, 1e-4, 2)[1] > 0.5 and group_privacy(8.0, 1e-4, 200)[1] == math.inf
+    assert group_privacy(0.5, 1e-5, 3) == (1.5, pytest.approx(3e-5 * math.e))
 
 
 def test_a_childs_epsilon_bounds_what_a_simulated_attacker_reaches():
     """One step, by numerical integration of the mixture itself: nothing shared with dp-accounting."""
+    exact = exact_gaussian_epsilon(6.0 / 3 / math.sqrt(10), 1e-4)  # in full batches
+    assert group_epsilon(Release(6.0, 1.0, 10), 3, 1e-4) == pytest.approx(exact, rel=0.001)
     sigma, q, k, delta = 1.0, 0.3, 3, 1e-3
     x = np.linspace(-12, 15, 400_001)
     absent = norm.pdf(x, 0, sigma)
@@ -429,13 +353,7 @@ def test_a_childs_epsilon_bounds_what_a_simulated_attacker_reaches():
         )
         return worst - delta
 
-    assert child_epsilon(Release(sigma, q, 1), k, delta) == pytest.approx(brentq(gap, 0.01, 20), rel=2e-3)
-
-
-def test_group_privacy_is_the_stated_formula():
-    assert group_privacy(1.0, 1e-5, 1) == (1.0, 1e-5)
-    assert group_privacy(0.5, 1e-5, 3) == (1.5, pytest.approx(3e-5 * math.e))
-    assert group_privacy(8.0, 1e-4, 200)[1] == math.inf
+    assert group_epsilon(Release(sigma, q, 1), k, delta) == pytest.approx(brentq(gap, 0.01, 20), rel=2e-3)
 
 
 def test_hospitals_take_the_maximum_and_a_shared_child_composes():
@@ -454,51 +372,53 @@ def test_trying_more_costs_more_and_selection_less_than_showing_all():
     assert one < few < many < epsilon([trial] * 30, 1e-4)
 
 
-def test_an_attackers_power_is_the_exact_one_of_the_gaussian():
+def test_an_attackers_true_positive_rate_is_the_exact_one_of_the_gaussian():
     rates = np.array([0.0, 1e-4, 0.01, 0.1, 0.5, 1.0])
     exact = norm.cdf(norm.ppf(rates) + 0.5)
-    np.testing.assert_allclose(attacker_power(Release(4.0, 1.0, 4), rates), exact, atol=2e-4)
-    np.testing.assert_allclose(attacker_power([], rates), rates)
+    np.testing.assert_allclose(tpr_upper_bound(Release(4.0, 1.0, 4), rates), exact, atol=2e-4)
+    np.testing.assert_allclose(tpr_upper_bound([], rates), rates)
+    absurd = tpr_upper_bound(Release(10**-0.2, 1.0, 301), rates)
+    assert np.isfinite(absurd).all() and (absurd <= 1).all() and absurd[2] > 0.99
 
 
-def test_an_attackers_power_stays_a_number_where_epsilon_is_absurd():
-    power = attacker_power(Release(10**-0.2, 1.0, 301), np.array([0.0, 0.01, 1.0]))
-    assert np.isfinite(power).all() and (power <= 1).all() and power[1] > 0.99
-
-
-def test_no_test_on_samples_beats_the_stated_power():
+def test_no_test_on_samples_beats_the_stated_rate():
     """The likelihood ratio on 200,000 draws of one subsampled step, in both directions."""
     sigma, q, n = 1.0, 0.4, 200_000
     rng = np.random.default_rng(0)
     absent, present = rng.normal(0, sigma, n), rng.normal(rng.random(n) < q, sigma)
     rates = np.array([0.001, 0.01, 0.1, 0.3])
     reached = np.mean(present > np.quantile(absent, 1 - rates)[:, None], axis=1)
-    bound = attacker_power(Release(sigma, q, 1), rates)
+    bound = tpr_upper_bound(Release(sigma, q, 1), rates)
     assert (reached <= bound + 4 * np.sqrt(bound / n) + 1e-3).all()
     assert (reached >= bound * 0.55).all()  # the bound serves both directions, so one alone stays below it
 
 
-def test_releases_survive_json():
-    assert from_json(to_json(TYPICAL)) == merge(TYPICAL)
-
-
 @pytest.mark.parametrize(
-    ("call", "message"),
+    ("call", "word"),
     [
-        (lambda: Release(math.nan, 0.5, 1), "noise_multiplier is nan"),
-        (lambda: Release(math.inf, 0.5, 1), "noise_multiplier is inf"),
-        (lambda: Release(1e-200, 0.5, 1), "noise_multiplier is 1e-200"),
-        (lambda: group_privacy(1.0, 1e-5, 0), "films is 0"),
-        (lambda: group_privacy(math.nan, 1e-5, 2), "epsilon nan"),
-        (lambda: Release(1.0, 1.5, 1), "sample_rate is 1.5"),
-        (lambda: Release(1.0, math.nan, 1), "sample_rate is nan"),
-        (lambda: Release(1.0, 0.5, 1.5), "steps is 1.5"),
-        (lambda: epsilon_bracket(TYPICAL[0], 1e-4, "rdp"), "gives no lower bound"),
-        (lambda: child_epsilon(TYPICAL[0], 0, 1e-4), "films is 0"),
-        (lambda: selection_epsilon(TYPICAL[0], 0.5, 1e-4), "mean_trials is 0.5: it must be at least 1"),
-        (lambda: filter_epsilon(TYPICAL[0], 1.0, 3), "delta is 1"),
+        (lambda: Release(0.0, 0.1, 1), "noise_multiplier"),
+        (lambda: Release(math.nan, 0.5, 1), "noise_multiplier"),
+        (lambda: Release(math.inf, 0.5, 1), "noise_multiplier"),
+        (lambda: Release(1e-200, 0.5, 1), "noise_multiplier"),
+        (lambda: Release(1.0, 0.0, 1), "sample_rate"),
+        (lambda: Release(1.0, 1.5, 1), "sample_rate"),
+        (lambda: Release(1.0, math.nan, 1), "sample_rate"),
+        (lambda: Release(1.0, 0.5, -1), "steps"),
+        (lambda: Release(1.0, 0.5, 1.5), "steps"),
+        (lambda: epsilon([], 0.0), "delta"),
+        (lambda: epsilon([], 1e-4, "moments"), "accountant"),
+        (lambda: epsilon_bracket(TYPICAL[0], 1e-4, "rdp"), "lower bound"),
+        (lambda: gaussian_epsilon(1.0, 1.0), "delta"),
+        (lambda: gaussian_epsilon(math.nan, 1e-5), "mu"),
+        (lambda: filter_epsilon(TYPICAL[0], 1.0, 3), "delta"),
+        (lambda: group_epsilon(TYPICAL[0], 0, 1e-4), "films"),
+        (lambda: group_privacy(1.0, 1e-5, 0), "films"),
+        (lambda: group_privacy(math.nan, 1e-5, 2), "epsilon"),
+        (lambda: selection_epsilon(TYPICAL[0], 0.5, 1e-4), "mean_trials"),
+        (lambda: calibrate_noise_multiplier(0.0, 1e-4, 0.1, 10), "target_epsilon"),
+        (lambda: calibrate_noise_multiplier(0.001, 1e-4, 1.0, 10**6), "noise multiplier"),
     ],
 )
-def test_more_bad_values_are_named(call, message):
-    with pytest.raises(UserError, match=message):
+def test_bad_values_are_named(call, word):
+    with pytest.raises(UserError, match=word):
         call()

@@ -17,17 +17,11 @@ def test_stream_is_chacha20_of_the_key():
     assert SecureGenerator(key).bytes(64) == expected
 
 
-@pytest.mark.parametrize("probability", [0.01, 0.25, 0.9])
+@pytest.mark.parametrize("probability", [0.0, 0.01, 0.25, 0.9, 1.0])
 def test_coins_have_their_probability(probability):
     n = 200_000
     heads = SecureGenerator.from_seed(2).bernoulli(n, probability).sum()
     assert stats.binomtest(int(heads), n, probability).pvalue > 1e-3
-
-
-def test_certain_and_impossible_coins():
-    rng = SecureGenerator()
-    assert rng.bernoulli(1000, 1.0).all()
-    assert not rng.bernoulli(1000, 0.0).any()
 
 
 def test_operating_system_keys_differ_and_seeds_repeat():
@@ -39,16 +33,17 @@ def test_operating_system_keys_differ_and_seeds_repeat():
 
 def test_children_are_independent_of_each_other_and_of_what_was_drawn():
     parent = SecureGenerator.from_seed(4)
-    first = parent.child("round", 1, "A").uniform(1000)
+    first = parent.child("round", 1, "A").words(1000)
     parent.words(17)
-    assert np.array_equal(parent.child("round", 1, "A").uniform(1000), first)
-    assert abs(np.corrcoef(first, parent.child("round", 1, "B").uniform(1000))[0, 1]) < 0.13
+    assert np.array_equal(parent.child("round", 1, "A").words(1000), first)
+    other = parent.child("round", 1, "B").words(1000)
+    assert abs(np.corrcoef(first.astype(float), other.astype(float))[0, 1]) < 0.13
     assert parent.child("x").seeded
 
 
 @pytest.mark.parametrize("write", [pickle.dumps, copy.copy, copy.deepcopy])
 def test_state_is_never_written(write):
-    with pytest.raises(TypeError, match="never written"):
+    with pytest.raises(TypeError, match="never"):
         write(SecureGenerator())
 
 
