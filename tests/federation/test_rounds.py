@@ -252,6 +252,27 @@ def test_a_run_does_not_go_on_with_a_ledger_that_was_deleted(tmp_path):
         federate(hospitals(), TRAINING, Schedule(2), PRIVACY, folder=tmp_path, progress=None)
 
 
+def test_a_ledger_deleted_during_a_run_stops_it(tmp_path):
+    group = hospitals()
+
+    def delete(record):
+        if record["round"] == 2:
+            (tmp_path / "ledger-B.sqlite").unlink()
+
+    with pytest.raises(UserError, match="gone"):
+        federate(group, TRAINING, Schedule(4), PRIVACY, folder=tmp_path, progress=delete)
+    result = federate(group, TRAINING, Schedule(1), PRIVACY, folder=tmp_path, fresh=True, progress=None)
+    assert set(result.epsilon) == set("ABC")
+
+
+def test_fresh_keeps_a_ledger_that_it_cannot_read(tmp_path):
+    federate(hospitals(), TRAINING, Schedule(1), PRIVACY, folder=tmp_path, progress=None)
+    (tmp_path / "ledger-A.sqlite").write_bytes(b"damaged" * 1000)
+    with pytest.raises(UserError, match="deleted"):
+        federate(hospitals(), TRAINING, Schedule(1), PRIVACY, folder=tmp_path, fresh=True, progress=None)
+    assert (tmp_path / "ledger-A.sqlite").exists()
+
+
 def test_fresh_deletes_a_run_and_nothing_else(tmp_path):
     (tmp_path / "thesis.tex").write_text("a year's work")
     federate(hospitals(), TRAINING, Schedule(1), PRIVACY, folder=tmp_path, fresh=True, progress=None)

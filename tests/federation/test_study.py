@@ -217,6 +217,12 @@ def test_a_job_without_an_update_says_why(tmp_path, code, why):
         run_job(job(code), tmp_path / "job", "films.npz", "A")
 
 
+def test_a_jobs_files_stay_in_its_folder(tmp_path):
+    with pytest.raises(JobError, match="outside"):
+        run_job(job("pass", **{"../../elsewhere": b""}), tmp_path / "a" / "job", "films.npz", "A")
+    assert not (tmp_path / "elsewhere").exists()
+
+
 def test_a_job_that_takes_too_long_is_ended_with_all_that_it_started(tmp_path):
     code = "import subprocess\nsubprocess.run(['bash', '-c', 'sleep 5; touch ../alive'])\n"
     with pytest.raises(JobError, match="longer"):

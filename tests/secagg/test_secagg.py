@@ -295,6 +295,13 @@ def test_a_vector_of_another_form_is_refused(vector):
     refused(party, replace(party.replies()[0], vector=vector), "entries")
 
 
+@pytest.mark.parametrize("step", [s for s in STEPS if s != "mask"])
+def test_a_vector_in_another_step_is_refused(step):
+    party = Round(3).until(step)
+    reply = party.resigned(party.replies()[0], vector=np.zeros(8, np.uint32))
+    refused(party, reply, "vector")
+
+
 KEY, OTHER, SHARE = "5a" * 32, "5b" * 32, "5a" * SHARE_BYTES
 SEALED = "AAAA" * 49 + "AA=="  # 148 bytes, base64
 BODIES = {

@@ -302,6 +302,14 @@ def test_confirmations_that_do_not_do():
         refuses(party, "A", party.request("A", confirmed=confirmed), message)
 
 
+def test_a_hospital_that_did_not_survive_cannot_confirm():
+    party = at("confirm", leave={"mask": "D"})
+    replies = [party.ask(name, party.request(name)) for name in "ABC"]
+    forced = party.resigned(Reply("D", 1, "confirm", replies[0].body))  # D works with the server
+    texts = [relayed(reply) for reply in (*replies[:2], forced)]
+    refuses(party, "A", secagg.request("unmask", 1, confirmed=texts), "needed")
+
+
 def test_hospitals_that_were_given_other_keys_do_not_unmask():
     """Else a server could give each hospital another graph of neighbours."""
     party = at("share")
