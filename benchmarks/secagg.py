@@ -304,7 +304,7 @@ class Unsealed:
 def light(memo: dict, zeros: np.ndarray, real: str) -> Iterator[None]:
     """The others' side without what neither the server nor the real hospital sees: checks of signatures, masks, and
     sealing among themselves. The graph, what was advertised, and what is relayed, are the same for all of them."""
-    relayed, cipher = secagg.messages.relayed_reply, secagg.SecAggClient._cipher
+    relayed, cipher = secagg.messages.relayed_reply, secagg.SecAggClient.cipher
 
     def read(text: str) -> secagg.Reply:
         if text not in memo:
@@ -323,7 +323,7 @@ def light(memo: dict, zeros: np.ndarray, real: str) -> Iterator[None]:
         (secagg.client, "advertised_keys", once("advertised", secagg.messages.advertised_keys)),
         (secagg.Agreement, "neighbours", once("neighbours", secagg.Agreement.neighbours)),
         (secagg.client, "relayed_reply", read),
-        (secagg.SecAggClient, "_cipher", lambda self, *pair: cipher(self, *pair) if real in pair else Unsealed()),
+        (secagg.SecAggClient, "cipher", lambda self, *pair: cipher(self, *pair) if real in pair else Unsealed()),
         (secagg.Reply, "check", lambda self, *_: self),
         (secagg.client, "mask_seed", lambda *_: b""),
         (secagg.client, "add_masks", lambda *_: None),
@@ -414,7 +414,7 @@ class Law:
             [r.split()[0].decode() for r in replies.values()], self.agreement, 1
         )
         client = ours.clients["h0000"]
-        client._round.advertised = advertised
+        client.secrets.advertised = advertised
         reply = replies["h0001"]
         self.client, self.text = client, reply.split()[0].decode()
         masked = secagg.Reply("h0000", 1, "mask", {}, b"", vector)
@@ -425,7 +425,7 @@ class Law:
         self.copy = usual(masked.to_bytes) / length
         self.add = usual(lambda: np.add(vector, vector, out=vector)) / length
         self.verify = usual(lambda: secagg.messages.relayed_reply(self.text).check(self.agreement, 1, "advertise"))
-        self.exchange = usual(lambda: client._cipher("h0000", "h0001").encrypt(bytes(12), bytes(132), None))
+        self.exchange = usual(lambda: client.cipher("h0000", "h0001").encrypt(bytes(12), bytes(132), None))
         self.graph = usual(lambda: self.agreement.neighbours(advertised)) / (n * k)
         # Each timed once, so that one n has one law.
         self._shares, self._split, self._combine = map(cache, (self._shares, self._split, self._combine))

@@ -6,6 +6,7 @@ result. In this process all parties run side by side; each sees only what its ow
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -54,27 +55,16 @@ class Aggregator(Protocol):
         integer_sum: bool = False,
         question: secagg.Question | None = None,
     ) -> Aggregate:
-        """One round.
+        """One round; UserError for hospitals without a size, or an update of another shape.
 
         Parameters
         ----------
-        compute_update
-            By hospital: computes its update when called.
-        sizes
-            Declared size by hospital. A hospital's weight is its share of those that take part.
-        template
-            What an update holds: tensors by parameter; only names and shapes matter.
-        number
-            Of the round.
-        integer_sum
-            Updates are integers, summed as they are: noise is shared among the hospitals.
-        question
-            What updates without DP answer, for hospitals in this process; elsewhere they see it themselves.
-
-        Raises
-        ------
-        UserError
-            Hospitals without a size, or an update of another shape.
+        compute_update : by hospital: computes its update when called
+        sizes : declared size by hospital: its weight is its share of those that take part
+        template : what an update holds: tensors by parameter, of which only names and shapes matter
+        number : of the round
+        integer_sum : updates are integers, summed as they are: noise is shared among the hospitals
+        question : what updates without DP answer, for hospitals in this process; elsewhere they see it themselves
         """
         ...
 
@@ -91,9 +81,7 @@ class WeightedMean:
         check(compute_update, sizes)
         # float64 and a fixed order, so that the sum doesn't depend on who answered first.
         names, total = sorted(compute_update), sum(sizes.values())
-        updates = {h: compute_update[h]().delta for h in names}
-        for h in names:
-            flat(updates[h], template, h)
+        updates = {h: unflat(flat(compute_update[h]().delta, template, h), template) for h in names}
         if integer_sum:
             value = {key: torch.stack([updates[h][key] for h in names]).sum(0) for key in template}
         else:
@@ -104,7 +92,48 @@ class WeightedMean:
         return Aggregate(value, tuple(names))
 
 
-class SecureAggregation:
+class SecAggOver:
+    """Secure aggregation (:mod:`primia_lite.secagg`), whatever carries its messages.
+
+    A transport gives ``name``, ``agreement`` and :meth:`round`; hospitals elsewhere compute their updates themselves.
+    """
+
+    agreement: secagg.Agreement | None = None
+
+    def round(
+        self, number: int, updates: Mapping[str, Callable[[], np.ndarray]], question: secagg.Question | None
+    ) -> secagg.SecAggServer:
+        """Take a round to its end, by :func:`primia_lite.secagg.run_round` and an exchange of this transport's.
+
+        Parameters
+        ----------
+        updates : by hospital: computes its update's entries, for hospitals in this process
+        """
+        raise NotImplementedError
+
+    def agree(self, sizes: Mapping[str, int], length: int, weighted: bool) -> None:
+        """Have an agreement on these values, or refuse them."""
+        agreed = self.agreement
+        if (dict(agreed.sizes), agreed.length, agreed.weighted) != (dict(sizes), length, weighted):
+            raise UserError(
+                "the round's sizes, length or kind of sum aren't those of the agreement: start from one study"
+            )
+
+    def min_revealed(self, hospitals: int) -> int:
+        return self.agreement.threshold
+
+    def aggregate(self, compute_update, sizes, template, number, *, integer_sum=False, question=None) -> Aggregate:
+        check(compute_update, sizes)
+        self.agree(sizes, length(template), weighted=not integer_sum)
+        updates = {
+            name: lambda name=name: flat(compute_update[name]().delta, template, name) for name in compute_update
+        }
+        server = self.round(number, updates, question)
+        vector = server.total.astype(np.int64) if integer_sum else server.mean
+        return Aggregate(unflat(vector, template), server.survivors)
+
+
+class SecureAggregation(SecAggOver):
     """:mod:`primia_lite.secagg` between parties in this process.
 
     Parameters
@@ -118,6 +147,10 @@ class SecureAggregation:
     listen
         Called with each message: round, step, ``request`` or ``reply``, the hospital, and the bytes (or, of a reply,
         the :class:`~primia_lite.secagg.Reply`). All that a server sees goes through here.
+
+    Attributes
+    ----------
+    agreement, clients : of the last round, the latter by hospital
     """
 
     def __init__(
@@ -125,14 +158,13 @@ class SecureAggregation:
         threshold: int | None = None,
         clip: float = 32.0,
         *,
-        absent: Callable[[int, str], Iterable[str]] | None = None,
-        listen: Callable[[int, str, str, str, bytes | secagg.Reply], None] | None = None,
+        absent: Callable[[int, str], Iterable[str]] = lambda number, step: (),
+        listen: Callable[[int, str, str, str, bytes | secagg.Reply], None] = lambda *message: None,
     ):
         self.threshold, self.clip, self.absent, self.listen = threshold, clip, absent, listen
-        self._identities: dict[str, Ed25519PrivateKey] = {}
-        self._clients: dict[str, secagg.SecAggClient] = {}
-        self._answered: dict[str, dict] = {}  # by hospital
-        self._agreement: secagg.Agreement | None = None
+        self.clients: dict[str, secagg.SecAggClient] = {}
+        self._identities: dict[str, Ed25519PrivateKey] = defaultdict(Ed25519PrivateKey.generate)
+        self._answered: dict[str, dict] = defaultdict(dict)  # by hospital
         self._session = 0
 
     def min_revealed(self, hospitals: int) -> int:
@@ -142,45 +174,32 @@ class SecureAggregation:
     def name(self) -> str:
         return f"secure aggregation, threshold {self.threshold or 'two thirds'}, clip {self.clip:g}"
 
-    def aggregate(self, compute_update, sizes, template, number, *, integer_sum=False, question=None) -> Aggregate:
-        check(compute_update, sizes)
-        self._agree(compute_update, sizes, length(template), weighted=not integer_sum)
+    def agree(self, sizes: Mapping[str, int], length: int, weighted: bool) -> None:
+        keys = {name: self._identities[name].public_key().public_bytes_raw() for name in sizes}
+        agreement = secagg.Agreement(keys, sizes, length, self.clip, self.threshold, weighted)
+        if agreement != self.agreement:
+            self.agreement = agreement
+            self.clients = {
+                name: secagg.SecAggClient(name, self._identities[name], agreement, answered=self._answered[name])
+                for name in sizes
+            }
+
+    def round(self, number, updates, question) -> secagg.SecAggServer:
         self._session += 1
-        server = secagg.SecAggServer(self._agreement, self._session)
+        server = secagg.SecAggServer(self.agreement, self._session)
         gone: set[str] = set()
 
         def exchange(step: str, requests: Mapping[str, bytes]) -> Iterable[secagg.Reply]:
-            gone.update(self.absent(number, step) if self.absent else ())
+            gone.update(self.absent(number, step))
             for name, request in requests.items():
-                self._tell(number, step, "request", name, request)
-                if name in gone:
-                    continue
-                update = lambda name=name: flat(compute_update[name]().delta, template, name)  # noqa: E731
-                reply = self._clients[name].answer(request, update, question)
-                self._tell(number, step, "reply", name, reply)
-                yield reply
+                self.listen(number, step, "request", name, request)
+                if name not in gone:
+                    reply = self.clients[name].answer(request, updates[name], question)
+                    self.listen(number, step, "reply", name, reply)
+                    yield reply
 
         secagg.run_round(server, exchange)
-        vector = server.total.astype(np.int64) if integer_sum else server.mean
-        return Aggregate(unflat(vector, template), server.survivors)
-
-    def _agree(self, names, sizes, n, weighted) -> None:
-        for name in names:
-            if name not in self._identities:
-                self._identities[name] = Ed25519PrivateKey.generate()
-        identities = {name: self._identities[name].public_key().public_bytes_raw() for name in names}
-        agreement = secagg.Agreement(identities, dict(sizes), n, self.clip, self.threshold, weighted)
-        if agreement != self._agreement:
-            self._agreement = agreement
-            self._clients = {
-                name: secagg.SecAggClient(name, key, agreement, answered=self._answered.setdefault(name, {}))
-                for name, key in self._identities.items()
-                if name in identities
-            }
-
-    def _tell(self, *what) -> None:
-        if self.listen:
-            self.listen(*what)
+        return server
 
 
 def check(compute_update: Mapping[str, object], sizes: Mapping[str, int]) -> None:
@@ -196,13 +215,7 @@ def length(template: State) -> int:
 
 
 def flat(delta: State, template: State, name: str) -> np.ndarray:
-    """float32 or int64 [L]: an update's entries in the order of ``template``.
-
-    Raises
-    ------
-    UserError
-        Other parameters or shapes, naming the hospital.
-    """
+    """float32 or int64 [L]: an update's entries in the order of ``template``, whose shapes it must have."""
     shapes = {key: tuple(value.shape) for key, value in template.items()}
     found = {key: tuple(value.shape) for key, value in delta.items()}
     if found != shapes:

@@ -22,17 +22,9 @@ _DIGITS = 19  # whole numbers of 64 bits
 
 
 def read_json(content: bytes, what: str, most_bytes: int = MOST_BYTES) -> dict:
-    """A JSON object whose numbers are finite, texts are text and names differ.
+    """A JSON object of at most 16 levels whose numbers are finite, texts are text and names differ; else UserError.
 
-    Parameters
-    ----------
-    what
-        What it should be, for the message.
-
-    Raises
-    ------
-    UserError
-        It is something else, larger than ``most_bytes``, or has more than 16 levels.
+    ``what`` it should be, for the message.
     """
     if len(content) > most_bytes:
         raise UserError(f"{what} can't be read: it has {len(content):,} bytes, at most {most_bytes:,} are taken")
@@ -85,13 +77,7 @@ def _check_values(found: dict) -> None:
 
 
 def read_file(path: Path, what: str, most_bytes: int = MOST_BYTES) -> bytes:
-    """A file's content.
-
-    Raises
-    ------
-    UserError
-        It can't be read, or is larger than ``most_bytes``.
-    """
+    """A file's content; UserError if it can't be read, or is larger than ``most_bytes``."""
     try:
         with open(path, "rb") as file:
             content = file.read(most_bytes + 1)
@@ -103,18 +89,7 @@ def read_file(path: Path, what: str, most_bytes: int = MOST_BYTES) -> bytes:
 
 
 def check_unpacked(archive, what: str) -> None:
-    """That the arrays of an npz fit into this machine's memory: a small file may unpack to any size.
-
-    Parameters
-    ----------
-    archive
-        A path or an open binary file.
-
-    Raises
-    ------
-    UserError
-        They don't, or it is no npz.
-    """
+    """UserError unless the arrays of an npz (path or file) fit into memory: a small one may unpack to any size."""
     try:
         with zipfile.ZipFile(archive) as z:
             unpacked = sum(part.file_size for part in z.infolist())

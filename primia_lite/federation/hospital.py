@@ -9,23 +9,18 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import math
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from primia_lite import models
 from primia_lite.config import TrainingError, UserError
 from primia_lite.data import ChestXrays
 from primia_lite.data.films import Films
-from primia_lite.privacy.accounting import Release
 from primia_lite.privacy.dpsgd import Privacy
-from primia_lite.privacy.ledger import Ledger, charged_for
-from primia_lite.privacy.noise import local_noise
+from primia_lite.privacy.ledger import Ledger
 from primia_lite.privacy.rng import SecureGenerator
 from primia_lite.runtime import cores, torch_threads, write_atomic
 from primia_lite.training import Training, check_options, private_share, train
@@ -80,18 +75,10 @@ def local_update(
     rng
         Makes one release: with DP, an unseeded one that was used before is refused, because its noise would come again.
     declared_size
-        The public number of units (patients, or films where they are the unit), see :func:`declare_size`; sample rate
-        times this is the denominator of a private step. Required with DP, which hides whether a unit is there or empty,
-        not how many there are (zero-out adjacency, see :mod:`primia_lite.privacy.accounting`).
+        The public number of units (:func:`declare_size`); sample rate times this is the denominator of a private step.
+        Required with DP, which hides whether a unit is there or empty, not how many there are (zero-out adjacency).
     observe
-        Called with the list of step losses, which are private: a simulation may plot them, a deployment leaves it None.
-        Not called with shared noise.
-
-    Raises
-    ------
-    UserError, TrainingError
-        See :func:`primia_lite.training.train` and :func:`primia_lite.training.private_share`; also a global state of
-        another shape, and with shared noise a declared size that wasn't agreed on.
+        Called with the step losses, which are private: a simulation may plot them. Not called with shared noise.
     """
     model = _checked_model(global_state, films, training, privacy, declared_size)
     if privacy:
@@ -140,10 +127,9 @@ def _checked_model(global_state: State, films: Films, training: Training, privac
 def declare_size(n: int, to: int = 10) -> int:
     """The number of films or patients that a hospital makes public, rounded to tens.
 
-    Public by declaration: DP hides what each unit holds, and takes their number as known (zero-out adjacency). Rounding
-    is modesty, not protection: of one cohort in ten a patient more moves the number to the next ten. Whoever minds that
-    declares a number of their own, such as last year's, and declares it once for a cohort; a number that is off changes
-    a hospital's weight and the length of its steps, and not what is promised.
+    DP hides what each unit holds, and takes their number as known (zero-out adjacency). Rounding is modesty, not
+    protection: of one cohort in ten a patient more moves the number to the next ten. Whoever minds declares a number of
+    their own, once for a cohort; one that is off changes a hospital's weight and steps, and not what is promised.
     """
     return max(to, to * round(n / to))
 
@@ -207,13 +193,7 @@ class Hospital:
         return cls(name, models.prepare(model, films, augmentation=augmentation, **options))
 
     def ledger(self, folder: Path, privacy: Privacy) -> Ledger:
-        """Its lasting ledger if it has one, else that of the run's folder.
-
-        Raises
-        ------
-        UserError
-            The lasting ledger counts another unit, or the run's own ledger is another budget's or was deleted.
-        """
+        """Its lasting ledger if it has one, else that of the run's folder."""
         if self.lasting_ledger:
             if self.lasting_ledger.unit != privacy.unit:
                 raise UserError(
@@ -235,6 +215,13 @@ class Hospital:
         """Let go of the ledgers of a run's folder, which was deleted."""
         self._ledgers = {key: ledger for key, ledger in self._ledgers.items() if key[0].parent != folder}
 
+    def _stored(self, folder: Path, round_number: int) -> Path:
+        return folder / f"update-{self.name}-{round_number:05d}.pt"
+
+    def forget_update(self, folder: Path, round_number: int) -> None:
+        """Delete what was stored to be sent again: the round is over."""
+        self._stored(folder, round_number).unlink(missing_ok=True)
+
     def update(
         self,
         round_number: int,
@@ -247,26 +234,18 @@ class Hospital:
         """Take part in a round: resend what was stored, or charge, compute, store and only then release.
 
         What was stored is sent again only for the same weights, training and privacy: anything else is another release.
-
-        With shared noise nothing is stored: each call is charged and computed anew (of a seeded run's equal calls, the
-        first is charged). Two sums that differ by one hospital would give its message away if the others' were the
-        same in both, and its own share of the noise is less than its patients were promised.
+        With shared noise nothing is stored, and each call is charged and computed anew: two sums that differ by one
+        hospital would give its message away if the others' were the same in both, and its own share of the noise is
+        less than its patients were promised. Raises BudgetError before anything is computed.
 
         Parameters
         ----------
-        rng
-            Unseeded, it is only the start of the round's randomness: each call draws noise of its own.
-        folder
-            Where update and ledger are kept. None (only without DP) keeps nothing.
-
-        Raises
-        ------
-        BudgetError
-            The hospital's budget doesn't allow it; nothing was computed.
+        rng : unseeded, only the start of the round's randomness: each call draws noise of its own
+        folder : where update and ledger are kept; None (only without DP) keeps nothing
         """
         # What a seed repeats needs no storing.
         storing = folder and privacy and not privacy.shared and not rng.seeded
-        stored = folder / f"update-{self.name}-{round_number:05d}.pt" if storing else None
+        stored = self._stored(folder, round_number) if storing else None
         question = _question(global_state, training, privacy) if stored else b""
         if stored and stored.exists() and (content := stored.read_bytes()).startswith(question):
             return Update.from_bytes(content[len(question) :])
@@ -286,7 +265,7 @@ class Hospital:
             self.ledger(folder, privacy).charge(what, release, repeatable=rng.seeded)
         try:
             update = local_update(
-                global_state, self.films, training, privacy, _own(rng), declared_size=self.declared(privacy),
+                global_state, self.films, training, privacy, own_noise(rng), declared_size=self.declared(privacy),
                 observe=lambda losses: self.simulated_losses.__setitem__(round_number, losses),
             )  # fmt: skip
         except TrainingError as error:
@@ -296,7 +275,7 @@ class Hospital:
         return update
 
 
-def _own(rng: SecureGenerator) -> SecureGenerator:
+def own_noise(rng: SecureGenerator) -> SecureGenerator:
     """Noise of its own for each release: two releases with one noise would give their difference away exactly."""
     return rng if rng.seeded else rng.child(os.urandom(16).hex())
 
@@ -307,87 +286,3 @@ def _question(global_state: State, training: Training, privacy: Privacy | None) 
     for name, value in global_state.items():
         digest.update(name.encode() + value.numpy().tobytes())
     return digest.digest()
-
-
-def mean_and_std_under_dp(
-    hospitals: list[tuple[str, ChestXrays]],
-    noise_multiplier: float,
-    folder: Path,
-    privacy: Privacy,
-    rng: SecureGenerator,
-    *,
-    fresh: bool = False,
-    lasting_ledgers: Mapping[str, Ledger] | None = None,
-    declared: Mapping[str, int] | None = None,
-) -> tuple[float, float]:
-    """PriMIA's normalisation: pixel mean and standard deviation of all hospitals' films, shared under DP.
-
-    Each unit (see ``Privacy.unit``) adds (mean pixel, mean squared pixel) of its films, both in [0, 1], and an empty
-    one nothing, so it changes a hospital's sum by at most √2 in L2 norm; each hospital adds noise of standard deviation
-    √2 σ (:func:`primia_lite.privacy.noise.local_noise`). Charged to the hospital's ledger before it is computed, as one
-    release with sample rate 1. Training in the same ``folder`` adds to that ledger: leave room for both by
-    ``Privacy.for_budget(..., also=(Release(noise_multiplier, 1.0, 1),))``.
-
-    Parameters
-    ----------
-    hospitals
-        Names and training films.
-    privacy
-        The budget that is charged; its own noise multiplier belongs to the training.
-    fresh
-        Start new ledgers: for simulations, before a run begins in the folder.
-    lasting_ledgers
-        Of the hospitals that keep one whatever the run, by name (see :class:`Hospital`); charged in place of the
-        folder's.
-    declared
-        Public numbers of units, by name, of the hospitals that declare one of their own (see :func:`declare_size`).
-
-    Raises
-    ------
-    BudgetError
-        A budget doesn't allow it; nothing was computed for that hospital.
-    UserError
-        ``fresh`` would delete charges for more than a normalisation, or a seeded release would go into a lasting
-        ledger, or that counts another unit.
-
-    Returns
-    -------
-    mean, std of pixels in [0, 1], for ``prepare(normalisation=...)``
-    """
-    if wrong := {name: number for name, number in (declared or {}).items() if number < 1}:
-        raise UserError(f"declared is {wrong}: numbers of units are at least 1")
-    sums, count = np.zeros(2), 0
-    for name, films in hospitals:
-        path = folder / f"ledger-{name}.sqlite"
-        if fresh and (folder / "run.json").exists():
-            raise UserError(f"{folder} holds a run, whose ledger can't be deleted: choose another folder")
-        lasting = (lasting_ledgers or {}).get(name)
-        if lasting and rng.seeded:
-            raise UserError(
-                f"hospital {name} has a lasting ledger, but the noise comes from a seed and protects nobody"
-            )
-        if lasting and lasting.unit != privacy.unit:
-            raise UserError(
-                f"hospital {name}'s ledger counts by {lasting.unit}, privacy by {privacy.unit}: use one unit"
-            )
-        if fresh and not lasting and path.exists():
-            if others := [what for what in charged_for(path) if not what.startswith("normalisation")]:
-                raise UserError(
-                    f"{path} is charged for {others[0]}: fresh=True would forget that; choose another folder"
-                )
-            path.unlink()
-        ledger = lasting or Ledger(path, privacy.target_epsilon, privacy.target_delta, privacy.unit, privacy.plan)
-        ledger.charge("normalisation", Release(noise_multiplier, 1.0, 1), repeatable=rng.seeded)
-        pixels = films.images.reshape(len(films), -1) / 255.0
-        moments = np.stack([pixels.mean(1), (pixels**2).mean(1)], 1)  # [N, 2]
-        if privacy.unit == "patient":
-            unit = np.unique(films.patient_id, return_inverse=True)[1]
-            moments = np.stack([np.bincount(unit, m) for m in moments.T], 1) / np.bincount(unit)[:, None]
-        # A second release must not repeat the first one's noise: their difference would be exact.
-        noise = _own(rng.child("normalisation", name))
-        total = {"moments": torch.from_numpy(moments.sum(0))}
-        sums += local_noise(total, noise_multiplier, math.sqrt(2.0), noise)["moments"].numpy()
-        count += (declared or {}).get(name, declare_size(len(moments)))
-    mean, square = sums / count
-    mean = float(np.clip(mean, 0.05, 0.95))
-    return mean, float(np.sqrt(np.clip(square - mean**2, 0.01, 0.25)))

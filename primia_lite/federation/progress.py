@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 
 from primia_lite.runtime import in_notebook
 
 _SHOWN = {"auroc": "AUROC", "accuracy": "accuracy", "loss": "loss"}
 
 
-class RoundProgress:
-    """Called with each round's record.
+@contextmanager
+def shown(progress: Callable[[dict], None] | str | None, rounds: int, done: list[dict]) -> Iterator[Callable]:
+    """What is called with each round's record: a function of one's own, nothing, or a title's bar, curve and lines."""
+    if isinstance(progress, str):
+        with closing(RoundProgress(progress, rounds, done)) as show:
+            yield show
+    else:
+        yield progress or (lambda record: None)
 
-    Parameters
-    ----------
-    title
-        Of the run.
-    rounds
-        How many there will be.
-    done
-        Records of rounds that a resumed run has behind it.
-    """
+
+class RoundProgress:
+    """Called with each round's record; ``done`` are those of rounds that a resumed run has behind it."""
 
     def __init__(self, title: str, rounds: int, done: list[dict]):
         self.title, self.rounds = title, rounds

@@ -27,22 +27,9 @@ def shared_step(
 
     Parameters
     ----------
-    total
-        The sum of the hospitals' ``Update.delta``, int64 by parameter name, negative numbers as such (not modulo 2^32).
-    state
-        The global weights. Weight decay λ applies to those in ``total``.
-    declared
-        The declared units of the hospitals in the sum, together.
-
-    Returns
-    -------
-    By parameter name, in the dtype of ``state``.
-
-    Raises
-    ------
-    UserError
-        A privacy without shared noise, another number of units than hospitals agreed on, or sums that aren't whole
-        numbers or don't fit the weights.
+    total : the sum of the hospitals' ``Update.delta``, int64 by parameter name, negative numbers as such
+    state : the global weights; weight decay λ applies to those in ``total``
+    declared : the declared units of the hospitals in the sum, together
     """
     if not privacy.shared:
         raise UserError("this privacy has no shared noise: give Privacy(..., shared=SharedNoise(...))")

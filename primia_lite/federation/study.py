@@ -50,9 +50,7 @@ Files = Mapping[str, bytes]
 
 @dataclass(frozen=True)
 class Study:
-    """What rounds are for, and how each of them is computed.
-
-    A hospital that reads one relies on what is checked here.
+    """What rounds are for, and how each of them is computed; a hospital that reads one relies on what is checked here.
 
     Attributes
     ----------
@@ -62,12 +60,6 @@ class Study:
     rounds : how many are asked for
     agreement : on secure aggregation: hospitals, their keys and declared sizes, the update's length, clip, threshold
     seed : of shuffling, where there is no DP; noise and sampling under DP come from the operating system
-
-    Raises
-    ------
-    UserError
-        A graph of neighbours in which a server that lies may get a single update, or noise that is shared by others
-        than the agreement's hospitals, or is too little for its threshold.
     """
 
     name: str
@@ -91,14 +83,10 @@ class Study:
             self.privacy.quantizer.check_parameters(agreement.length)
         graph = (everyone, agreement.degree, agreement.share_threshold, agreement.threshold)
         if agreement.degree < everyone - 1 and (self.integer_sum or not withstands(*graph)):
+            risk = "group has too little of the shared noise" if self.integer_sum else "server that lies may unmask it"
             raise UserError(
                 f"each hospital shares masks with {agreement.degree} of {everyone - 1} others only (degree), and a "
-                + (
-                    "group of them has too little of the shared noise"
-                    if self.integer_sum
-                    else "server that lies may unmask it"
-                )
-                + ": leave degree and share_threshold out"
+                f"{risk}: leave degree and share_threshold out"
             )
 
     @property
@@ -119,12 +107,7 @@ class Study:
 
     @classmethod
     def from_bytes(cls, content: bytes) -> Study:
-        """
-        Raises
-        ------
-        UserError
-            It isn't a study, or one whose settings contradict each other.
-        """
+        """The inverse of :meth:`to_bytes`; UserError for what is no study, or one that contradicts itself."""
         c = read_json(content, "study.json")
         try:
             return cls(**c | {"training": _training(c["training"]), "privacy": _privacy(c["privacy"]),
@@ -227,13 +210,7 @@ def films_to_bytes(films: Films) -> bytes:
 
 
 def films_from(path: str | Path) -> Films:
-    """The inverse of :func:`films_to_bytes`, from a file.
-
-    Raises
-    ------
-    UserError
-        It holds no such films, or more than fit into memory: mock films are somebody else's.
-    """
+    """The inverse of :func:`films_to_bytes`, from a file; UserError if it holds none: mock films are a stranger's."""
     check_unpacked(path, what := f"{Path(path).name} with films")
     try:
         with np.load(path, allow_pickle=False) as z:

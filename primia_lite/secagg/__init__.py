@@ -24,10 +24,10 @@ One round, one answer. Two sums of the same updates with different survivors giv
 noise protects an update, a hospital is told which :class:`Question` it answers. The question goes into the masks:
 updates of other rounds, or from other weights, don't cancel. And a hospital signs one list of survivors for a round of
 a study, and one set of weights, whatever the session, and remembers it for good (see :meth:`SecAggClient.save`).
-What was signed may be asked for again, and gives the same sum. A round that ended before ``confirm`` may be asked again with
-anybody; one that ended later only with the hospitals that were on the list: others may have opened that sum, and nobody
-can tell. If these don't come back, take another study. With DP no such memory is kept: each answer is charged to a
-ledger, or is a noisy update that was charged and is sent again.
+What was signed may be asked for again, and gives the same sum. A round that ended before ``confirm`` may be asked again
+with anybody; one that ended later only with the hospitals that were on the list: others may have opened that sum, and
+nobody can tell. If these don't come back, take another study. With DP no such memory is kept: each answer is charged to
+a ledger, or is a noisy update that was charged and is sent again.
 
 What doesn't hold: with two survivors each learns the other's update, from the sum; a hospital that lies about its
 update within the clip isn't noticed; nor is anybody kept from spoiling a round, or a server from giving the same

@@ -48,11 +48,6 @@ class Agreement:
         would have too few shares of it
     share_threshold : how many shares give a secret; ``threshold`` where all share with all. With a ``degree``, above
         half of neighbours and oneself: else a server that lies unmasks a hospital alone
-
-    Raises
-    ------
-    UserError
-        Values that don't fit together, naming them.
     """
 
     identities: Mapping[str, bytes]
@@ -68,50 +63,42 @@ class Agreement:
         n = len(self.identities)
         if n < 2:
             raise UserError(f"secure aggregation hides an update among others: {n} hospital has none, take 2 or more")
+        _check_identities(self.identities)
         if self.identities.keys() != self.sizes.keys():
             raise UserError(f"identities of {list(self.identities)} but sizes of {list(self.sizes)}")
-        if odd := [name for name in self.identities if not (isinstance(name, str) and name and name.isprintable())]:
-            raise UserError(f"{odd[0]!r} is no name of a hospital: take printable text")
         sizes = {name: _whole(size, f"{name}'s declared size") for name, size in self.sizes.items()}
         length = _whole(self.length, "length")
         if min(sizes.values()) < 1 or not 1 <= length < MAX_WORDS:
             raise UserError(f"declared sizes must be at least 1, the update's length 1 to {MAX_WORDS - 1}")
-        keys = set(self.identities.values())
-        if len(keys) < n or any(not isinstance(key, bytes) or len(key) != 32 for key in keys):
-            raise UserError("each hospital needs an Ed25519 public key of its own, 32 bytes")
-        if weak := [name for name, key in self.identities.items() if _is_weak(key)]:
-            raise UserError(f"{weak[0]}'s public key is one that anybody could sign for: it has to make another")
         threshold = default_threshold(n) if self.threshold is None else _whole(self.threshold, "threshold")
         if not n / 2 < threshold <= n:
             raise UserError(
                 f"threshold is {threshold} of {n} hospitals: it must be above half of them (else a server that names "
                 f"different survivors to different hospitals learns single updates) and at most {n}"
             )
-        degree, shares = n - 1, threshold
-        if self.degree is not None and _whole(self.degree, "degree") < n - 1:
-            degree, shares = int(self.degree), self.share_threshold
-            most = min(degree + 1, threshold)
-            if (
-                degree % 2
-                or degree < 2
-                or shares is None
-                or not (degree + 1) / 2 < _whole(shares, "share_threshold") <= most
-            ):
-                raise UserError(
-                    f"degree is {degree}, share_threshold {shares}: take an even degree, 2 or more, and shares of more "
-                    f"than half of it and one, up to {most}"
-                )
-        elif self.degree is None and n > graphs.COMPLETE_UP_TO and self.weighted:
-            degree, shares = graphs.choose_degree(n, threshold=threshold)
+        degree, shares = self._graph(n, threshold)
         FixedPoint(self.clip, n)  # checks the clip
         # Copies, and one type each (the clip's is that of updates): equal agreements have one digest, and none changes.
-        settled = {
-            "identities": dict(self.identities), "sizes": sizes, "length": length,
-            "clip": float(np.float32(self.clip)), "threshold": threshold, "weighted": bool(self.weighted),
-            "degree": degree, "share_threshold": int(shares),
-        }  # fmt: skip
-        for name, value in settled.items():
-            object.__setattr__(self, name, value)
+        vars(self).update(
+            identities=dict(self.identities), sizes=sizes, length=length, clip=float(np.float32(self.clip)),
+            threshold=threshold, weighted=bool(self.weighted), degree=degree, share_threshold=int(shares),
+        )  # fmt: skip
+
+    def _graph(self, n: int, threshold: int) -> tuple[int, int]:
+        """How many neighbours each has, and how many of their shares give a secret."""
+        if self.degree is None and n > graphs.COMPLETE_UP_TO and self.weighted:
+            return graphs.choose_degree(n, threshold=threshold)
+        if self.degree is None or _whole(self.degree, "degree") >= n - 1:
+            return n - 1, threshold
+        degree, shares = int(self.degree), self.share_threshold
+        most = min(degree + 1, threshold)
+        fits = shares is not None and (degree + 1) / 2 < _whole(shares, "share_threshold") <= most
+        if degree % 2 or degree < 2 or not fits:
+            raise UserError(
+                f"degree is {degree}, share_threshold {shares}: take an even degree, 2 or more, and shares of more "
+                f"than half of it and one, up to {most}"
+            )
+        return degree, shares
 
     @property
     def names(self) -> list[str]:
@@ -150,13 +137,7 @@ class Agreement:
 
     @classmethod
     def from_dict(cls, content: dict) -> Agreement:
-        """The agreement that :meth:`as_dict` gave.
-
-        Raises
-        ------
-        UserError
-            Something else.
-        """
+        """The agreement that :meth:`as_dict` gave; UserError for anything else."""
         try:
             identities = {name: bytes.fromhex(key) for name, key in content["identities"].items()}
             return cls(**content | {"identities": identities})
@@ -167,6 +148,16 @@ class Agreement:
         """Who shares with whom, from the keys that all of them advertised."""
         seed = json.dumps([self.digest, sorted(advertised.items())]).encode()
         return graphs.neighbours(list(advertised), self.degree, seed)
+
+
+def _check_identities(identities: Mapping[str, bytes]) -> None:
+    if odd := [name for name in identities if not (isinstance(name, str) and name and name.isprintable())]:
+        raise UserError(f"{odd[0]!r} is no name of a hospital: take printable text")
+    keys = set(identities.values())
+    if len(keys) < len(identities) or any(not isinstance(key, bytes) or len(key) != 32 for key in keys):
+        raise UserError("each hospital needs an Ed25519 public key of its own, 32 bytes")
+    if weak := [name for name, key in identities.items() if _is_weak(key)]:
+        raise UserError(f"{weak[0]}'s public key is one that anybody could sign for: it has to make another")
 
 
 @lru_cache(maxsize=2**14)

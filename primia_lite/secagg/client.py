@@ -21,16 +21,7 @@ from primia_lite.secagg.agreement import Agreement, ProtocolError, Question
 from primia_lite.secagg.fixed_point import integers
 from primia_lite.secagg.keys import SEALED, derive, mask_seed, mask_sign
 from primia_lite.secagg.masks import add_masks
-from primia_lite.secagg.messages import (
-    STEPS,
-    Reply,
-    advertised_keys,
-    confirmation,
-    decode,
-    encode,
-    hexadecimal,
-    relayed_reply,
-)
+from primia_lite.secagg.messages import STEPS, Reply, advertised_keys, confirmation, decode, encode, relayed_reply
 
 
 @dataclass
@@ -48,6 +39,14 @@ class RoundSecrets:
     survivors: list[str] = field(default_factory=list)
     question: list[str] | None = None  # round and weights
 
+    @property
+    def keys(self) -> tuple[X25519PrivateKey, X25519PrivateKey]:
+        return tuple(X25519PrivateKey.from_private_bytes(key) for key in (self.mask_key, self.share_key))
+
+    @property
+    def public_keys(self) -> list[str]:
+        return [key.public_key().public_bytes_raw().hex() for key in self.keys]
+
 
 class SecAggClient:
     """The hospital's side.
@@ -61,13 +60,12 @@ class SecAggClient:
         update summed twice, with other hospitals each time, and subtract. Rounds of an agreement never start anew at 1:
         keep the number (see :meth:`save`), or agree on new identities.
     answered
-        By round: the weights and survivors that it has signed for (see the module's text), to which it adds. One for
-        all of a hospital's clients, whatever their agreement; :meth:`save` and :meth:`restore` know of it.
+        By round: the weights and survivors that it has signed for, to which it adds. One for all of a hospital's
+        clients, whatever their agreement; :meth:`save` and :meth:`restore` know of it.
 
-    Raises
-    ------
-    UserError
-        The identity isn't the one that was agreed on.
+    Attributes
+    ----------
+    secrets : of the round that it is in, else None
     """
 
     def __init__(
@@ -82,7 +80,7 @@ class SecAggClient:
             raise UserError(f"{name}'s identity isn't the one in the agreement")
         self.name, self.agreement, self.last_session = name, agreement, last_session
         self._identity, self._answered = identity, {} if answered is None else answered
-        self._round: RoundSecrets | None = None
+        self.secrets: RoundSecrets | None = None
         self._lock = threading.Lock()  # two requests at once would both be answered
 
     def answer(self, request: bytes, update: Callable[[], np.ndarray], question: Question | None = None) -> Reply:
@@ -90,10 +88,8 @@ class SecAggClient:
 
         Parameters
         ----------
-        update
-            Called in step ``mask`` alone. Returns float32 [L], or int64 [L] where the agreement isn't ``weighted``.
-        question
-            In step ``mask``: what the update answers, as the hospital itself sees it. None where DP protects it.
+        update : called in step ``mask`` alone; float32 [L], or int64 [L] where the agreement isn't ``weighted``
+        question : in step ``mask``: what the update answers, as the hospital itself sees it; None under DP
 
         Raises
         ------
@@ -106,7 +102,7 @@ class SecAggClient:
             try:
                 return self._answer(request, update, question)
             except BaseException:
-                self._round = None
+                self.secrets = None
                 raise
 
     def _answer(self, request: bytes, update: Callable[[], np.ndarray], question: Question | None) -> Reply:
@@ -127,9 +123,9 @@ class SecAggClient:
             body["question"] = list(question or ())
             vector = self._masked(session, update, question)
         if step == "unmask":
-            self._round = None  # it answers once
+            self.secrets = None  # it answers once
         else:
-            self._round.step = step
+            self.secrets.step = step
         reply = Reply(self.name, session, step, body, vector=vector)
         signature = self._identity.sign(reply.signed(self.agreement))
         return Reply(self.name, session, step, body, signature, vector)
@@ -143,27 +139,26 @@ class SecAggClient:
                     f"{self.name} was asked for round {session} after round {self.last_session}: it takes part in each "
                     "once"
                 )
-            self._round = None
+            self.secrets = None
             return
         before = STEPS[STEPS.index(step) - 1]
-        if self._round is None or (self._round.session, self._round.step) != (session, before):
-            now = f"{self._round.step} of round {self._round.session} was last" if self._round else "it is in no round"
+        if self.secrets is None or (self.secrets.session, self.secrets.step) != (session, before):
+            now = (
+                f"{self.secrets.step} of round {self.secrets.session} was last" if self.secrets else "it is in no round"
+            )
             raise ProtocolError(f"{self.name} was asked for {step} of round {session}, but {now}")
 
     # Each handler takes what a request holds, and returns the reply's body.
 
     def _advertise(self, session: int) -> dict:
         self.last_session = session
-        self._round = RoundSecrets(session, "", os.urandom(32), os.urandom(32))
-        keys = [X25519PrivateKey.from_private_bytes(k) for k in (self._round.mask_key, self._round.share_key)]
-        return {"keys": [key.public_key().public_bytes_raw().hex() for key in keys]}
+        self.secrets = RoundSecrets(session, "", os.urandom(32), os.urandom(32))
+        return {"keys": self.secrets.public_keys}
 
     def _share(self, session: int, advertised: list[str]) -> dict:
-        mine, agreement = self._round, self.agreement
+        mine, agreement = self.secrets, self.agreement
         mine.advertised = advertised_keys(advertised, agreement, session)
-        own = [X25519PrivateKey.from_private_bytes(k).public_key().public_bytes_raw().hex()
-               for k in (mine.mask_key, mine.share_key)]  # fmt: skip
-        if mine.advertised.get(self.name) != own:
+        if mine.advertised.get(self.name) != mine.public_keys:
             raise ProtocolError(f"{self.name}'s own keys aren't among those that the server gave")
         mine.own_seed = os.urandom(32)
         mine.neighbours = list(agreement.neighbours(mine.advertised)[self.name])
@@ -173,29 +168,28 @@ class SecAggClient:
         both = {name: b"".join(part[agreement.point[name]] for part in parts) for name in everyone}
         mine.shares[self.name] = both.pop(self.name).hex()
         sealed = {
-            other: encode(self._cipher(self.name, other).encrypt(bytes(12), shares, None))
+            other: encode(self.cipher(self.name, other).encrypt(bytes(12), shares, None))
             for other, shares in both.items()
         }
         return {"shares": sealed, "commitment": hashlib.sha256(mine.own_seed).hexdigest()}
 
-    def _cipher(self, sender: str, receiver: str) -> ChaCha20Poly1305:
+    def cipher(self, sender: str, receiver: str) -> ChaCha20Poly1305:
         """For one message, from one to the other: the key is used once, so the nonce may be 0."""
-        mine = self._round
+        mine = self.secrets
         other = receiver if sender == self.name else sender
         public = bytes.fromhex(mine.advertised[other][1])
-        secret = X25519PrivateKey.from_private_bytes(mine.share_key)
         purpose = ("shares", self.agreement.digest, mine.session, sender, receiver)
-        return ChaCha20Poly1305(derive(secret, public, *purpose))
+        return ChaCha20Poly1305(derive(mine.keys[1], public, *purpose))
 
     def _open(self, session: int, shares: dict[str, str]) -> dict:
-        mine, agreement = self._round, self.agreement
+        mine, agreement = self.secrets, self.agreement
         if not shares.keys() <= set(mine.neighbours):
             raise ProtocolError(f"{self.name} got shares of hospitals that aren't its neighbours")
         unopened = []
         for other, sealed in sorted(shares.items()):
             try:
                 content = decode(sealed, SEALED, f"{other}'s share")
-                mine.shares[other] = self._cipher(other, self.name).decrypt(bytes(12), content, None).hex()
+                mine.shares[other] = self.cipher(other, self.name).decrypt(bytes(12), content, None).hex()
             except (InvalidTag, ProtocolError):
                 unopened.append(other)  # as if it hadn't come
         if len(mine.shares) < agreement.share_threshold:
@@ -207,7 +201,7 @@ class SecAggClient:
         return {"unopened": unopened}
 
     def _masked(self, session: int, update: Callable[[], np.ndarray], question: Question | None) -> np.ndarray:
-        mine, agreement = self._round, self.agreement
+        mine, agreement = self.secrets, self.agreement
         if question:
             mine.question = list(question)
             if self._answered.get(question.round, [question.weights])[0] != question.weights:
@@ -215,8 +209,7 @@ class SecAggClient:
                     f"{self.name} has answered this round for other weights: without DP it answers once. For more "
                     "rounds, or to start anew, agree on another study"
                 )
-        secret = X25519PrivateKey.from_private_bytes(mine.mask_key)
-        seeds = [(mine.own_seed, 1)]
+        secret, seeds = mine.keys[0], [(mine.own_seed, 1)]
         for other in sorted(mine.shares.keys() - {self.name}):
             public = bytes.fromhex(mine.advertised[other][0])
             seed = mask_seed(agreement, session, self.name, other, secret, public, question or ())
@@ -240,13 +233,9 @@ class SecAggClient:
         return vector
 
     def _confirm(self, session: int, survivors: list[str]) -> dict:
-        mine, agreement = self._round, self.agreement
-        taking_part = set(mine.advertised)
-        if (
-            not isinstance(survivors, list)
-            or len(set(survivors)) < len(survivors)
-            or not {self.name} <= set(survivors) <= taking_part
-        ):
+        mine, agreement = self.secrets, self.agreement
+        repeated = not isinstance(survivors, list) or len(set(survivors)) < len(survivors)
+        if repeated or not {self.name} <= set(survivors) <= mine.advertised.keys():
             raise ProtocolError(f"{self.name} got a list of survivors that isn't one")
         if len(survivors) < agreement.threshold:
             raise ProtocolError(
@@ -267,7 +256,7 @@ class SecAggClient:
         return signed
 
     def _unmask(self, session: int, confirmed: list[str]) -> dict:
-        mine, agreement = self._round, self.agreement
+        mine, agreement = self.secrets, self.agreement
         if len(confirmed) > len(agreement.names):
             raise ProtocolError(f"{self.name} got more confirmations than there are hospitals")
         wanted, signers = confirmation(mine.survivors, mine.advertised), set()
@@ -284,13 +273,9 @@ class SecAggClient:
                 f"{len(signers)} hospitals confirmed the survivors, but {agreement.threshold} are needed, "
                 f"{self.name} among them"
             )
-        keys, seeds = {}, {}
-        for name, both in mine.shares.items():
-            share = bytes.fromhex(both)
-            if name in mine.survivors:
-                seeds[name] = share[shamir.SHARE_BYTES :].hex()
-            else:
-                keys[name] = share[: shamir.SHARE_BYTES].hex()
+        half = 2 * shamir.SHARE_BYTES  # hexadecimal
+        seeds = {name: both[half:] for name, both in mine.shares.items() if name in mine.survivors}
+        keys = {name: both[:half] for name, both in mine.shares.items() if name not in mine.survivors}
         return {"keys": keys, "seeds": seeds}
 
     # A process that ends between two steps keeps its round at the hospital.
@@ -303,14 +288,13 @@ class SecAggClient:
         copy in a second process) answers a step again, and no code here can tell: two masked updates from one state
         give their difference away, two lists of survivors both secrets of a hospital, and with them its update.
         """
-        round_ = self._round and hexadecimal(vars(self._round))
-        kept = {"last_session": self.last_session, "round": round_}
+        kept = {"last_session": self.last_session, "round": self.secrets and vars(self.secrets)}
         if self._answered:
             kept["answered"] = self._answered
-        return json.dumps(kept).encode()
+        return json.dumps(kept, default=bytes.hex).encode()
 
     def restore(self, content: bytes) -> SecAggClient:
-        """Go on from what :meth:`save` kept. Returns itself.
+        """Itself, to go on from what :meth:`save` kept.
 
         Raises
         ------
@@ -327,5 +311,5 @@ class SecAggClient:
         self._answered.update(kept.get("answered", {}))
         if kept["round"]:
             secrets = {k: bytes.fromhex(kept["round"][k]) for k in ("mask_key", "share_key", "own_seed")}
-            self._round = RoundSecrets(**kept["round"] | secrets)
+            self.secrets = RoundSecrets(**kept["round"] | secrets)
         return self

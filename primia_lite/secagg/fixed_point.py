@@ -33,8 +33,6 @@ class FixedPoint:
         limits = np.finfo(np.float32)
         if not float(limits.tiny) <= self.clip <= float(limits.max):
             raise UserError(f"clip is {self.clip}: it must be above 0 and finite in float32")
-        if not 1 <= self.hospitals < 2**20:
-            raise UserError(f"hospitals is {self.hospitals}: it must be at least 1")
 
     @property
     def scale(self) -> float:
@@ -47,15 +45,7 @@ class FixedPoint:
         return self.hospitals / 2 / self.scale
 
     def quantise(self, values: np.ndarray, weight: float) -> np.ndarray:
-        """uint32 [L] (two's complement): float32 [L] times weight times scale, rounded.
-
-        Raises
-        ------
-        UserError
-            A value that isn't finite or is above the clip; nothing is returned then.
-        """
-        if not 0 < weight <= 1:
-            raise UserError(f"weight is {weight}: it must be in (0, 1]")
+        """uint32 [L] (two's complement): float32 [L] times weight times scale, rounded; see :func:`check_clip`."""
         out = np.empty(len(values), np.int32)
         for start in range(0, len(values), _CHUNK):
             part = values[start : start + _CHUNK].astype(np.float64)
@@ -82,13 +72,7 @@ def check_clip(values: np.ndarray, clip: float) -> None:
 
 
 def integers(values: np.ndarray) -> np.ndarray:
-    """uint32 [L] (two's complement) of int64 [L] that were quantised elsewhere.
-
-    Raises
-    ------
-    UserError
-        A value that 32 bits can't hold.
-    """
+    """uint32 [L] (two's complement) of int64 [L] that were quantised elsewhere; UserError beyond 32 bits."""
     if len(values) and not (values.min() >= -(2**31) and values.max() < 2**31):
         raise UserError(
             f"the update has the value {values[np.abs(values).argmax()]}, which 32 bits can't hold: agree on a coarser "

@@ -13,8 +13,6 @@ from functools import lru_cache
 
 import numpy as np
 
-from primia_lite.config import UserError
-
 COMPLETE_UP_TO = 100  # so few hospitals share a mask with every other
 # A server may draw many graphs and keep the worst: it chooses which advertisements to relay, and its own hospitals'
 # keys. So many may it try, each of them a hash for every hospital (with 1,000 hospitals 2^50 hashes, a day of a
@@ -31,14 +29,12 @@ def neighbours(names: Sequence[str], degree: int, seed: bytes) -> dict[str, tupl
 
     Parameters
     ----------
-    degree : even; all others if there are no more than ``degree``
+    degree : even, or at least that of a complete graph
     seed : what all know and nobody chose alone
     """
     names = sorted(names)
     if degree >= len(names) - 1:
         return {name: tuple(other for other in names if other != name) for name in names}
-    if degree % 2:
-        raise UserError(f"degree is {degree}: it must be even")
     # Sorted by a hash, which every version of Python computes alike.
     start = hashlib.sha256(seed).digest()
     order = sorted(names, key=lambda name: hashlib.sha256(start + name.encode()).digest())
@@ -75,14 +71,7 @@ def choose_degree(
     Returns
     -------
     degree and threshold of shares: all others, and ``threshold``, where no graph serves
-
-    Raises
-    ------
-    UserError
-        Shares outside [0, 1) or together 1 or more.
     """
-    if not (corrupt >= 0 and gone >= 0 and corrupt + gone < 1):
-        raise UserError(f"corrupt is {corrupt}, gone {gone}: together they must be below 1")
     from scipy.stats import hypergeom  # takes longer to import than a step of the protocol, and few hospitals need none
 
     others, least = hospitals - 1, threshold or default_threshold(hospitals)

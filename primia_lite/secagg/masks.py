@@ -22,11 +22,6 @@ def add_masks(vector: np.ndarray, seeds: Iterable[tuple[bytes, int]]) -> None:
     ----------
     vector : uint32 [L]
     seeds : 32 bytes and a sign each
-
-    Raises
-    ------
-    ValueError
-        A seed of another length.
     """
     seeds = list(seeds)
     if any(len(seed) != 32 for seed, _ in seeds):  # 16 and 24 make ciphers too

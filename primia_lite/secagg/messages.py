@@ -54,13 +54,7 @@ class Reply:
 
     @classmethod
     def from_bytes(cls, content: bytes) -> Reply:
-        """The inverse of :meth:`to_bytes`.
-
-        Raises
-        ------
-        ProtocolError
-            The bytes are cut short or can't be read.
-        """
+        """The inverse of :meth:`to_bytes`; ProtocolError for bytes that are cut short or can't be read."""
         if len(content) < 4 or len(content) < 4 + (size := struct.unpack_from("<I", content)[0]):
             raise ProtocolError("a message that was cut short")
         vector = None
@@ -72,13 +66,7 @@ class Reply:
 
     @classmethod
     def joined(cls, head: bytes, vector: np.ndarray | None) -> Reply:
-        """The inverse of :meth:`split`.
-
-        Raises
-        ------
-        ProtocolError
-            The head can't be read.
-        """
+        """The inverse of :meth:`split`; ProtocolError for a head that can't be read."""
         try:
             sender, session, step, body, signature = json.loads(head)
             if type(session) is not int or not (_texts([sender, step]) and isinstance(body, dict)):
@@ -90,13 +78,7 @@ class Reply:
             raise ProtocolError("a message that can't be read") from error
 
     def check(self, agreement: Agreement, session: int, step: str) -> Reply:
-        """Itself, if an agreed hospital signed it for this step of this round.
-
-        Raises
-        ------
-        ProtocolError
-            It isn't from such a hospital, from another round or step, or forged.
-        """
+        """Itself, if an agreed hospital signed it for this step of this round; else ProtocolError."""
         if self.sender not in agreement.keys:
             raise ProtocolError(f"a message from {self.sender!r}, which isn't one of {', '.join(agreement.names)}")
         if (self.session, self.step) != (session, step):
@@ -146,22 +128,12 @@ def confirmation(survivors: Iterable[str], advertised: Mapping[str, list[str]]) 
     return {what: hashlib.sha256(json.dumps(content).encode()).hexdigest() for what, content in lists.items()}
 
 
-def hexadecimal(content: dict) -> dict:
-    return {key: value.hex() if isinstance(value, bytes) else value for key, value in content.items()}
-
-
 def relayed_reply(text: str) -> Reply:
     return Reply.joined(text.encode(), None)
 
 
 def advertised_keys(replies: list[str], agreement: Agreement, session: int) -> dict[str, list[str]]:
-    """Keys by hospital, from relayed and signed messages.
-
-    Raises
-    ------
-    ProtocolError
-        A forged or doubled message, keys that come twice, fewer hospitals than the threshold.
-    """
+    """Keys by hospital, from relayed and signed messages: all of them different, and of the threshold at least."""
     keys: dict[str, list[str]] = {}
     for text in replies:
         reply = relayed_reply(text).check(agreement, session, "advertise")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -14,15 +15,7 @@ from primia_lite.secagg.agreement import Agreement, ProtocolError, TooFewSurvivo
 from primia_lite.secagg.fixed_point import centred
 from primia_lite.secagg.keys import SEALED, derive, mask_seed, mask_sign
 from primia_lite.secagg.masks import add_masks
-from primia_lite.secagg.messages import (
-    STEPS,
-    Reply,
-    confirmation,
-    decode,
-    is_hex,
-    public_keys,
-    request,
-)
+from primia_lite.secagg.messages import STEPS, Reply, confirmation, decode, is_hex, public_keys, request
 
 # What a reply's body holds: no more and no less.
 BODIES = {"advertise": {"keys"}, "share": {"shares", "commitment"}, "mask": {"question", "unopened"},
@@ -42,6 +35,8 @@ class SecAggServer:
     step : what it waits for; None once the sum is there
     total : int32 [L], the exact sum of what the survivors quantised; None before
     survivors : whose updates are in it
+    replies : that came and are needed, by step and hospital, without vectors; none after the end
+    masked_sum : uint32 [L], of the masked updates so far; None after the end
     """
 
     def __init__(self, agreement: Agreement, session: int):
@@ -49,8 +44,8 @@ class SecAggServer:
         self.step: str | None = STEPS[0]
         self.total: np.ndarray | None = None
         self.survivors: tuple[str, ...] = ()
-        self._replies: dict[str, dict[str, Reply]] = {step: {} for step in STEPS}
-        self._sum: np.ndarray | None = None
+        self.replies: dict[str, dict[str, Reply]] = {step: {} for step in STEPS}
+        self.masked_sum: np.ndarray | None = None
         self._public: set[str] = set()  # keys that came
 
     def requests(self) -> dict[str, bytes]:
@@ -59,11 +54,11 @@ class SecAggServer:
         if step == "advertise":
             return dict.fromkeys(self.agreement.names, request(step, session))
         if step == "share":
-            relayed = [reply.split()[0].decode() for reply in self._replies["advertise"].values()]
-            return dict.fromkeys(self._replies["advertise"], request(step, session, advertised=relayed))
+            relayed = [reply.split()[0].decode() for reply in self.replies["advertise"].values()]
+            return dict.fromkeys(self.replies["advertise"], request(step, session, advertised=relayed))
         if step == "mask":
-            sent: dict[str, dict[str, str]] = {name: {} for name in self._replies["share"]}
-            for sender, reply in self._replies["share"].items():
+            sent: dict[str, dict[str, str]] = {name: {} for name in self.replies["share"]}
+            for sender, reply in self.replies["share"].items():
                 for name, sealed in reply.body["shares"].items():
                     if name in sent:
                         sent[name][sender] = sealed
@@ -71,8 +66,8 @@ class SecAggServer:
         names = list(self.survivors)
         if step == "confirm":
             return dict.fromkeys(names, request(step, session, survivors=names))
-        relayed = [reply.split()[0].decode() for reply in self._replies["confirm"].values()]
-        return dict.fromkeys(self._replies["confirm"], request(step, session, confirmed=relayed))
+        relayed = [reply.split()[0].decode() for reply in self.replies["confirm"].values()]
+        return dict.fromkeys(self.replies["confirm"], request(step, session, confirmed=relayed))
 
     def receive(self, reply: Reply) -> None:
         """Take a hospital's reply.
@@ -86,22 +81,17 @@ class SecAggServer:
         step = self.step
         if step is None:
             raise ProtocolError(f"a message of {reply.sender} after the end of round {self.session}: it came late")
-        if reply.sender in self._replies[step]:
+        if reply.sender in self.replies[step]:
             raise ProtocolError(f"{reply.sender} sent its {step} twice: the first one counts")
         if reply.step == step:  # else it came late, which says more
             self._check_vector(reply)
         reply.check(self.agreement, self.session, step)
-        if step != STEPS[0] and reply.sender not in self._asked():
+        if step != STEPS[0] and reply.sender not in self.replies[STEPS[STEPS.index(step) - 1]]:
             raise ProtocolError(f"{reply.sender} answers, but wasn't asked: it missed a step before")
         if reply.body.keys() != BODIES[step]:
             raise ProtocolError(f"{reply.sender}'s {step} holds {sorted(reply.body)}, not {sorted(BODIES[step])}")
         getattr(self, f"_take_{step}")(reply)
-        self._replies[step][reply.sender] = Reply(
-            reply.sender, reply.session, reply.step, reply.body, reply.signature, None
-        )
-
-    def _asked(self) -> Iterable[str]:
-        return self._replies[STEPS[STEPS.index(self.step) - 1]]
+        self.replies[step][reply.sender] = replace(reply, vector=None)
 
     def _take_advertise(self, reply: Reply) -> None:
         mine = set(public_keys(reply))
@@ -115,7 +105,7 @@ class SecAggServer:
         self._public |= mine
 
     def _take_share(self, reply: Reply) -> None:
-        shares, others = reply.body.get("shares"), self._neighbours[reply.sender]
+        shares, others = reply.body.get("shares"), self.neighbours[reply.sender]
         if not isinstance(shares, dict) or shares.keys() != set(others):
             raise ProtocolError(f"{reply.sender} sent shares for others than its neighbours")
         for sealed in shares.values():
@@ -133,20 +123,20 @@ class SecAggServer:
             raise ProtocolError(f"{reply.sender} sent no uint32 vector of {length} entries")
 
     def _take_mask(self, reply: Reply) -> None:
-        sender, unopened, came = reply.sender, reply.body["unopened"], self._replies["mask"]
+        sender, unopened, came = reply.sender, reply.body["unopened"], self.replies["mask"]
         first = next(iter(came.values()), reply)
         if reply.body["question"] != first.body["question"]:
             raise ProtocolError(
                 f"{sender} answers for another round, or other weights, than {first.sender}, who came first: it is "
                 "left out"
             )
-        if not isinstance(unopened, list) or not set(unopened) <= set(self._neighbours[sender]):
+        if not isinstance(unopened, list) or not set(unopened) <= set(self.neighbours[sender]):
             raise ProtocolError(f"{sender} names shares that it wasn't sent")
         # They have no mask together, so one sum can't hold both. Who sealed the share goes, if it hasn't come yet and
         # enough of the others have its shares: its masks with them are to be taken off.
         for other in unopened:
             without = {sender} | {name for name, masked in came.items() if other in masked.body["unopened"]}
-            holders = set(self._neighbours[other]) & self._replies["share"].keys() - without
+            holders = set(self.neighbours[other]) & self.replies["share"].keys() - without
             if other in came or len(holders) < self.agreement.share_threshold:
                 raise ProtocolError(
                     f"{other} sent {sender} a share that doesn't open, and the sum needs {other}: {sender} is left "
@@ -154,17 +144,17 @@ class SecAggServer:
                 )
         if after := [other for other, masked in came.items() if sender in masked.body["unopened"]]:
             raise ProtocolError(f"{sender} sent {after[0]} a share that doesn't open: {sender} is left out")
-        if self._sum is None:
-            self._sum = reply.vector.copy()
+        if self.masked_sum is None:
+            self.masked_sum = reply.vector.copy()
         else:
-            self._sum += reply.vector
+            self.masked_sum += reply.vector
 
     def _take_confirm(self, reply: Reply) -> None:
         if reply.body != self._confirmation:
             raise ProtocolError(f"{reply.sender} confirms other survivors, or other keys")
 
     def _take_unmask(self, reply: Reply) -> None:
-        held = {reply.sender, *self._neighbours[reply.sender]} & self._replies["share"].keys()
+        held = {reply.sender, *self.neighbours[reply.sender]} & self.replies["share"].keys()
         held -= set(self._unopened(reply.sender))
         wanted = {"seeds": held & set(self.survivors), "keys": held - set(self.survivors)}
         for kind, names in wanted.items():
@@ -176,18 +166,18 @@ class SecAggServer:
                 raise ProtocolError(f"{reply.sender}'s shares can't be read")
 
     def _unopened(self, name: str) -> list[str]:
-        return self._replies["mask"][name].body["unopened"]
+        return self.replies["mask"][name].body["unopened"]
 
     @property
     def _keys(self) -> dict[str, list[str]]:
-        return {name: reply.body["keys"] for name, reply in self._replies["advertise"].items()}
+        return {name: reply.body["keys"] for name, reply in self.replies["advertise"].items()}
 
     @cached_property
     def _confirmation(self) -> dict:
         return confirmation(self.survivors, self._keys)
 
     @cached_property
-    def _neighbours(self) -> dict[str, tuple[str, ...]]:
+    def neighbours(self) -> dict[str, tuple[str, ...]]:
         return self.agreement.neighbours(self._keys)
 
     def close(self) -> None:
@@ -200,10 +190,10 @@ class SecAggServer:
         ProtocolError
             Shares that don't fit what they are shares of: somebody lied, and there is no sum.
         """
-        answered = self._replies[self.step]
+        answered = self.replies[self.step]
         if len(answered) < self.agreement.threshold:
             gone = sorted(set(self.agreement.names) - set(answered))
-            step, asked = self.step, any(reply.body["question"] for reply in self._replies["mask"].values())
+            step, asked = self.step, any(reply.body["question"] for reply in self.replies["mask"].values())
             signed = f" (without DP: {', '.join(self.survivors)}, and no others)" if asked and self.survivors else ""
             self._end()
             raise TooFewSurvivors(
@@ -223,12 +213,12 @@ class SecAggServer:
 
     def _end(self) -> None:
         """Keep nothing that a masked sum, or somebody's transcript, could be unmasked with."""
-        self.step = self._sum = None
-        self._replies = {step: {} for step in STEPS}
+        self.step = self.masked_sum = None
+        self.replies = {step: {} for step in STEPS}
 
     def _secret(self, kind: str, name: str) -> bytes:
-        point, replies = self.agreement.point, self._replies["unmask"]
-        holders = replies.keys() & {name, *self._neighbours[name]}
+        point, replies = self.agreement.point, self.replies["unmask"]
+        holders = replies.keys() & {name, *self.neighbours[name]}
         held = {point[holder]: replies[holder].body[kind] for holder in holders}
         shares = {at: bytes.fromhex(secrets[name]) for at, secrets in held.items() if name in secrets}
         try:
@@ -244,24 +234,24 @@ class SecAggServer:
         seeds = []
         for name in self.survivors:
             seed = self._secret("seeds", name)
-            if hashlib.sha256(seed).hexdigest() != self._replies["share"][name].body["commitment"]:
+            if hashlib.sha256(seed).hexdigest() != self.replies["share"][name].body["commitment"]:
                 raise ProtocolError(f"the shares of {name}'s own mask don't give what it committed to: there is no sum")
             seeds.append((seed, -1))
-        for gone in sorted(set(self._replies["share"]) - set(self.survivors)):
-            others = [other for other in self._neighbours[gone] if other in self.survivors]
+        for gone in sorted(set(self.replies["share"]) - set(self.survivors)):
+            others = [other for other in self.neighbours[gone] if other in self.survivors]
             staying = [other for other in others if gone not in self._unopened(other)]
             if not staying:
                 continue
             secret = X25519PrivateKey.from_private_bytes(self._secret("keys", gone))
-            if secret.public_key().public_bytes_raw().hex() != self._replies["advertise"][gone].body["keys"][0]:
+            if secret.public_key().public_bytes_raw().hex() != self.replies["advertise"][gone].body["keys"][0]:
                 raise ProtocolError(f"the shares of {gone}'s key don't give its key: there is no sum")
             for other in staying:
-                public = bytes.fromhex(self._replies["advertise"][other].body["keys"][0])
-                question = self._replies["mask"][other].body["question"]
+                public = bytes.fromhex(self.replies["advertise"][other].body["keys"][0])
+                question = self.replies["mask"][other].body["question"]
                 seed = mask_seed(self.agreement, self.session, gone, other, secret, public, question)
                 seeds.append((seed, -mask_sign(other, gone)))
-        add_masks(self._sum, seeds)
-        self.total, self._sum = centred(self._sum), None
+        add_masks(self.masked_sum, seeds)
+        self.total, self.masked_sum = centred(self.masked_sum), None
 
     @property
     def mean(self) -> np.ndarray:
@@ -285,7 +275,8 @@ def run_round(server: SecAggServer, exchange: Exchange) -> list[str]:
     why replies were refused, a line each; those hospitals count as gone
 
     Raises
-    ------ ProtocolError
+    ------
+    ProtocolError
         See :meth:`SecAggServer.close`.
     """
     refused = []

@@ -21,11 +21,6 @@ def split(secret: bytes, threshold: int, points: Sequence[int]) -> dict[int, byt
     ----------
     secret : 32 bytes
     points : distinct, above 0; at least ``threshold`` of them
-
-    Raises
-    ------
-    ValueError
-        A secret of another length, a point that repeats or isn't positive, or fewer points than the threshold.
     """
     if len(secret) != SECRET_BYTES:
         raise ValueError(f"a secret has {SECRET_BYTES} bytes, got {len(secret)}")
@@ -43,13 +38,7 @@ def split(secret: bytes, threshold: int, points: Sequence[int]) -> dict[int, byt
 
 
 def combine(shares: Mapping[int, bytes], threshold: int) -> bytes:
-    """The secret from shares by point; those with the smallest points are used.
-
-    Raises
-    ------
-    ValueError
-        Fewer shares than the threshold, a share of another length, or shares that belong to no 256-bit secret.
-    """
+    """The secret from shares by point, of which the smallest are used; ValueError if they belong to no secret."""
     if not 1 <= threshold <= len(shares):
         raise ValueError(f"{len(shares)} shares, but {threshold} are needed")
     if any(len(share) != SHARE_BYTES for share in shares.values()):

@@ -65,7 +65,7 @@ def test_who_vanishes_leaves_enough_noise_and_the_charge_stays(tmp_path):
     steps = [sum(r.steps for r in h.ledger(tmp_path / "early", promise).charges()) for h in group]
     assert steps == [3, 2, 3]
     nobody = SecureAggregation(3, absent=lambda number, step: {"B"} if step == "confirm" else ())
-    with pytest.raises(TooFewSurvivors, match="stays charged"):
+    with pytest.raises(TooFewSurvivors, match="charged"):
         run(group, privacy(group), tmp_path / "abort", nobody)
     assert [sum(r.steps for r in h.ledger(tmp_path / "abort", promise).charges()) for h in group] == [1, 1, 1]
 
@@ -84,12 +84,12 @@ def test_a_run_that_ended_early_goes_on_and_charges_anew(tmp_path):
 @pytest.mark.parametrize("aggregator", [WeightedMean(), SecureAggregation(2)], ids=["clear", "below the threshold"])
 def test_a_sum_of_too_few_is_refused_before_anything_is_charged(tmp_path, aggregator):
     group = hospitals()
-    with pytest.raises(UserError, match="may reveal a sum of"):
+    with pytest.raises(UserError, match="reveal"):
         run(group, privacy(group), tmp_path, aggregator)
     assert not list(tmp_path.glob("ledger-*"))
 
 
 def test_hospitals_must_be_those_that_agreed(tmp_path):
-    with pytest.raises(UserError, match="give SharedNoise their numbers"):
+    with pytest.raises(UserError, match="SharedNoise"):
         run(hospitals((60, 40, 200)), privacy(hospitals()), tmp_path)
     assert not list(tmp_path.glob("ledger-*"))

@@ -131,9 +131,9 @@ def fork(party: Round) -> Round:
         for name, client in party.clients.items()
     }
     server = vars(party.server)
-    copies = {"_replies": {step: dict(replies) for step, replies in server["_replies"].items()}}
-    if server["_sum"] is not None:
-        copies["_sum"] = server["_sum"].copy()
+    copies = {"replies": {step: dict(replies) for step, replies in server["replies"].items()}}
+    if server["masked_sum"] is not None:
+        copies["masked_sum"] = server["masked_sum"].copy()
     vars(other.server).update(server | copies)
     other.gone = set(party.gone)
     return other

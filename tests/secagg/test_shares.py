@@ -24,14 +24,8 @@ def test_any_threshold_of_shares_give_the_secret(data):
     chosen = data.draw(st.permutations(points))[: data.draw(st.integers(threshold, len(points)))]
     assert combine({p: shares[p] for p in chosen}, threshold) == secret
     if threshold > 1:
-        with pytest.raises(ValueError, match="are needed"):
+        with pytest.raises(ValueError, match="needed"):
             combine({p: shares[p] for p in chosen[: threshold - 1]}, threshold)
-
-
-def test_the_extremes_and_the_greatest_threshold():
-    for secret in (bytes(32), b"\xff" * 32):
-        shares = split(secret, 100, range(1, 101))
-        assert combine(shares, 100) == secret
 
 
 def test_the_modulus_is_a_prime_larger_than_any_secret():
@@ -42,28 +36,15 @@ def test_the_modulus_is_a_prime_larger_than_any_secret():
     assert s == 0 and PRIME > 2**256
 
 
-@pytest.mark.parametrize("secret", [b"", bytes(31), bytes(33)])
-def test_secrets_have_32_bytes(secret):
-    with pytest.raises(ValueError, match="a secret has 32 bytes"):
-        split(secret, 2, [1, 2])
-
-
-@pytest.mark.parametrize(("threshold", "points"), [(0, [1]), (3, [1, 2]), (1, []), (2, [1, 1, 2]), (1, [0]), (1, [-1])])
-def test_points_are_distinct_above_0_and_enough(threshold, points):
-    with pytest.raises(ValueError, match="must be distinct"):
-        split(SECRET, threshold, points)
-
-
-@pytest.mark.parametrize("threshold", [0, -1, 3])
-def test_a_threshold_outside_the_shares_is_refused(threshold):
-    with pytest.raises(ValueError, match="are needed"):
-        combine(split(SECRET, 2, [1, 2]), threshold)
-
-
-@pytest.mark.parametrize("share", [b"", bytes(65), bytes(67), bytes(132)])
-def test_a_share_of_another_length_is_refused(share):
-    with pytest.raises(ValueError, match="a share has 66 bytes"):
-        combine(split(SECRET, 2, [1, 2]) | {2: share}, 2)
+@pytest.mark.parametrize("call", [
+    lambda: split(bytes(31), 2, [1, 2]), lambda: split(bytes(33), 2, [1, 2]), lambda: split(SECRET, 0, [1]),
+    lambda: split(SECRET, 3, [1, 2]), lambda: split(SECRET, 2, [1, 1, 2]), lambda: split(SECRET, 1, [0]),
+    lambda: combine(split(SECRET, 2, [1, 2]), 0), lambda: combine(split(SECRET, 2, [1, 2]), 3),
+    lambda: combine(split(SECRET, 2, [1, 2]) | {2: bytes(65)}, 2),
+])  # fmt: skip
+def test_what_does_not_fit_is_refused(call):
+    with pytest.raises(ValueError, match="secret|points|needed|share"):
+        call()
 
 
 def test_a_share_that_lies_never_gives_the_secret():
@@ -74,11 +55,6 @@ def test_a_share_that_lies_never_gives_the_secret():
             assert combine(shares | {2: lie}, 2) != SECRET
         except ValueError as error:
             assert "one of them is false" in str(error)
-
-
-def test_two_sharings_of_a_secret_have_nothing_in_common():
-    first, second = split(SECRET, 3, range(1, 6)), split(SECRET, 3, range(1, 6))
-    assert not set(first.values()) & set(second.values())
 
 
 def tiny(monkeypatch, prime=11):
@@ -117,8 +93,3 @@ def test_fewer_shares_fit_every_secret_once(monkeypatch):
         shares = split(bytes([secret]), 3, [1, 2, 4])
         seen.setdefault((shares[1], shares[2]), []).append(secret)
     assert len(seen) == 49 and all(sorted(secrets) == list(range(7)) for secrets in seen.values())
-
-
-def test_real_shares_look_uniform():
-    words = np.concatenate([np.frombuffer(split(bytes(32), 2, [1, 2])[1][2:], "u1") for _ in range(1500)])
-    assert stats.chisquare(np.bincount(words, minlength=256)).pvalue > 1e-10

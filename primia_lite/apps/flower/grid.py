@@ -133,7 +133,7 @@ def run_inline(
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
     in_shape = tuple(hospitals[0].films.inputs.shape[2:])
-    like = ServerOptimizer.start(training, schedule, in_shape, seed).parameters(training, in_shape)
+    like = ServerOptimizer.start(training, schedule, in_shape, seed).parameters()
     identities = {h.name: Ed25519PrivateKey.generate() for h in hospitals}
     agreement = secagg.Agreement(
         {name: key.public_key().public_bytes_raw() for name, key in identities.items()},

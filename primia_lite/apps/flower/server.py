@@ -27,6 +27,7 @@ from primia_lite import secagg
 from primia_lite.apps.flower import app as flower_app
 from primia_lite.apps.flower.hospital import FARTHEST_MS, STUDY, fingerprint, now_ms
 from primia_lite.config import UserError, printable
+from primia_lite.federation import checkpoints
 from primia_lite.federation.aggregation import Aggregate, check, unflat
 from primia_lite.federation.hospital import State
 from primia_lite.federation.rounds import Schedule, ServerOptimizer, run_rounds
@@ -285,11 +286,11 @@ def train(
         plan = asdict(schedule)
         if not schedule.average_last:  # more rounds may be added to a run, but not to what was averaged
             del plan["rounds"]
-        server.resume(folder, "", hashlib.sha256(study + json.dumps(plan).encode()).hexdigest()[:16])
+        checkpoints.resume(server, folder, "", hashlib.sha256(study + json.dumps(plan).encode()).hexdigest()[:16])
     aggregator = FlowerAggregation(grid, study, lambda: server.state, schedule.rounds, **options)
     sizes = dict(agreed.agreement.sizes)
     for record in run_rounds(
-        server, aggregator, lambda number: dict.fromkeys(sizes), sizes, agreed.training, in_shape,
+        server, aggregator, lambda number: dict.fromkeys(sizes), sizes,
         privacy=agreed.privacy, folder=folder, validation=validation,
     ):  # fmt: skip
         if show:

@@ -330,7 +330,7 @@ def settle(
         raise UserError(f"[training] of the settings can't be used: {error}") from error
     shape = prepare(training.model, load("phantom", cards[0]["size"], n_films=12), cache=False).inputs.shape
     in_shape = tuple(shape[2:])
-    entries = length(ServerOptimizer.start(training, Schedule(1), in_shape, 0).parameters(training, in_shape))
+    entries = length(ServerOptimizer.start(training, Schedule(1), in_shape, 0).parameters())
     sizes = {card["name"]: card["declared"] for card in cards}
     privacy, wanted = None, {**PRIVACY, **settings.get("privacy", {})}
     colluding = wanted.pop("colluding", None)

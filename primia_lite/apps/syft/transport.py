@@ -348,7 +348,7 @@ def federate_with_syft(
     show = RoundProgress(progress, schedule.rounds, []) if isinstance(progress, str) else progress
     sizes = study.agreement.sizes
     rounds = run_rounds(
-        server, aggregator, lambda number: dict.fromkeys(sizes, _elsewhere), sizes, study.training, in_shape,
+        server, aggregator, lambda number: dict.fromkeys(sizes, _elsewhere), sizes,
         privacy=study.privacy, validation=validation,
     )  # fmt: skip
     for record in rounds:
