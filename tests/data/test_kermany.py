@@ -92,9 +92,7 @@ def test_validation_fraction_and_seed(kaggle):
             load("kermany", 32, root=kaggle, **options)
 
 
-@pytest.mark.parametrize(
-    "inside", ["", "chest_xray", "chest_xray/chest_xray", "ZhangLabData/CellData/chest_xray", "kermany"]
-)
+@pytest.mark.parametrize("inside", ["", "ZhangLabData/CellData/chest_xray"])
 def test_the_root_may_be_the_folder_or_one_above_it(tmp_path, inside):
     write_set(tmp_path / "data" / inside, {"train": kaggle_names(1, 4), "test": kaggle_names(100, 1)})
     assert len(load("kermany", 16, root=tmp_path / "data")) == 30
@@ -123,22 +121,17 @@ def test_files_of_macos_are_ignored(kaggle):
     assert len(load("kermany", 16, root=kaggle)) == 84
 
 
-def test_missing_folders_say_what_to_do(tmp_path):
+def test_what_is_missing_is_named(tmp_path, kaggle):
     with pytest.raises(DataError, match="rscbjbr9sj") as error:
         load("kermany", 64, root=tmp_path / "nowhere")
     assert str(tmp_path / "nowhere") in str(error.value) and "PRIMIA_LITE_DATA" in str(error.value)
-    write_set(tmp_path, {"train": kaggle_names(1, 2)})
-    with pytest.raises(DataError, match=r"test/NORMAL has no film"):
-        load("kermany", 64, root=tmp_path)
-
-
-def test_a_class_without_a_film_is_named(kaggle):
-    for file in (kaggle / "train" / "PNEUMONIA").glob("*virus*"):
+    for file in [file for split in ("train", "val") for file in (kaggle / split / "PNEUMONIA").glob("*virus*")]:
         file.unlink()
-    for file in (kaggle / "val" / "PNEUMONIA").glob("*virus*"):
-        file.unlink()
-    with pytest.raises(DataError, match="class 'viral' has no film in split 'train'"):
+    with pytest.raises(DataError, match="'viral'"):
         load("kermany", 16, root=kaggle)
+    shutil.rmtree(kaggle / "test")
+    with pytest.raises(DataError, match="test/NORMAL"):
+        load("kermany", 64, root=kaggle)
 
 
 def test_one_patient_in_train_and_test_is_named(kaggle):
@@ -147,7 +140,7 @@ def test_one_patient_in_train_and_test_is_named(kaggle):
         load("kermany", 16, root=kaggle, validation_fraction=0)
 
 
-@pytest.mark.parametrize("kept", [0.0, 0.02, 0.5, 0.9])
+@pytest.mark.parametrize("kept", [0.0, 0.9])
 def test_a_truncated_jpeg_is_named(kaggle, kept):
     file = kaggle / "train" / "PNEUMONIA" / "person4_virus_40.jpeg"
     file.write_bytes(file.read_bytes()[: int(kept * file.stat().st_size)])
@@ -348,9 +341,6 @@ def test_the_cache_gives_the_same_films_and_follows_the_content(kaggle, tmp_path
     load("kermany", 24, root=kaggle)
     load("kermany", 24, root=kaggle, aspect="pad")
     assert len(list((tmp_path / "cache").iterdir())) == 4 and path.exists()
-    before = set((tmp_path / "cache").iterdir())
-    load("kermany", 28, root=kaggle, cache=False)
-    assert set((tmp_path / "cache").iterdir()) == before
 
 
 def damaged(path: Path, kind: str) -> None:
@@ -402,12 +392,13 @@ def test_n_films_takes_whole_patients_of_every_class_and_split(kaggle):
     assert len(load("kermany", 16, root=kaggle, n_films=10_000)) == 84
 
 
-def test_progress_is_silent_by_default_and_drawn_on_demand(kaggle, capsys):
+def test_a_bar_is_drawn_for_a_watcher_only(kaggle, capsys, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load("kermany", 16, root=kaggle)
         assert capsys.readouterr().err == ""
-        load("kermany", 17, root=kaggle, progress=True)
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+        load("kermany", 17, root=kaggle)
     assert "reading films" in capsys.readouterr().err
 
 

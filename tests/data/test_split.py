@@ -216,9 +216,7 @@ def test_by_site_takes_every_site_by_default_and_keeps_a_travelling_patient_whol
 def test_a_hospital_with_one_class_or_no_film_is_named():
     films = films_of(60, 3, splits=False)
     lopsided = films.subset((films.site != "S2") | (films.labels == 0))
-    with pytest.raises(
-        DataError, match=r"hospital 3 of 3 \(scheme 'by_site'\) has only films of class 'normal': take fewer"
-    ):
+    with pytest.raises(DataError, match="hospital 3 of 3.*'normal'"):
         partition(lopsided, 3, "by_site")
     with pytest.raises(
         DataError, match=r"hospital \d of 8 \(scheme 'dirichlet'\) has .*larger alpha than 0.01, another seed"

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from primia_lite.data import CLASSES_2, CLASSES_3, ChestXrays, DataError, load, sources
+from primia_lite.data import CLASSES_3, ChestXrays, DataError, load, sources
 
 
 def make(n: int = 12, **changes) -> ChestXrays:
@@ -31,7 +31,6 @@ def test_properties_and_counts():
         "val": {"normal": 1, "bacterial": 1, "viral": 1},
         "test": {"normal": 1, "bacterial": 1, "viral": 1},
     }
-    assert films.binary_labels.tolist() == [0, 1, 1] * 4 and films.binary_labels.dtype == np.int64
     assert "phantom: 12 films of 12 patients" in repr(films)
     with pytest.raises(dataclasses.FrozenInstanceError):
         films.source = "kermany"
@@ -130,17 +129,12 @@ def test_fingerprint_follows_content_only():
     assert len({films.fingerprint(), *(other.fingerprint() for other in others)}) == 1 + len(others)
 
 
-def test_strings_may_come_as_lists():
-    films = make(site=["A"] * 12, class_names=list(CLASSES_3))
-    assert films.site.dtype.kind == "U" and films.class_names == CLASSES_3
-
-
 def test_load_names_what_it_does_not_know(tmp_path):
     with pytest.raises(DataError) as error:
         load("chexpert", 64)
     for name in ("phantom", "kermany", "pneumoniamnist", "dicom", "rscbjbr9sj", "labels.csv"):
         assert name in str(error.value)
-    with pytest.raises(DataError, match="unknown option 'colour' of source 'kermany': it takes validation, aspect"):
+    with pytest.raises(DataError, match="'colour'.*validation, aspect"):
         load("kermany", 64, root=tmp_path, colour=True)
     with pytest.raises(DataError, match="size=0"):
         load("kermany", 0, root=tmp_path)
@@ -166,18 +160,7 @@ def test_importing_the_package_loads_nothing_heavy():
     )
 
 
-def test_two_class_names():
-    assert make(labels=np.arange(12) % 2, class_names=CLASSES_2).counts()["train"] == {"normal": 3, "pneumonia": 3}
-
-
 def test_the_phantom_needs_nothing_and_ignores_what_is_only_for_folders(tmp_path):
     films = load("phantom", 28, n_films=60, seed=1, root=tmp_path, skip_bad=True)
     assert films.source == "phantom" and len(films) == 60 and films.size == 28
     assert set(films.counts()) == {"train", "val", "test"} and films.lung_mask is not None
-
-
-def test_every_source_of_the_configuration_has_a_loader_and_a_way_to_get_it():
-    import primia_lite.data as data
-    from primia_lite.config import DATA_SOURCES
-
-    assert tuple(data._LOADERS) == tuple(data.HOW_TO_GET) == DATA_SOURCES
