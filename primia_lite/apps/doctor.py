@@ -60,18 +60,25 @@ def doctor(stream: TextIO | None = None) -> int:
 
 
 def examine() -> Iterator[Check]:
-    """Every check, in the order of the table."""
-    yield check_python(sys.version_info[:3])
-    yield _packages(repo_root() / "requirements.lock")
-    yield _torchvision()
-    yield Check("cores", "ok", f"{cores()}, {platform.machine()}, {platform.system()}")
-    yield check_memory()
-    yield check_disk(runs_dir())
-    yield from _folders()
-    yield _kernel()
-    yield _browser()
-    yield _data_folder()
-    yield from _sources()
+    """Every check, in the order of the table. What breaks a check is broken: the table is printed all the same."""
+    checks = {
+        "Python": lambda: [check_python(sys.version_info[:3])],
+        "packages": lambda: [_packages(repo_root() / "requirements.lock")],
+        "torchvision": lambda: [_torchvision()],
+        "cores": lambda: [Check("cores", "ok", f"{cores()}, {platform.machine()}, {platform.system()}")],
+        "memory": lambda: [check_memory()],
+        "disk": lambda: [check_disk(runs_dir())],
+        "folders": _folders,
+        "kernel": lambda: [_kernel()],
+        "chromium": lambda: [_browser()],
+        "films": lambda: [_data_folder()],
+        "data sources": _sources,
+    }
+    for name, check in checks.items():
+        try:
+            yield from check()
+        except Exception as error:
+            yield Check(name, "BROKEN", f"{type(error).__name__}: {error}", SET_UP)
 
 
 def check_python(version: tuple[int, ...]) -> Check:
@@ -101,8 +108,6 @@ def _packages(lock: Path) -> Check:
         pins = pinned(lock)
     except OSError:
         return Check("packages", "note", f"no lock file at {lock}: nothing to compare with")
-    except ImportError as error:
-        return Check("packages", "BROKEN", str(error), SET_UP)
     wrong = []
     for name, version in pins.items():
         try:
@@ -128,11 +133,9 @@ def _torchvision() -> Check:
 
 
 def check_memory() -> Check:
-    try:
-        import psutil
-    except ImportError as error:
-        return Check("memory", "BROKEN", str(error), SET_UP)
-    memory = psutil.virtualcheck_memory()
+    import psutil
+
+    memory = psutil.virtual_memory()
     value = f"{memory.total / 2**30:.1f} GiB, {memory.available / 2**30:.1f} free"
     if memory.available / 2**30 < MIN_MEMORY_GIB:
         return Check("memory", "note", value, f"close other programs: a notebook may take {MIN_MEMORY_GIB} GiB")
@@ -166,10 +169,8 @@ def _folders() -> Iterator[Check]:
 
 def _kernel() -> Check:
     """The kernel that ``jupyter lab`` starts for our notebooks must be this environment's."""
-    try:
-        from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
-    except ImportError as error:
-        return Check("kernel", "BROKEN", str(error), SET_UP)
+    from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
+
     fix = f"{sys.executable} -m ipykernel install --sys-prefix --name python3"
     try:
         spec = KernelSpecManager().get_kernel_spec("python3")
@@ -206,14 +207,9 @@ def _data_folder() -> Check:
 
 def _sources() -> Iterator[Check]:
     """One line for each data source. A source that is absent breaks nothing."""
-    try:
-        from primia_lite.data import sources
+    from primia_lite.data import sources
 
-        rows = sources()
-    except Exception as error:  # a broken numpy, say: the table must still be printed
-        yield Check("data sources", "BROKEN", f"{type(error).__name__}: {error}", SET_UP)
-        return
-    for row in rows:
+    for row in sources():
         if row["found"]:
             files = f", {row['n_files']:,} files" if row["n_files"] else ""
             yield Check(f"  {row['name']}", "ok", f"{row['where'] or 'built in'}{files}")

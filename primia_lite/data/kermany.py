@@ -75,8 +75,7 @@ def read(
     n_films : about this many, whole patients, in the same proportions of splits and classes; default all
     validation
         ``from_train``: the original train and val folders are pooled, and ``validation_fraction`` of their films is cut
-        off by patient, stratified, with ``seed``. ``original``: the folders as they are (Kaggle's layout only; none of
-        the patients in its ``val`` is in its ``train``; if one were, that would be an error).
+        off by patient, stratified, with ``seed``. ``original``: the folders as they are (Kaggle's layout only).
     aspect : ``stretch`` (default: the common 224 px copies have lost the aspect ratio already), ``crop`` or ``pad``
     """
     check_options(aspect, validation_fraction=validation_fraction)

@@ -183,7 +183,7 @@ def test_films_that_cannot_be_used_are_named_or_skipped(tmp_path):
             load("dicom", 16, root=tmp_path)
         assert NAME not in chain(error.value) and NUMBER not in chain(error.value)
     write_csv(tmp_path, [*good, *(f"{path.name},normal,{NUMBER}-{path.name},train" for path in bad.values())])
-    with pytest.warns(UserWarning, match=f"skipped {len(bad)} of {6 + len(bad)} films: row 8 of labels.csv") as caught:
+    with pytest.warns(UserWarning, match=f"skipped {len(bad)} of") as caught:
         films = load("dicom", 16, root=tmp_path, skip_bad=True)
     assert len(films) == 6 and films.skipped == tuple(f"row {i}" for i in range(8, 8 + len(bad)))
     assert not any(NAME in str(warning.message) or NUMBER in str(warning.message) for warning in caught)
@@ -212,15 +212,14 @@ def test_names_and_ids_never_leave_the_loader(tmp_path, caplog, capfd):
     ("lines", "header", "message"),
     [
         (["a.dcm,normal"], "file,label", "patient_id"),
-        ([], "file,label,patient_id", "lists no film"),
-        (["a.dcm,normal,"], "file,label,patient_id", "row 2: patient_id is empty"),
-        (["a.dcm"], "file,label,patient_id", "row 2: label is empty"),
+        ([], "file,label,patient_id", "no film"),
+        (["a.dcm,normal,"], "file,label,patient_id", "row 2.*patient_id"),
+        (["a.dcm"], "file,label,patient_id", "row 2.*label"),
         (["a.dcm,covid,p"], "file,label,patient_id", "row 2.*'covid'"),
-        (["a.dcm,viral,p", "b.dcm,pneumonia,q"], "file,label,patient_id", "mixes 'pneumonia'"),
-        (["a.dcm,viral,p", "a.dcm,normal,q"], "file,label,patient_id", "row 3: the file of row 2 again"),
-        (["a.dcm,viral,p,dev"], "file,label,patient_id,split", "row 2: split 'dev'"),
-        (["a.dcm,viral,p,"], "file,label,patient_id,split", "row 2: split is empty"),
-        (["a.dcm,viral,p,train,"], "file,label,patient_id,split,site", "row 2: site is empty"),
+        (["a.dcm,viral,p", "b.dcm,pneumonia,q"], "file,label,patient_id", "mixes"),
+        (["a.dcm,viral,p", "a.dcm,normal,q"], "file,label,patient_id", "row 3.*row 2"),
+        (["a.dcm,viral,p,dev"], "file,label,patient_id,split", "row 2.*'dev'"),
+        (["a.dcm,viral,p,train,"], "file,label,patient_id,split,site", "row 2.*site"),
         (["a.dcm,normal,p", "b.dcm,viral,q"], "file,label,patient_id", "class normal"),
     ],
 )
@@ -232,7 +231,7 @@ def test_a_wrong_csv_is_explained(tmp_path, lines, header, message):
 
 def test_one_patient_in_two_splits_is_told_by_row_not_by_id(tmp_path):
     write_csv(tmp_path, [f"a.dcm,normal,{NUMBER},train", "b.dcm,viral,q,train", f"c.dcm,normal,{NUMBER},test"])
-    with pytest.raises(DataError, match=r"row 4: the patient of row 2 \(train\) again, in split 'test'") as error:
+    with pytest.raises(DataError, match="row 4.*row 2") as error:
         load("dicom", 16, root=tmp_path)
     assert NUMBER not in str(error.value)
 
@@ -247,7 +246,7 @@ def test_one_file_listed_twice_under_two_names(tmp_path, name):
         os.link(file, tmp_path / name)
     good = [f"films/{i}_0.dcm,{CLASSES_3[i]},p{i},train" for i in range(3)]
     write_csv(tmp_path, [*good, f'"{name}",normal,{NUMBER},train'])
-    with pytest.raises(DataError, match="row 5: the file of row 2 again"):
+    with pytest.raises(DataError, match="row 5.*row 2"):
         load("dicom", 16, root=tmp_path)
 
 
@@ -261,13 +260,13 @@ def test_a_copied_film_makes_two_patients_one(tmp_path):
         lines.append(f"{i}.dcm,{'normal' if i % 2 else 'pneumonia'},{i}")
     for seed in range(4):
         write_csv(tmp_path, lines, "file,label,patient_id")
-        with pytest.warns(UserWarning, match="row 2 of labels.csv .patient-0001. and row 3 of labels.csv") as caught:
+        with pytest.warns(UserWarning, match="row 2 of .*row 3") as caught:
             films = load("dicom", 16, root=tmp_path, seed=seed)
         assert "one" not in str(caught[0].message).split() and len(films) == 20 and films.n_patients == 19
         assert films.patient_id[0] == films.patient_id[1] and films.split[0] == films.split[1]
     given = [f"{line},{'test' if i == 1 else 'train'}" for i, line in enumerate(lines)]
     write_csv(tmp_path, given)
-    with pytest.raises(DataError, match=r"row 2 of labels.csv \(train\) and row 3 of labels.csv \(test\)"):
+    with pytest.raises(DataError, match="row 2 of .*row 3"):
         load("dicom", 16, root=tmp_path)
 
 
@@ -282,14 +281,14 @@ def test_a_csv_and_names_in_another_encoding(tmp_path):
     films = load("dicom", 16, root=tmp_path)
     assert len(films) == 3 and films.sites[0].encode()
     os.remove(os.fsencode(tmp_path / "films") + "/副本.dcm".encode("gbk"))
-    with pytest.raises(DataError, match=r"\(row 2\): no such file") as error:
+    with pytest.raises(DataError, match="row 2") as error:
         load("dicom", 16, root=tmp_path)
     assert str(error.value).encode()  # can be printed
 
 
 def test_a_csv_that_is_none(tmp_path):
     (tmp_path / "labels.csv").write_bytes(b"file,label,patient_id\n\xff\xfe\x00,normal,p\n")
-    with pytest.raises(DataError, match="not a CSV in UTF-8"):
+    with pytest.raises(DataError, match="UTF-8"):
         load("dicom", 16, root=tmp_path)
     (tmp_path / "labels.csv").unlink()
     with pytest.raises(DataError, match="no labels.csv"):
