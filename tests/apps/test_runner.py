@@ -229,7 +229,7 @@ def test_ctrl_c_stops_the_kernels_saves_the_summary_and_exits_130(notebooks, tmp
     os.killpg(process.pid, signal.SIGINT)  # what a terminal does
     stdout, stderr = process.communicate(timeout=600)
     assert process.returncode == 130, (stdout, stderr)
-    assert stderr.strip() == "interrupted"
+    assert stderr.strip().startswith("interrupted"), stderr  # nbclient may log its dead kernel after it
     assert [(row["notebook"], row["status"]) for row in notebooks.rows()] == [
         (name, "interrupted") for name in ("00_first", "01_second")[:jobs]
     ], "and none of the others begins"
