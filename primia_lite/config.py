@@ -99,13 +99,8 @@ def set_variable(name: str) -> str:
 
 
 def check_writable(folder: Path, advice: str | None = None) -> None:
-    """Try a folder, or the one in which it would be made, and leave nothing there.
-
-    Raises
-    ------
-    UserError
-        It can't be written; with ``advice`` how to have another, if left out :func:`elsewhere`'s.
-    """
+    """Try a folder, or the one in which it would be made, and leave nothing there. The error gives ``advice``, or
+    :func:`elsewhere`'s, on how to have another."""
     try:
         there = next(p for p in (folder, *folder.parents) if p.exists())
         with tempfile.TemporaryFile(dir=there) as file:
@@ -115,25 +110,15 @@ def check_writable(folder: Path, advice: str | None = None) -> None:
         raise UserError(f"{folder} can't be written: {reason}. Mend that, or {advice or elsewhere(folder)}") from error
 
 
-def profile_names() -> list[str]:
-    return sorted(p.stem for p in (repo_root() / "configs").glob("*.yaml"))
-
-
 def load_profile(name: str) -> dict[str, dict]:
-    """Read ``configs/<name>.yaml``: ``{notebook stem: {papermill parameter: value}}``.
-
-    Raises
-    ------
-    UserError
-        The profile is unknown, isn't a mapping, or names a notebook that doesn't exist.
-    """
+    """Read ``configs/<name>.yaml``: ``{notebook stem: {papermill parameter: value}}``."""
     import yaml
 
-    path = repo_root() / "configs" / f"{name}.yaml"
-    if name not in profile_names():
-        raise UserError(f"unknown profile {name!r}: choose one of {', '.join(profile_names())} (configs/*.yaml)")
+    profiles = {path.stem: path for path in sorted((repo_root() / "configs").glob("*.yaml"))}
+    if name not in profiles:
+        raise UserError(f"unknown profile {name!r}: choose one of {', '.join(profiles)} (configs/*.yaml)")
     try:
-        profile = yaml.safe_load(path.read_text("utf-8")) or {}
+        profile = yaml.safe_load(profiles[name].read_text("utf-8")) or {}
     except yaml.YAMLError as error:
         raise UserError(f"configs/{name}.yaml is not valid YAML: {error}") from error
     known = {p.stem for p in (repo_root() / "notebooks").glob("*.ipynb")}

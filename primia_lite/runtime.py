@@ -24,15 +24,7 @@ from primia_lite.config import UserError, cache_dir, elsewhere, results_dir, set
 _STARTED = time.time()
 os.umask(_UMASK := os.umask(0o022))
 _REPORTED_PACKAGES = (
-    "torch",
-    "opacus",
-    "dp-accounting",
-    "numpy",
-    "scikit-learn",
-    "kymatio",
-    "monai",
-    "tenseal",
-    "syft",
+    *("torch", "opacus", "dp-accounting", "numpy", "scikit-learn", "kymatio", "monai", "tenseal", "syft"),
 )
 
 
@@ -123,12 +115,8 @@ def _write(path: Path, content: bytes | Callable[[IO[bytes]], object], private: 
 def write_atomic(path: str | Path, content: bytes | Callable[[IO[bytes]], object], *, private: bool = False) -> Path:
     """Write a file so that a reader sees the old content or the new, never a part, whatever kills the process.
 
-    Parameters
-    ----------
-    content
-        The bytes, or a function that writes them to an open binary file.
-    private
-        For the owner's eyes only (mode 600).
+    ``content`` is the bytes, or a function that writes them to an open binary file. ``private`` files are for the
+    owner's eyes only (mode 600).
 
     Raises
     ------
@@ -161,7 +149,6 @@ def write_cache(path: Path, content: Callable[[IO[bytes]], object]) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Make new, renamed and deleted files of a folder outlive a power cut, where the system can."""
-    # Without this a power cut can undo the rename on some file systems.
     if os.name == "posix":
         with suppress(OSError):  # some network file systems can't: the file itself is written
             descriptor = os.open(folder, os.O_RDONLY)
@@ -211,13 +198,7 @@ def _finite(value: object) -> bool:
 
 
 def write_results(name: str, origin: dict, metrics: dict[str, dict]) -> Path:
-    """Write ``results/<profile>/<name>.json``.
-
-    Raises
-    ------
-    UserError
-        A metric lacks its ``unit``, its ``n`` or a value, or a value is not finite.
-    """
+    """Write ``results/<profile>/<name>.json``. Each metric needs its ``unit``, its ``n`` and finite values."""
     for metric, entry in metrics.items():
         if not {"unit", "n"} <= entry.keys() or not {"mean", "median"} & entry.keys():
             raise UserError(f"metric {metric!r} needs mean or median, n and unit; it has {sorted(entry)}")

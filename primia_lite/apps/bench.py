@@ -16,13 +16,7 @@ from primia_lite.runtime import any_console
 
 
 class Options(argparse.ArgumentParser):
-    """What every benchmark reads its arguments with, also one that takes none.
-
-    Parameters
-    ----------
-    name, text
-        Of the benchmark; of ``text``, its docstring, ``--help`` shows the first line.
-    """
+    """What every benchmark reads its arguments with, also one that takes none. ``text`` is its docstring."""
 
     def __init__(self, name: str, text: str):
         any_console()
@@ -58,11 +52,6 @@ def run(name: str, arguments: Sequence[str] = (), folder: Path | None = None) ->
     """Run ``benchmarks/<name>.py`` with this Python and return its exit status.
 
     ``PRIMIA_LITE_RESULTS`` is ``results/bench`` unless the caller has set it.
-
-    Raises
-    ------
-    UserError
-        There is no such benchmark.
     """
     folder = folder or repo_root() / "benchmarks"
     known = benchmarks(folder)

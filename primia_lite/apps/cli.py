@@ -6,7 +6,7 @@ import argparse
 import errno
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from primia_lite import __version__
 from primia_lite.apps.flower.commands import add_arguments as deploy_arguments
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     any_console()
     args = _parser().parse_args(argv)
     try:
-        return args.call(args)
+        return args.call(args) or 0
     except UserError as error:
         print(f"primia-lite {args.command}: {error}", file=sys.stderr)
         return EXIT_USAGE
@@ -56,37 +56,45 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"primia-lite {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    run = commands.add_parser("run", help="run the notebooks")
+    def command(name: str, call: Callable[[argparse.Namespace], int | None], text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text)
+        added.set_defaults(call=call)
+        return added
+
+    _film_arguments(command)
+    _service_arguments(command)
+    ledger = command("ledger", _ledger, "what a hospital's privacy ledger was charged for, and what is left")
+    ledger.add_argument("file", metavar="FILE", help="such as runs/smoke-phantom/state/.../ledger-A.sqlite")
+    deploy_arguments(
+        command("deploy", lambda args: args.deploy(args), "a federation over Flower, as processes over TLS")
+    )
+    bench = command("bench", _bench, "list the benchmarks, or run one")
+    bench.add_argument("name", nargs="?")
+    bench.add_argument("arguments", nargs=argparse.REMAINDER, help="given to the benchmark")
+    return parser
+
+
+def _film_arguments(command: Callable[..., argparse.ArgumentParser]) -> None:
+    run = command("run", _run, "run the notebooks")
     run.add_argument("--profile", default="smoke", help="configs/<profile>.yaml (default: smoke)")
     run.add_argument("--data", metavar="SOURCE", help=f"{', '.join(DATA_SOURCES)} (default: what the profile says)")
     run.add_argument("--only", metavar="NN,NN", help="some notebooks, by number or name: 00,02")
-    run.add_argument(
-        "--out",
-        metavar="DIR",
-        help="where all goes (default: <profile>-<data> in PRIMIA_LITE_RUNS or runs/)",
-    )
+    run.add_argument("--out", metavar="DIR", help="default: <profile>-<data> in PRIMIA_LITE_RUNS or runs/")
     run.add_argument("--skip-bad", action="store_true", help="leave out films that can't be read")
     run.add_argument("--jobs", type=int, metavar="N", help="run N side by side (default: 2 in profile smoke, else 1)")
     run.add_argument("--fresh", action="store_true", help="don't resume what a killed run left")
-    run.set_defaults(call=_run)
-
-    doctor = commands.add_parser("doctor", help="check this machine and list the data sources")
-    doctor.set_defaults(call=_doctor)
-
-    data = commands.add_parser("data", help="list the data sources, or describe one")
+    command("doctor", _doctor, "check this machine and list the data sources")
+    data = command("data", _data, "list the data sources, or describe one")
     data.add_argument("source", nargs="?", help=", ".join(DATA_SOURCES))
     data.add_argument("--size", type=int, default=64, help="side of a film in px (default: 64)")
     data.add_argument("--n-films", type=int, help="about this many films (default: all; phantom: 1000)")
     data.add_argument("--seed", type=int, default=0)
     data.add_argument("--skip-bad", action="store_true", help="leave out films that can't be read")
     data.add_argument("--sheet", metavar="PNG", help="save a contact sheet: films of each class, side by side")
-    data.set_defaults(call=_data)
 
-    ledger = commands.add_parser("ledger", help="what a hospital's privacy ledger was charged for, and what is left")
-    ledger.add_argument("file", metavar="FILE", help="such as runs/smoke-phantom/state/.../ledger-A.sqlite")
-    ledger.set_defaults(call=_ledger)
 
-    serve = commands.add_parser("serve", help="offer models for encrypted diagnosis, by HTTP")
+def _service_arguments(command: Callable[..., argparse.ArgumentParser]) -> None:
+    serve = command("serve", _serve, "offer models for encrypted diagnosis, by HTTP")
     serve.add_argument("models", nargs="*", metavar="[NAME=]FILE", help="models saved by ModelCard.save")
     serve.add_argument("--demo", action="store_true", help="train a small model on phantom films, and offer it")
     serve.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine only)")
@@ -95,24 +103,11 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--keyfile", metavar="PEM", help="TLS key")
     serve.add_argument("--workers", type=int, help="processes that compute (default: one for each core, at most 4)")
     serve.add_argument("--no-limits", action="store_true", help="no limits on sessions and queries, for benchmarks")
-    serve.set_defaults(call=_serve)
-
-    diagnose = commands.add_parser("diagnose", help="encrypt a film, and have it diagnosed by a service")
+    diagnose = command("diagnose", _diagnose, "encrypt a film, and have it diagnosed by a service")
     diagnose.add_argument("film", metavar="FILM", help="a PNG or JPEG file")
     diagnose.add_argument("--url", default="http://127.0.0.1:8000", help="of the service")
     diagnose.add_argument("--model", help="its name there (default: the only one)")
     diagnose.add_argument("--ca-file", metavar="PEM", help="certificate to trust, for https")
-    diagnose.set_defaults(call=_diagnose)
-
-    deploy = commands.add_parser("deploy", help="a federation over Flower, as processes over TLS")
-    deploy_arguments(deploy)
-    deploy.set_defaults(call=_deploy)
-
-    bench = commands.add_parser("bench", help="list the benchmarks, or run one")
-    bench.add_argument("name", nargs="?")
-    bench.add_argument("arguments", nargs=argparse.REMAINDER, help="given to the benchmark")
-    bench.set_defaults(call=_bench)
-    return parser
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -130,54 +125,46 @@ def _doctor(args: argparse.Namespace) -> int:
     return doctor()
 
 
-def _data(args: argparse.Namespace) -> int:
+def _data(args: argparse.Namespace) -> None:
     from primia_lite.apps import describe
+    from primia_lite.data import load
 
     if args.source is None:
         print(describe.list_sources())
-        return 0
-    films = describe.load(args.source, args.size, n_films=args.n_films, seed=args.seed, skip_bad=args.skip_bad)
+        return
+    films = load(args.source, args.size, n_films=args.n_films, seed=args.seed, skip_bad=args.skip_bad)
     print(describe.table(films))
     if args.sheet:
         print(f"contact sheet: {describe.save_sheet(films, args.sheet)}")
-    return 0
 
 
-def _ledger(args: argparse.Namespace) -> int:
-    from primia_lite.apps import describe
+def _ledger(args: argparse.Namespace) -> None:
+    from primia_lite.apps.describe import ledger
 
-    print(describe.ledger(args.file))
-    return 0
+    print(ledger(args.file))
 
 
 def _serve(args: argparse.Namespace) -> int:
-    from primia_lite.apps.service import commands as serve
+    from primia_lite.apps.service.commands import serve
 
-    return serve.serve(
+    return serve(
         args.models, demo=args.demo, host=args.host, port=args.port, certfile=args.certfile, keyfile=args.keyfile,
         limits=not args.no_limits, workers=args.workers,
     )  # fmt: skip
 
 
-def _diagnose(args: argparse.Namespace) -> int:
-    from primia_lite.apps.service import commands as serve
+def _diagnose(args: argparse.Namespace) -> None:
+    from primia_lite.apps.service.commands import diagnose
 
-    print(serve.diagnose(args.film, args.url, args.model, args.ca_file))
-    return 0
-
-
-def _deploy(args: argparse.Namespace) -> int:
-    args.deploy(args)
-    return 0
+    print(diagnose(args.film, args.url, args.model, args.ca_file))
 
 
-def _bench(args: argparse.Namespace) -> int:
+def _bench(args: argparse.Namespace) -> int | None:
     from primia_lite.apps import bench
 
-    if args.name is None:
-        print(bench.listing())
-        return 0
-    return bench.run(args.name, args.arguments)
+    if args.name is not None:
+        return bench.run(args.name, args.arguments)
+    print(bench.listing())
 
 
 if __name__ == "__main__":

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from primia_lite.config import UserError, data_root
 from primia_lite.data import SPLITS, ChestXrays, sources
-from primia_lite.data import load as load_films
+from primia_lite.data.pixels import listed
 from primia_lite.runtime import seed_for, write_atomic
 
 
@@ -24,30 +24,24 @@ def list_sources() -> str:
     return "\n".join(lines)
 
 
-def load(source: str, size: int, **options) -> ChestXrays:
-    """Like :func:`primia_lite.data.load`."""
-    return load_films(source, size, **options)
-
-
 def table(films: ChestXrays) -> str:
     """Films of each class and patients, by split and by site. For whoever holds the films."""
-    rows = [("split", *films.class_names, "films", "patients")]
-    for split in SPLITS:
-        here = films.split == split
-        by_class = [int((films.labels[here] == k).sum()) for k in range(len(films.class_names))]
-        rows.append((split, *by_class, int(here.sum()), len(np.unique(films.patient_id[here]))))
-    by_class = [int((films.labels == k).sum()) for k in range(len(films.class_names))]
-    rows.append(("all", *by_class, len(films), films.n_patients))
-    sites = [("site", *films.class_names, "films", "patients")]
-    for site in np.unique(films.site):
-        here = films.site == site
-        by_class = [int((films.labels[here] == k).sum()) for k in range(len(films.class_names))]
-        sites.append((str(site), *by_class, int(here.sum()), len(np.unique(films.patient_id[here]))))
+
+    def counted(kind: str, group: np.ndarray, names: Sequence[str]) -> str:
+        rows = [(kind, *films.class_names, "films", "patients")]
+        for name, here in [*((name, group == name) for name in names), ("all", np.full(len(films), True))]:
+            by_class = np.bincount(films.labels[here], minlength=len(films.class_names)).tolist()
+            rows.append((name, *by_class, int(here.sum()), len(np.unique(films.patient_id[here]))))
+        return _columns(rows)
+
     name = f"{films.source} (procedural, no patients)" if films.source == "phantom" else films.source
-    parts = [f"{name}: {films.size} x {films.size} px, content {films.fingerprint()}", _columns(rows), _columns(sites)]
+    parts = [
+        f"{name}: {films.size} x {films.size} px, content {films.fingerprint()}",
+        counted("split", films.split, SPLITS),
+        counted("site", films.site, films.sites),
+    ]
     if films.skipped:
-        parts.append(f"left out, unreadable: {len(films.skipped)} ({', '.join(films.skipped[:5])}"
-                     f"{', ...' if len(films.skipped) > 5 else ''})")  # fmt: skip
+        parts.append(f"left out, unreadable: {len(films.skipped)} ({listed(films.skipped)})")
     return "\n\n".join(parts)
 
 
@@ -79,13 +73,7 @@ def sheet(films: ChestXrays, per_class: int = 8) -> np.ndarray:
 
 
 def save_sheet(films: ChestXrays, path: str | Path, per_class: int = 8) -> Path:
-    """Save the contact sheet as PNG, a line of text above each row.
-
-    Raises
-    ------
-    UserError
-        The name doesn't end in .png, or the file can't be written.
-    """
+    """Save the contact sheet as PNG, a line of text above each row."""
     from PIL import Image, ImageDraw
 
     path = Path(path).expanduser()
@@ -99,19 +87,11 @@ def save_sheet(films: ChestXrays, path: str | Path, per_class: int = 8) -> Path:
         count = int((films.labels == k).sum())
         draw.text((3, top + 2), f"{films.source}: {name} (n = {count})", fill=255)
         canvas.paste(Image.fromarray(pixels[k * films.size : (k + 1) * films.size]), (0, top + line))
-    buffer = io.BytesIO()
-    canvas.save(buffer, "PNG")
-    return write_atomic(path, buffer.getvalue())
+    return write_atomic(path, lambda file: canvas.save(file, "PNG"))
 
 
 def ledger(path: str | Path) -> str:
-    """Every charge of a privacy ledger, what is spent by each way of counting, and the budget.
-
-    Raises
-    ------
-    UserError
-        There is no such ledger, or it can't be read.
-    """
+    """Every charge of a privacy ledger, what is spent by each way of counting, and the budget."""
     from primia_lite.privacy.ledger import Ledger
 
     book = Ledger(path)

@@ -24,6 +24,7 @@ from primia_lite.config import (
     runs_dir,
     set_variable,
 )
+from primia_lite.runtime import cores
 
 MIN_MEMORY_GIB, MIN_DISK_GIB = 4, 2
 SET_UP = "run `make setup` (or the README's lines for a machine without make)"
@@ -59,18 +60,25 @@ def doctor(stream: TextIO | None = None) -> int:
 
 
 def examine() -> Iterator[Check]:
-    """Every check, in the order of the table."""
-    yield check_python(sys.version_info[:3])
-    yield check_packages(repo_root() / "requirements.lock")
-    yield check_torchvision()
-    yield Check("cores", "ok", f"{_cores()}, {platform.machine()}, {platform.system()}")
-    yield check_memory()
-    yield check_disk(runs_dir())
-    yield from check_folders()
-    yield check_kernel()
-    yield check_browser()
-    yield check_data_folder()
-    yield from check_sources()
+    """Every check, in the order of the table. What breaks a check is broken: the table is printed all the same."""
+    checks = {
+        "Python": lambda: [check_python(sys.version_info[:3])],
+        "packages": lambda: [_packages(repo_root() / "requirements.lock")],
+        "torchvision": lambda: [_torchvision()],
+        "cores": lambda: [Check("cores", "ok", f"{cores()}, {platform.machine()}, {platform.system()}")],
+        "memory": lambda: [check_memory()],
+        "disk": lambda: [check_disk(runs_dir())],
+        "folders": _folders,
+        "kernel": lambda: [_kernel()],
+        "chromium": lambda: [_browser()],
+        "films": lambda: [_data_folder()],
+        "data sources": _sources,
+    }
+    for name, check in checks.items():
+        try:
+            yield from check()
+        except Exception as error:
+            yield Check(name, "BROKEN", f"{type(error).__name__}: {error}", SET_UP)
 
 
 def check_python(version: tuple[int, ...]) -> Check:
@@ -94,14 +102,12 @@ def pinned(lock: Path) -> dict[str, str]:
     return pins
 
 
-def check_packages(lock: Path) -> Check:
+def _packages(lock: Path) -> Check:
     """Installed against pinned; a local part such as torch's ``+cpu`` doesn't count."""
     try:
         pins = pinned(lock)
     except OSError:
         return Check("packages", "note", f"no lock file at {lock}: nothing to compare with")
-    except ImportError as error:
-        return Check("packages", "BROKEN", str(error), SET_UP)
     wrong = []
     for name, version in pins.items():
         try:
@@ -116,7 +122,7 @@ def check_packages(lock: Path) -> Check:
     return Check("packages", "ok", f"{len(pins)} as pinned, torch {metadata.version('torch')}")
 
 
-def check_torchvision() -> Check:
+def _torchvision() -> Check:
     """torchvision isn't needed; one that was built for another torch breaks packages that look for it."""
     try:
         installed = metadata.version("torchvision")
@@ -126,15 +132,9 @@ def check_torchvision() -> Check:
     return Check("torchvision", "note", installed, fix)
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def check_memory() -> Check:
-    try:
-        import psutil
-    except ImportError as error:
-        return Check("memory", "BROKEN", str(error), SET_UP)
+    import psutil
+
     memory = psutil.virtual_memory()
     value = f"{memory.total / 2**30:.1f} GiB, {memory.available / 2**30:.1f} free"
     if memory.available / 2**30 < MIN_MEMORY_GIB:
@@ -150,7 +150,7 @@ def check_disk(folder: Path) -> Check:
     return Check("disk", "ok", f"{free:.1f} GiB free")
 
 
-def check_folders() -> Iterator[Check]:
+def _folders() -> Iterator[Check]:
     """Those that are written: without a cache all works, but takes longer."""
     for name, folder in (("runs", runs_dir), ("figures", figures_dir), ("results", results_dir), ("cache", cache_dir)):
         if name in ("figures", "results") and not os.environ.get(f"PRIMIA_LITE_{name.upper()}"):
@@ -167,12 +167,10 @@ def check_folders() -> Iterator[Check]:
         yield Check("temporary", "BROKEN", str(error.strerror), set_variable("TMPDIR"))
 
 
-def check_kernel() -> Check:
+def _kernel() -> Check:
     """The kernel that ``jupyter lab`` starts for our notebooks must be this environment's."""
-    try:
-        from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
-    except ImportError as error:
-        return Check("kernel", "BROKEN", str(error), SET_UP)
+    from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
+
     fix = f"{sys.executable} -m ipykernel install --sys-prefix --name python3"
     try:
         spec = KernelSpecManager().get_kernel_spec("python3")
@@ -192,7 +190,7 @@ def find_chromium() -> str | None:
     return next((found for name in names if name and (found := shutil.which(name))), None)
 
 
-def check_browser() -> Check:
+def _browser() -> Check:
     found = find_chromium()
     if found:
         return Check("chromium", "ok", found)
@@ -200,23 +198,18 @@ def check_browser() -> Check:
     return Check("chromium", "note", "absent", fix)
 
 
-def check_data_folder() -> Check:
+def _data_folder() -> Check:
     folder = data_root()
     if os.environ.get("PRIMIA_LITE_DATA") and not folder.is_dir():
         return Check("films", "BROKEN", f"PRIMIA_LITE_DATA names {folder}, which isn't a folder", "correct or unset it")
     return Check("films", "ok", f"looked for in {folder} (PRIMIA_LITE_DATA)")
 
 
-def check_sources() -> Iterator[Check]:
+def _sources() -> Iterator[Check]:
     """One line for each data source. A source that is absent breaks nothing."""
-    try:
-        from primia_lite.data import sources
+    from primia_lite.data import sources
 
-        rows = sources()
-    except Exception as error:  # a broken numpy, say: the table must still be printed
-        yield Check("data sources", "BROKEN", f"{type(error).__name__}: {error}", SET_UP)
-        return
-    for row in rows:
+    for row in sources():
         if row["found"]:
             files = f", {row['n_files']:,} files" if row["n_files"] else ""
             yield Check(f"  {row['name']}", "ok", f"{row['where'] or 'built in'}{files}")

@@ -62,16 +62,8 @@ def execute(
 ) -> Outcome:
     """Run ``source`` in its own folder and write the executed copy to ``target``, also when a cell fails.
 
-    Parameters
-    ----------
-    cell_timeout_s : a cell that takes longer fails
-    kernel_log : file that gets what the kernel prints
-    on_cell : called with the number of the cell that starts, from 1, and the number of cells
-
-    Raises
-    ------
-    KeyboardInterrupt
-        After the kernel has been stopped.
+    A cell that takes longer than ``cell_timeout_s`` fails. ``kernel_log`` gets what the kernel prints; ``on_cell`` is
+    called with the number of the cell that starts, from 1, and the number of cells. Ctrl-C stops the kernel first.
     """
     import nbformat
     import papermill

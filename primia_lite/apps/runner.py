@@ -11,13 +11,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from primia_lite.apps.notebook import Outcome, execute, parameter_names, variables
+from primia_lite.apps.summary import Progress, save_summary, summary_table
 from primia_lite.config import (
     DATA_SOURCES,
     UserError,
@@ -30,12 +31,12 @@ from primia_lite.config import (
     set_variable,
     whole_path,
 )
-from primia_lite.runtime import cores, write_atomic
+from primia_lite.runtime import cores
 
 SOURCE, SKIP_BAD = "source", "skip_bad"  # the notebooks' parameters that the command line sets
 CELL_TIMEOUT_S = {"smoke": 1800}  # for a slow and busy machine; other profiles train for longer
 LONG_CELL_TIMEOUT_S = 3 * 3600
-CLEAR = "\r\x1b[K"  # back to the start of a terminal's line, and empty it
+WRITTEN = ("PRIMIA_LITE_RUNS", "PRIMIA_LITE_FIGURES", "PRIMIA_LITE_RESULTS")  # by notebooks
 STOP_S = 20  # for the kernels of an interrupted run to end
 
 
@@ -58,8 +59,6 @@ def run_notebooks(
     fresh: bool = False,
     notebooks: Path | None = None,
     jobs: int | None = None,
-    cell_timeout_s: int | None = None,
-    stream: TextIO | None = None,
 ) -> int:
     """Run notebooks and return 0, or 1 if one failed. A failing notebook doesn't stop the others.
 
@@ -79,31 +78,68 @@ def run_notebooks(
     KeyboardInterrupt
         After the summary of what ran so far has been written.
     """
-    stream = stream or sys.stdout
     plans = plan(profile, source=source, only=only, skip_bad=skip_bad, notebooks=notebooks, publish=out is None)
     jobs = min(default_jobs(profile) if jobs is None else jobs, len(plans))
     if jobs < 1:
         raise UserError("--jobs must be at least 1")
     label = source or next((p.parameters[SOURCE] for p in plans if SOURCE in p.parameters), "phantom")
     folder = whole_path(out, "--out") if out else runs_dir() / f"{profile}-{label}"
-    timeout = cell_timeout_s or CELL_TIMEOUT_S.get(profile, LONG_CELL_TIMEOUT_S)
     tasks = [
-        Task(todo, folder, places(folder, profile if todo.publish else None, out is None), profile, label, timeout,
-             _threads(jobs)) for todo in plans
-    ]  # fmt: skip
-    written = {("PRIMIA_LITE_RUNS", folder), *(place for task in tasks for place in task.places.items())}
+        Task(todo, profile, label, folder, environment(todo, folder, profile, out is None, jobs)) for todo in plans
+    ]
+    written = {
+        ("PRIMIA_LITE_RUNS", str(folder)),
+        *((name, task.environment[name]) for task in tasks for name in WRITTEN),
+    }
     for name, path in sorted(written, reverse=True):
-        check_writable(path, "name another folder by --out" if out else set_variable(name))
+        check_writable(Path(path), "name another folder by --out" if out else set_variable(name))
     folder.mkdir(parents=True, exist_ok=True)
     forget_finished(folder, [p.path.stem for p in plans], everything=fresh)
-
     at_a_time = f", {jobs} at a time" if jobs > 1 else ""
-    print(f"profile {profile}, data {label}, notebooks: {len(plans)}{at_a_time} -> {folder}", file=stream, flush=True)
-    outcomes: dict[int, Outcome] = {}
-    progress = Progress(stream, len(plans))
+    print(f"profile {profile}, data {label}, notebooks: {len(plans)}{at_a_time} -> {folder}", flush=True)
+    outcomes = _run(tasks, jobs)
+    print(f"\n{summary_table(outcomes)}\n\nexecuted notebooks and summary: {folder}", flush=True)
+    return 0 if all(o.status == "ok" for o in outcomes) else 1
 
-    def save() -> None:
-        save_summary(folder, profile, label, [outcomes[number] for number in sorted(outcomes)])
+
+def default_jobs(profile: str) -> int:
+    # SIGTERM, by which a run is stopped, kills a process on Windows before it can end its kernel.
+    return 2 if profile == "smoke" and cores() > 1 and os.name == "posix" else 1
+
+
+@dataclass(frozen=True)
+class Task:
+    """A notebook to run, with all that a process of its own must know."""
+
+    plan: Plan
+    profile: str
+    label: str
+    folder: Path
+    environment: dict[str, str]
+
+    def run(self, on_cell: Callable[[int, int], None]) -> Outcome:
+        todo, name = self.plan, self.plan.path.stem
+        command = f"primia-lite run --profile {self.profile} --data {self.label} --only {name}"
+        with variables({**self.environment, "PRIMIA_LITE_COMMAND": command}):
+            return execute(
+                todo.path,
+                self.folder / todo.path.name,
+                todo.parameters,
+                cell_timeout_s=CELL_TIMEOUT_S.get(self.profile, LONG_CELL_TIMEOUT_S),
+                kernel_log=self.folder / "state" / "jupyter" / f"{name}.log",
+                on_cell=on_cell,
+            )
+
+
+def _run(tasks: list[Task], jobs: int) -> list[Outcome]:
+    """The outcomes in the tasks' order. A summary is kept after each, and when Ctrl-C ends the run."""
+    outcomes: dict[int, Outcome] = {}
+    progress = Progress(sys.stdout, len(tasks))
+
+    def save() -> list[Outcome]:
+        found = [outcomes[number] for number in sorted(outcomes)]
+        save_summary(tasks[0].folder, tasks[0].profile, tasks[0].label, found)
+        return found
 
     try:
         with closing((_one_by_one if jobs == 1 else _side_by_side)(tasks, progress, jobs)) as ran:
@@ -117,45 +153,7 @@ def run_notebooks(
             outcomes[number] = Outcome(running.name, "interrupted", took, 0.0, running.n_cells)
         save()
         raise
-    found = [outcomes[number] for number in sorted(outcomes)]
-    print(f"\n{summary_table(found)}\n\nexecuted notebooks and summary: {folder}", file=stream, flush=True)
-    return 0 if all(o.status == "ok" for o in found) else 1
-
-
-def default_jobs(profile: str) -> int:
-    # SIGTERM, by which a run is stopped, kills a process on Windows before it can end its kernel.
-    return 2 if profile == "smoke" and cores() > 1 and os.name == "posix" else 1
-
-
-def _threads(jobs: int) -> int | None:
-    """Of each kernel: no more of all together than there are cores. None leaves it to torch."""
-    return max(1, cores() // jobs) if jobs > 1 else None
-
-
-@dataclass(frozen=True)
-class Task:
-    """A notebook to run, with all that a process of its own must know."""
-
-    plan: Plan
-    folder: Path
-    places: dict[str, Path]
-    profile: str
-    label: str
-    cell_timeout_s: int
-    threads: int | None
-
-    def run(self, on_cell: Callable[[int, int], None]) -> Outcome:
-        todo, name = self.plan, self.plan.path.stem
-        command = f"primia-lite run --profile {self.profile} --data {self.label} --only {name}"
-        with environment(self.places, command, self.threads):
-            return execute(
-                todo.path,
-                self.folder / todo.path.name,
-                todo.parameters,
-                cell_timeout_s=self.cell_timeout_s,
-                kernel_log=self.folder / "state" / "jupyter" / f"{name}.log",
-                on_cell=on_cell,
-            )
+    return save()
 
 
 def _one_by_one(tasks: list[Task], progress: Progress, jobs: int) -> Iterator[tuple[int, Outcome]]:
@@ -174,9 +172,9 @@ def _side_by_side(tasks: list[Task], progress: Progress, jobs: int) -> Iterator[
             while waiting and len(running) < jobs:
                 number, task = waiting.pop(0)
                 ours, theirs = context.Pipe(duplex=False)
-                process = context.Process(target=_apart, args=(task, theirs), daemon=True)
+                process = context.Process(target=_in_own_process, args=(task, theirs), daemon=True)
                 progress.start(number, task.plan.path.stem)
-                with _deaf():  # the new process, too, from its first moment on
+                with _without_ctrl_c():  # the new process, too, from its first moment on
                     process.start()
                     running[ours] = number, process
                 theirs.close()  # so that the end of the process ends the pipe
@@ -207,7 +205,7 @@ def _side_by_side(tasks: list[Task], progress: Progress, jobs: int) -> Iterator[
 
 
 @contextmanager
-def _deaf() -> Iterator[None]:
+def _without_ctrl_c() -> Iterator[None]:
     """Ctrl-C is ignored here, and in what is started here."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -219,7 +217,7 @@ def _deaf() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _apart(task: Task, pipe: Connection) -> None:
+def _in_own_process(task: Task, pipe: Connection) -> None:
     """In a process of its own, which only the run's process stops: Ctrl-C reaches both."""
 
     def stop(*_) -> None:
@@ -316,113 +314,19 @@ def forget_finished(folder: Path, stems: list[str], *, everything: bool = False)
     summary.unlink(missing_ok=True)
 
 
-def places(folder: Path, publish_profile: str | None, by_variables: bool) -> dict[str, Path]:
-    """Where a notebook writes, by the variable that tells its kernel."""
-    own = folder if publish_profile is None else repo_root()
-    figures, results = own / "figures", own / "results" / (publish_profile or "")
+def environment(todo: Plan, folder: Path, profile: str, by_variables: bool, jobs: int) -> dict[str, str]:
+    """What a notebook's kernel inherits: where it writes, where films are, that nobody is watching."""
+    own = repo_root() if todo.publish else folder
+    figures, results = own / "figures", own / "results" / (profile if todo.publish else "")
     if by_variables:
         figures = folder_of("PRIMIA_LITE_FIGURES", figures)
         results = folder_of("PRIMIA_LITE_RESULTS", results)
-    return {"PRIMIA_LITE_RUNS": folder / "state", "PRIMIA_LITE_FIGURES": figures, "PRIMIA_LITE_RESULTS": results}
-
-
-def environment(places: dict[str, Path], command: str, threads: int | None = None) -> AbstractContextManager[None]:
-    """What a notebook's kernel inherits: where it writes, where films are, that nobody is watching."""
     values = {
-        **{name: str(path) for name, path in places.items()},
+        **dict(zip(WRITTEN, map(str, (folder / "state", figures, results)), strict=True)),
         "PRIMIA_LITE_DATA": str(data_root()),  # absolute: a kernel runs in the notebooks' folder
         "PRIMIA_LITE_HEADLESS": "1",
-        "PRIMIA_LITE_COMMAND": command,
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",  # a user's Agg would leave cells without pictures
     }
-    if threads is not None:
-        values["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
-    return variables(values)
-
-
-@dataclass
-class Running:
-    """A notebook that runs: at which of its cells."""
-
-    name: str
-    started: float
-    cell: int = 0
-    n_cells: int = 0
-
-
-class Progress:
-    """A line for each notebook's start and end; on a terminal one that counts cells, for all that run."""
-
-    def __init__(self, stream: TextIO, n_notebooks: int) -> None:
-        self.stream, self.n_notebooks = stream, n_notebooks
-        self.live = stream.isatty()
-        self.running: dict[int, Running] = {}
-
-    def start(self, number: int, name: str) -> None:
-        self.running[number] = Running(name, time.perf_counter())
-        if self.live:
-            self.tick()
-        else:
-            self._write(f"{self._head(number, name)} ...")
-
-    def cell(self, number: int, cell: int, n_cells: int) -> None:
-        self.running[number].cell, self.running[number].n_cells = cell, n_cells
-        self.tick()
-
-    def tick(self) -> None:
-        if not self.live:
-            return
-        now = time.perf_counter()
-        parts = [
-            f"{self._head(number, one.name)}  cell {one.cell}/{one.n_cells}  {now - one.started:.0f} s"
-            for number, one in self.running.items()
-        ]
-        self._write(CLEAR + "; ".join(parts)[: shutil.get_terminal_size().columns - 1], end="")
-
-    def end(self, number: int, outcome: Outcome) -> None:
-        self.running.pop(number, None)
-        took = f"{outcome.seconds:.1f} s, {outcome.peak_memory_mib:,.0f} MiB"
-        self._write(f"{CLEAR if self.live else ''}{self._head(number, outcome.notebook)}  {outcome.status}  {took}")
-        if outcome.status == "failed":
-            self._write(f"    {blame(outcome)}")
-        if self.running:
-            self.tick()
-
-    def _head(self, number: int, name: str) -> str:
-        return f"[{number}/{self.n_notebooks}] {name}"
-
-    def _write(self, text: str, end: str = "\n") -> None:
-        self.stream.write(text + end)
-        self.stream.flush()
-
-
-def blame(outcome: Outcome) -> str:
-    """Which cell failed, and with what."""
-    where = f"cell {outcome.cell} ({outcome.first_line}): " if outcome.cell else ""
-    return where + " ".join((outcome.error or "").split())[:500]
-
-
-def summary_table(outcomes: list[Outcome]) -> str:
-    """Markdown: notebook, seconds, peak memory, status."""
-    rows = [("notebook", "seconds", "peak memory (MiB)", "status")]
-    rows += [(o.notebook, f"{o.seconds:.1f}", f"{o.peak_memory_mib:,.0f}", o.status) for o in outcomes]
-    if len(outcomes) > 1:
-        total, peak = sum(o.seconds for o in outcomes), max(o.peak_memory_mib for o in outcomes)
-        n_ok = sum(o.status == "ok" for o in outcomes)
-        rows.append(("all", f"{total:.1f}", f"{peak:,.0f}", f"{n_ok} of {len(outcomes)} ok"))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-
-    def line(row: tuple[str, ...]) -> str:
-        cells = [row[0].ljust(widths[0]), row[1].rjust(widths[1]), row[2].rjust(widths[2]), row[3].ljust(widths[3])]
-        return "| " + " | ".join(cells) + " |"
-
-    rule = f"|:{'-' * widths[0]}-|-{'-' * widths[1]}:|-{'-' * widths[2]}:|:{'-' * widths[3]}-|"
-    failed = [f"{o.notebook}: {blame(o)}" for o in outcomes if o.status == "failed"]
-    return "\n".join([line(rows[0]), rule, *map(line, rows[1:]), *(["", *failed] if failed else [])])
-
-
-def save_summary(folder: Path, profile: str, source: str, outcomes: list[Outcome]) -> None:
-    """Write ``summary.json`` and ``summary.md``, after each notebook so that a killed run leaves them too."""
-    content = {"profile": profile, "source": source, "notebooks": [asdict(o) for o in outcomes]}
-    write_atomic(folder / "summary.json", (json.dumps(content, indent=2) + "\n").encode())
-    write_atomic(folder / "summary.md", (summary_table(outcomes) + "\n").encode(errors="backslashreplace"))
+    if jobs > 1:  # all kernels together take no more threads than there are cores; one alone leaves it to torch
+        values["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(1, cores() // jobs)))
+    return values

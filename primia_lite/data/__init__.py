@@ -77,7 +77,7 @@ def load(
     ------
     DataError
         Unknown source or option, missing folder, unreadable or colour film, a class without a training film, a patient
-        in two splits.
+        or a film in two splits.
     """
     loader = _loader(source)
     if not isinstance(size, int) or size < 8:

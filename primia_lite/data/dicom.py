@@ -15,7 +15,7 @@ from PIL import Image
 from primia_lite.config import DataError, data_root, printable
 from primia_lite.data.dicom_pixels import as_displayed, blaming, stored_values, upright
 from primia_lite.data.pixels import (
-    check_aspect,
+    check_options,
     join_patients,
     picture_key,
     read_films,
@@ -25,6 +25,7 @@ from primia_lite.data.pixels import (
 from primia_lite.data.split import choose_films, split_by_patient
 from primia_lite.data.types import CLASSES_2, CLASSES_3, SPLITS, ChestXrays
 
+LABELS = "labels.csv"
 _COLUMNS = ("file", "label", "patient_id")
 # All that is read of a header: how the pixels are stored, shown and oriented, nothing that tells who the patient is.
 _TAGS = (
@@ -58,11 +59,9 @@ def read(
     skip_bad: bool = False,
     validation_fraction: float = 0.1,
     test_fraction: float = 0.2,
-    labels_csv: str = "labels.csv",
     aspect: str = "stretch",
-    progress: bool | None = None,
 ) -> ChestXrays:
-    """Read the films that a CSV lists: columns ``file``, ``label``, ``patient_id``, and at will ``site`` and ``split``.
+    """Read the films that ``labels.csv`` lists: ``file``, ``label``, ``patient_id``, at will ``site`` and ``split``.
 
     Labels are ``normal``, ``bacterial`` and ``viral``, or ``normal`` and ``pneumonia``. Pixels go through the modality
     rescale and the VOI table or else the first usable VOI window of the header (without one, from the film's 0.5th to
@@ -77,47 +76,31 @@ def read(
     root : the folder with the CSV, or the one above ``dicom/``; default ``PRIMIA_LITE_DATA``
     test_fraction, validation_fraction : where there is no ``split`` column: test's share of all films, and validation's
         of the others; whole patients, stratified, by ``seed``
-    labels_csv : its name in the folder; ``file`` is relative to that folder
-    n_films, skip_bad, aspect, progress : as for ``kermany``
-
-    Raises
-    ------
-    DataError
-        No folder, column, file or such label; a film of several frames, in colour, lateral, unreadable, or with text
-        burned in; a patient or a film in two splits.
+    n_films, skip_bad, aspect : as for ``kermany``
     """
-    check_aspect(aspect)
-    for name, value in (("validation_fraction", validation_fraction), ("test_fraction", test_fraction)):
-        if not 0 <= value < 1:
-            raise DataError(f"{name}={value}: give a share from 0 to below 1, such as 0.1")
-    folder, _ = find(root, labels_csv)
+    check_options(aspect, validation_fraction=validation_fraction, test_fraction=test_fraction)
+    folder, _ = find(root)
     if folder is None:
         where = data_root() if root is None else Path(root)
         raise DataError(
-            f"no {labels_csv} in {printable(where)} or {printable(where / 'dicom')}: put the DICOM files there with a "
+            f"no {LABELS} in {printable(where)} or {printable(where / 'dicom')}: put the DICOM files there with a "
             f"CSV of columns {','.join(_COLUMNS)} (and, if you like, site,split)"
         )
-    rows = _read_csv(folder / labels_csv)
-    class_names = _class_names(rows, labels_csv)
+    rows = _read_csv(folder / LABELS)
+    class_names = _class_names(rows)
     labels = np.array([class_names.index(row.label) for row in rows], dtype=np.int64)
     patients = np.array([row.patient for row in rows], dtype=str)
-    if rows[0].split:
-        split = np.array([row.split for row in rows], dtype=str)
-    else:
-        validation = (1 - test_fraction) * validation_fraction
-        fractions = {"train": 1 - test_fraction - validation, "val": validation, "test": test_fraction}
-        split = split_by_patient(labels, patients, fractions, seed, class_names=class_names)
+    split = _splits(rows, labels, patients, class_names, (validation_fraction, test_fraction), seed)
     chosen = np.arange(len(rows)) if n_films is None else choose_films(labels, patients, split, n_films, seed)
     rows, labels, patients, split = [rows[i] for i in chosen], labels[chosen], patients[chosen], split[chosen]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="pydicom")  # its warnings quote header values
         images, keys, good, skipped = read_films(
-            lambda row: _film(row, size, aspect), rows, [str(row) for row in rows], size,
-            skip_bad=skip_bad, progress=progress,
-        )  # fmt: skip
-    warn_skipped([f"{row} of {labels_csv}" for row in skipped], len(rows))
+            lambda row: _film(row, size, aspect), rows, [str(row) for row in rows], skip_bad=skip_bad
+        )
+    warn_skipped([f"{row} of {LABELS}" for row in skipped], len(rows))
     given = np.array([rows[i].split for i in good])  # empty where the splits are this loader's own
-    names = [f"{rows[i]} of {labels_csv}" for i in good]
+    names = [f"{rows[i]} of {LABELS}" for i in good]
     patients, split = join_patients(keys, names, patients[good], split[good], given)
     return ChestXrays(
         images=images, labels=labels[good], class_names=class_names, patient_id=patients,
@@ -125,12 +108,27 @@ def read(
     )  # fmt: skip
 
 
-def find(root: str | Path | None = None, labels_csv: str = "labels.csv") -> tuple[Path | None, int | None]:
+def _splits(
+    rows: list[_Row],
+    labels: np.ndarray,
+    patients: np.ndarray,
+    class_names: tuple[str, ...],
+    fractions: tuple[float, float],
+    seed: int,
+) -> np.ndarray:
+    if rows[0].split:
+        return np.array([row.split for row in rows], dtype=str)
+    validation, test = (1 - fractions[1]) * fractions[0], fractions[1]
+    parts = {"train": 1 - test - validation, "val": validation, "test": test}
+    return split_by_patient(labels, patients, parts, seed, class_names=class_names)
+
+
+def find(root: str | Path | None = None) -> tuple[Path | None, int | None]:
     """The folder of the CSV, and its number of films; (None, None) if there is none."""
     base = data_root() if root is None else Path(root).expanduser()
     for folder in (base / "dicom", base):
-        if (folder / labels_csv).is_file():
-            lines = (folder / labels_csv).read_bytes().splitlines()
+        if (folder / LABELS).is_file():
+            lines = (folder / LABELS).read_bytes().splitlines()
             return folder, max(0, sum(bool(line.strip()) for line in lines) - 1)
     return None, None
 
@@ -194,7 +192,7 @@ def _identity(path: Path) -> object:
     return (found.st_dev, found.st_ino) if found.st_ino else os.path.realpath(path)
 
 
-def _class_names(rows: list[_Row], labels_csv: str) -> tuple[str, ...]:
+def _class_names(rows: list[_Row]) -> tuple[str, ...]:
     found = {row.label for row in rows}
     for class_names in (CLASSES_2, CLASSES_3):
         if found <= set(class_names):
@@ -202,10 +200,10 @@ def _class_names(rows: list[_Row], labels_csv: str) -> tuple[str, ...]:
     wrong = next((row for row in rows if row.label not in CLASSES_3 + CLASSES_2), None)
     if wrong:
         raise DataError(
-            f"{labels_csv}, row {wrong.number}: unknown label {wrong.label!r}, use {', '.join(CLASSES_3)} (or "
+            f"{LABELS}, row {wrong.number}: unknown label {wrong.label!r}, use {', '.join(CLASSES_3)} (or "
             f"{', '.join(CLASSES_2)})"
         )
-    raise DataError(f"{labels_csv} mixes 'pneumonia' with 'bacterial' or 'viral': use {CLASSES_3} or {CLASSES_2}")
+    raise DataError(f"{LABELS} mixes 'pneumonia' with 'bacterial' or 'viral': use {CLASSES_3} or {CLASSES_2}")
 
 
 def _film(row: _Row, size: int, aspect: str) -> tuple[np.ndarray, int]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from primia_lite.config import DataError, cache_dir, data_root, printable
 from primia_lite.data.pixels import (
-    check_aspect,
+    check_options,
     decode,
     join_patients,
     parallel,
@@ -64,8 +64,6 @@ def read(
     validation_fraction: float = 0.1,
     validation: str = "from_train",
     aspect: str = "stretch",
-    cache: bool = True,
-    progress: bool | None = None,
 ) -> ChestXrays:
     """Read the films, resized to ``size`` px, with the three classes and the patients that their names tell.
 
@@ -77,22 +75,12 @@ def read(
     n_films : about this many, whole patients, in the same proportions of splits and classes; default all
     validation
         ``from_train``: the original train and val folders are pooled, and ``validation_fraction`` of their films is cut
-        off by patient, stratified, with ``seed``. ``original``: the folders as they are (Kaggle's layout only; none of
-        the patients in its ``val`` is in its ``train``; if one were, that would be an error).
+        off by patient, stratified, with ``seed``. ``original``: the folders as they are (Kaggle's layout only).
     aspect : ``stretch`` (default: the common 224 px copies have lost the aspect ratio already), ``crop`` or ``pad``
-    cache : keep the resized films in ``cache_dir()``, under a hash of names, bytes, ``size`` and ``aspect``
-    progress : draw a bar; default in a terminal or a notebook only
-
-    Raises
-    ------
-    DataError
-        No such folder, a name that fits no class, an unreadable or colour film, a patient or a film in two splits.
     """
-    check_aspect(aspect)
+    check_options(aspect, validation_fraction=validation_fraction)
     if validation not in ("from_train", "original"):
         raise DataError(f"validation={validation!r}: choose 'from_train' or 'original'")
-    if not 0 <= validation_fraction < 1:
-        raise DataError(f"validation_fraction={validation_fraction}: give a share of the training films, such as 0.1")
     folder, _ = find(root)
     if folder is None:
         raise DataError(
@@ -102,16 +90,25 @@ def read(
     files, unnamed = _list_files(folder, skip_bad)
     labels = np.array([f.label for f in files], dtype=np.int64)
     patients = np.array([f.patient for f in files], dtype=str)
-    split = _splits(files, labels, patients, folder, validation, validation_fraction, seed)
+    split = np.array([f.folder for f in files], dtype="<U5")
+    if validation == "original" and not np.any(split == "val"):
+        raise DataError(f"{printable(folder)} has no val folder (Mendeley's layout): use validation='from_train'")
+    if validation == "from_train":
+        pool = split != "test"
+        split[pool] = "train"
+        if validation_fraction > 0:
+            parts = {"train": 1 - validation_fraction, "val": validation_fraction}
+            split[pool] = split_by_patient(labels[pool], patients[pool], parts, seed)
+    check_patient_disjoint(patients, split)  # before minutes of decoding
     if n_films is not None:
         chosen = choose_films(labels, patients, split, n_films, seed)
         files, labels, patients, split = [files[i] for i in chosen], labels[chosen], patients[chosen], split[chosen]
-    images, keys, good, skipped = _images(files, size, aspect, skip_bad, cache, progress)
+    images, keys, good, skipped = _images(files, size, aspect, skip_bad)
     skipped = tuple(unnamed) + skipped
     warn_skipped(skipped, len(files) + len(unnamed))
-    names, given = [files[i].name for i in good], split[good]
-    if validation == "from_train":  # train and val are this loader's parts, test is the source's
-        given = np.where(given == "test", "test", "train")
+    names = [files[i].name for i in good]
+    parted = validation == "from_train"  # train and val are then this loader's parts, test is the source's
+    given = np.where(split[good] == "test", "test", "train") if parted else split[good]
     patients, split = join_patients(keys, names, patients[good], split[good], given)
     return ChestXrays(
         images=images, labels=labels[good], class_names=CLASSES_3, patient_id=patients,
@@ -168,11 +165,6 @@ def label_and_patient(file_name: str) -> tuple[int, str]:
 
     ``person7_virus_29.jpeg`` is a film of patient ``person7_virus``: numbers under both diseases are taken to be
     different children, which the publisher neither says nor denies.
-
-    Raises
-    ------
-    DataError
-        The name follows neither Kaggle's nor Mendeley's scheme.
     """
     match = _NAMES.match(file_name)
     if not match:
@@ -184,62 +176,30 @@ def label_and_patient(file_name: str) -> tuple[int, str]:
     return _LABELS[disease], match["person"] or match["normal"] or match["mendeley"]
 
 
-def _splits(
-    files: list[_File],
-    labels: np.ndarray,
-    patients: np.ndarray,
-    folder: Path,
-    validation: str,
-    validation_fraction: float,
-    seed: int,
-) -> np.ndarray:
-    original = np.array([f.folder for f in files], dtype="<U5")
-    if validation == "original":
-        if not np.any(original == "val"):
-            raise DataError(f"{printable(folder)} has no val folder (Mendeley's layout): use validation='from_train'")
-        split = original
-    else:
-        pool = original != "test"
-        split = np.where(pool, "train", "test")
-        if validation_fraction > 0:
-            parts = {"train": 1 - validation_fraction, "val": validation_fraction}
-            split[pool] = split_by_patient(labels[pool], patients[pool], parts, seed)
-    check_patient_disjoint(patients, split)  # before minutes of decoding
-    return split
-
-
 def _images(
-    files: list[_File], size: int, aspect: str, skip_bad: bool, cache: bool, progress: bool | None
+    files: list[_File], size: int, aspect: str, skip_bad: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]]:
     """As ``read_films``, out of the cache if it is there."""
     names = [f.name for f in files]
-    path = cache_dir() / f"kermany-{_key(files, size, aspect, progress)}.npz" if cache else None
-    cached = _read_cache(path, names, size) if path else None
+    path = cache_dir() / f"kermany-{_key(files, size, aspect)}.npz"
+    cached = _read_cache(path, names, size)
     if cached and (skip_bad or not cached[3]):
         return cached
 
     def read_one(file: _File) -> tuple[np.ndarray, int]:
-        film = decode(_bytes(file), file.name)
+        try:
+            film = decode(file.path.read_bytes(), file.name)
+        except OSError as error:
+            raise DataError(f"{file.name} can't be read: {error.strerror}") from error
         return to_square(film, size, aspect), picture_key(np.asarray(film))
 
-    result = images, keys, good, skipped = read_films(
-        read_one, files, names, size, skip_bad=skip_bad, progress=progress
-    )
-    if path:
-        write_cache(
-            path, lambda file: np.savez(file, images=images, keys=keys, good=good, skipped=np.array(skipped, dtype=str))
-        )
+    result = images, keys, good, skipped = read_films(read_one, files, names, skip_bad=skip_bad)
+    arrays = {"images": images, "keys": keys, "good": good, "skipped": np.array(skipped, dtype=str)}
+    write_cache(path, lambda file: np.savez(file, **arrays))
     return result
 
 
-def _bytes(file: _File) -> bytes:
-    try:
-        return file.path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{file.name} can't be read: {error.strerror}") from error
-
-
-def _key(files: list[_File], size: int, aspect: str, progress: bool | None) -> str:
+def _key(files: list[_File], size: int, aspect: str) -> str:
     # Of the bytes, not of times and sizes: a file that is mended in place must not meet its old picture. Hashing the
     # original 1.2 GB takes seconds, decoding it minutes.
     def hash_one(file: _File) -> bytes:
@@ -249,7 +209,7 @@ def _key(files: list[_File], size: int, aspect: str, progress: bool | None) -> s
             return b"unreadable"
 
     digest = hashlib.sha256(f"{_CACHE_VERSION}|{size}|{aspect}".encode())
-    for file, content in zip(files, parallel(hash_one, files, label="checking files", progress=progress), strict=True):
+    for file, content in zip(files, parallel(hash_one, files, "checking files"), strict=True):
         digest.update(f"|{file.name}|".encode() + content)
     return digest.hexdigest()[:24]
 

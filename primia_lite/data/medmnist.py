@@ -33,7 +33,6 @@ def read(
     n_films: int | None = None,
     seed: int = 0,
     download: bool = False,
-    progress: bool | None = None,
 ) -> ChestXrays:
     """Read the films of one of MedMNIST's sizes, with its own train, val and test split.
 
@@ -46,12 +45,6 @@ def read(
     root : the folder with the ``.npz`` file; default ``PRIMIA_LITE_DATA``, then ``~/.medmnist``
     n_films : about this many, in the same proportions of splits and classes; default all 5,856
     download : fetch the file into ``root`` if it isn't there (4 to 200 MB), and check its MD5
-    progress : draw a bar; default in a terminal or a notebook only
-
-    Raises
-    ------
-    DataError
-        Another size, a missing or damaged file, or a download that failed.
     """
     if size not in SIZES:
         raise DataError(f"size={size}: {_FLAG} comes in {', '.join(map(str, SIZES))} px, choose one of them")
@@ -64,7 +57,7 @@ def read(
                 f"{name} is not in {path.parent}: get it from {_info()[_key('url', size)]} and put it there, or let "
                 f"it be fetched with load({_FLAG!r}, {size}, download=True)"
             )
-        _download(path, _info()[_key("url", size)], _info()[_key("MD5", size)], show_progress(progress))
+        _download(path, _info()[_key("url", size)], _info()[_key("MD5", size)])
     images, labels, split = _read_npz(path, size)
     patients = np.array([f"film{i:04d}" for i in range(len(images))])
     films = ChestXrays(
@@ -118,11 +111,11 @@ def _read_npz(path: Path, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray
     return images, labels, split
 
 
-def _download(path: Path, url: str, md5: str, progress: bool) -> None:
+def _download(path: Path, url: str, md5: str) -> None:
     # medmnist's own download needs torchvision, and leaves half a file behind when it is interrupted.
     def write(file: IO[bytes]) -> None:
         digest = hashlib.md5(usedforsecurity=False)
-        for chunk in _chunks(url, path, progress):
+        for chunk in _chunks(url, path):
             digest.update(chunk)
             file.write(chunk)
         if digest.hexdigest() != md5:
@@ -131,14 +124,14 @@ def _download(path: Path, url: str, md5: str, progress: bool) -> None:
     write_atomic(path, write)
 
 
-def _chunks(url: str, path: Path, progress: bool):
+def _chunks(url: str, path: Path):
     from tqdm.auto import tqdm
 
     request = urllib.request.Request(url, headers={"User-Agent": "primia-lite"})
     try:
         with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response:
             total = int(response.headers.get("Content-Length") or 0) or None
-            with tqdm(total=total, desc=path.name, unit="B", unit_scale=True, disable=not progress) as bar:
+            with tqdm(total=total, desc=path.name, unit="B", unit_scale=True, disable=not show_progress()) as bar:
                 while chunk := response.read(1 << 20):
                     yield chunk
                     bar.update(len(chunk))

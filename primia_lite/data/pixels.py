@@ -24,11 +24,7 @@ _OR_SKIP = "or leave it out with skip_bad=True (--skip-bad)"
 def decode(content: bytes, name: str) -> Image.Image:
     """An 8-bit grey image from the bytes of a JPEG or PNG file, turned as its EXIF tag tells every viewer to.
 
-    Raises
-    ------
-    DataError
-        Truncated or otherwise unreadable, in colour (channels differ by more than 8 levels), not 8 bits deep, partly
-        transparent, or of several frames.
+    Refused is what is unreadable, in colour, not 8 bits deep, partly transparent, or of several frames.
     """
     try:
         image = Image.open(io.BytesIO(content))
@@ -71,42 +67,36 @@ def to_square(image: Image.Image, size: int, aspect: str = "stretch") -> np.ndar
     return np.asarray(image, dtype=np.uint8)
 
 
-def check_aspect(aspect: str) -> None:
+def check_options(aspect: str, **shares: float) -> None:
+    """What the loaders of files have in common: the way to a square, shares of films."""
     if aspect not in ASPECTS:
         raise DataError(f"aspect={aspect!r}: choose one of {', '.join(ASPECTS)}")
+    for name, share in shares.items():
+        if not 0 <= share < 1:
+            raise DataError(f"{name}={share}: give a share from 0 to below 1, such as 0.1")
 
 
-def show_progress(progress: bool | None) -> bool:
-    """Whether to draw a bar: as asked, else in a terminal or a live notebook only."""
-    return progress if progress is not None else in_notebook() or sys.stderr.isatty()
+def show_progress() -> bool:
+    """Whether to draw a bar: in a terminal or a live notebook only."""
+    return in_notebook() or sys.stderr.isatty()
 
 
-def parallel(function: Callable, items: Sequence, *, label: str, progress: bool | None = None) -> list:
+def parallel(function: Callable, items: Sequence, label: str) -> list:
     """``function`` of each item, in order, by a thread per core (Pillow and hashlib release the interpreter lock)."""
     from tqdm.auto import tqdm
 
     with ThreadPoolExecutor(cores()) as pool:
         results = pool.map(function, items)
-        return list(tqdm(results, total=len(items), desc=label, unit="film", disable=not show_progress(progress)))
+        return list(tqdm(results, total=len(items), desc=label, unit="film", disable=not show_progress()))
 
 
 def read_films(
-    read_one: Callable[[object], tuple[np.ndarray, int]],
-    items: Sequence,
-    names: Sequence[str],
-    size: int,
-    *,
-    skip_bad: bool,
-    progress: bool | None = None,
+    read_one: Callable[[object], tuple[np.ndarray, int]], items: Sequence, names: Sequence[str], *, skip_bad: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]]:
     """Read films in parallel. ``read_one`` gives a film and the :func:`picture_key` of what it was made from.
 
-    Returns
-    -------
-    images : uint8 [M, size, size] of the M good films
-    keys : int64 [M], equal where films are
-    good : int64 [M], their indices in ``items``
-    skipped : names of the others; empty unless ``skip_bad``
+    Returns the M good films [M, size, size], their keys (int64 [M], equal where films are) and indices in ``items``
+    (int64 [M]), and the names of the others.
 
     Raises
     ------
@@ -122,16 +112,13 @@ def read_films(
                 raise
             return error
 
-    results = parallel(attempt, items, label="reading films", progress=progress)
+    results = parallel(attempt, items, "reading films")
     good = np.array([i for i, film in enumerate(results) if not isinstance(film, DataError)], dtype=np.int64)
     skipped = tuple(name for name, film in zip(names, results, strict=True) if isinstance(film, DataError))
     if not len(good):
         raise DataError(f"none of the {len(items)} films can be used. {results[0] if results else ''}")
-    images = np.empty((len(good), size, size), dtype=np.uint8)
-    keys = np.empty(len(good), dtype=np.int64)
-    for k, i in enumerate(good):
-        images[k], keys[k] = results[i]
-    return images, keys, good, skipped
+    images, keys = zip(*(results[i] for i in good), strict=True)
+    return np.stack(images), np.array(keys, dtype=np.int64), good, skipped
 
 
 def picture_key(pixels: np.ndarray) -> int:

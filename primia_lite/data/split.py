@@ -65,11 +65,6 @@ def split_by_patient(
     Returns
     -------
     str array [N]
-
-    Raises
-    ------
-    DataError
-        Fractions that don't add up or name another split, or a class with fewer patients than there are parts.
     """
     labels, patient_id = np.asarray(labels), np.asarray(patient_id, dtype=str)
     if not isinstance(fractions, Mapping):
@@ -150,8 +145,7 @@ def assign_hospitals(
     Raises
     ------
     DataError
-        Unknown scheme, more hospitals than sites or patients, or a hospital with no film or only one class (of its
-        training films, where there are any).
+        A hospital would have no film or only one class (of its training films, where there are any).
     """
     if scheme not in ("iid", "dirichlet", "by_site"):
         raise DataError(f"unknown partition scheme {scheme!r}: use iid, dirichlet or by_site")

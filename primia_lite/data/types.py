@@ -109,11 +109,6 @@ class ChestXrays:
     def sites(self) -> tuple[str, ...]:
         return tuple(str(site) for site in np.unique(self.site))
 
-    @property
-    def binary_labels(self) -> np.ndarray:
-        """int64 [N]: 0 normal, 1 pneumonia of any kind."""
-        return (self.labels > 0).astype(np.int64)
-
     def counts(self) -> dict[str, dict[str, int]]:
         """Films per class in each split that has any: ``{"train": {"normal": 10, ...}, ...}``."""
         return {
@@ -127,11 +122,6 @@ class ChestXrays:
 
         Any subset of valid films is valid, so nothing is checked again; a class may be empty (see
         :meth:`require_classes`), and so may the subset.
-
-        Raises
-        ------
-        DataError
-            ``index`` is a mask of the wrong length, or names a film that doesn't exist.
         """
         index = np.asarray(index)
         if index.size == 0 and index.dtype != np.bool_:
@@ -148,13 +138,7 @@ class ChestXrays:
         return part
 
     def of_split(self, name: str) -> ChestXrays:
-        """The films of one split.
-
-        Raises
-        ------
-        DataError
-            ``name`` isn't a split, or has no film.
-        """
+        """The films of one split, which must have some."""
         if name not in SPLITS:
             raise DataError(f"unknown split {name!r}: use one of {', '.join(SPLITS)}")
         if not np.any(self.split == name):
@@ -162,13 +146,7 @@ class ChestXrays:
         return self.subset(self.split == name)
 
     def require_classes(self, split: str = "train") -> ChestXrays:
-        """These films, if each class has at least one film in ``split``.
-
-        Raises
-        ------
-        DataError
-            A class has none.
-        """
+        """These films, if each class has at least one film in ``split``; else a DataError."""
         for i, name in enumerate(self.class_names):
             if not np.any((self.labels == i) & (self.split == split)):
                 raise DataError(

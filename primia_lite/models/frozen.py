@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from primia_lite.config import UserError, cache_dir
 from primia_lite.data import augmentation as aug
 from primia_lite.data import phantom
-from primia_lite.phantom import anatomy, render
+from primia_lite.phantom import anatomy, canvas, render
 from primia_lite.phantom import films as phantom_films
 from primia_lite.runtime import cores, in_notebook, write_cache
 
@@ -162,7 +162,7 @@ def _whitening(name: str, size: int) -> tuple[np.ndarray, torch.Tensor]:
 @functools.cache
 def _code_of_whitening() -> str:
     """Of all that a whitening follows from but for packages: a changed phantom needs another."""
-    modules = [sys.modules[__name__], aug, phantom, phantom_films, anatomy, render]
+    modules = [sys.modules[__name__], aug, phantom, phantom_films, anatomy, canvas, render]
     return hashlib.sha256("".join(inspect.getsource(module) for module in modules).encode()).hexdigest()
 
 

@@ -1,11 +1,12 @@
 """Anatomy of the procedural phantom: what differs between patients, between films of a patient, and between classes.
 
-Numbers are drawn here and drawn with in `phantom_render`. Nothing here is fitted to any real film.
+Numbers are drawn here and drawn with in `render`. Nothing here is fitted to any real film.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -78,31 +79,8 @@ def sample_patient(rng: np.random.Generator, label: int) -> Patient:
     u = rng.random(48).tolist()  # Python floats: a numpy scalar would turn the float32 maps into float64
     z = rng.standard_normal(32).tolist()
     age = u[0]
-    severity = 0.3 + 0.7 * u[1] ** 0.7  # 0: hardly to be seen, 1: obvious
-    hyper = haze = fissure = streaks = cuffs = 0.0
-    lesions: list[tuple[float, ...]] = []
-    effusion = (0.0, 0.0)
-    if label == 1:
-        lesions, fissure = _consolidations(rng, severity)
-        if u[2] < 0.25 * severity:
-            amount = 0.03 + 0.12 * u[3]
-            effusion = (amount, 0.0) if lesions[0][0] < 0 else (0.0, amount)
-        haze = (0.04 + 0.20 * u[4]) * severity
-        streaks = 0.05 + 0.35 * u[5] * severity
-        cuffs = 0.05 + 0.4 * u[6] * severity
-    elif label == 2:
-        hyper = min(max(0.55 + 0.35 * z[0], 0.0), 1.2) * (0.2 + 0.8 * severity)
-        haze = (0.04 + 0.24 * u[4]) * severity
-        streaks = 0.10 + 0.85 * severity
-        cuffs = 0.1 + 0.9 * u[6] * severity
-        if u[2] < 0.22:
-            lesions, fissure = _consolidations(rng, 0.2)
-            lesions = lesions[:1]
-    else:
-        hyper = 0.3 * max(0.0, z[0] - 1.0)
-        streaks = 0.12 * u[5] + (0.35 * u[6] if u[7] < 0.15 else 0.0)
-        cuffs = 0.2 * u[8]
-        haze = 0.08 * u[9] if u[10] < 0.2 else 0.0
+    disease = _sample_disease(rng, label, u, z)
+    hyper, cuffs = disease["hyperinflation"], disease["cuffs"]
     spacing = 0.082 + 0.005 * z[1]
     return Patient(
         label=label,
@@ -138,15 +116,47 @@ def sample_patient(rng: np.random.Generator, label: int) -> Patient:
         shoulder=(0.05 + 0.02 * z[16], 0.012 * z[17], 0.15 * z[18]),
         head=0.085 + 0.05 * z[19],
         seed=int(rng.integers(2**31)),
-        hyperinflation=float(hyper),
-        haze=float(haze),
-        lesions=tuple(lesions),
-        fissure=float(fissure),
-        effusion=effusion,
-        streaks=float(streaks),
-        cuffs=float(cuffs),
+        **disease,
         vessels=_grow_vessels(rng),
     )
+
+
+def _sample_disease(rng: np.random.Generator, label: int, u: list[float], z: list[float]) -> dict[str, Any]:
+    """What a class does to a patient, as attributes of :class:`Patient`."""
+    severity = 0.3 + 0.7 * u[1] ** 0.7  # 0: hardly to be seen, 1: obvious
+    hyper = haze = fissure = streaks = cuffs = 0.0
+    lesions: list[tuple[float, ...]] = []
+    effusion = (0.0, 0.0)
+    if label == 1:
+        lesions, fissure = _consolidations(rng, severity)
+        if u[2] < 0.25 * severity:
+            amount = 0.03 + 0.12 * u[3]
+            effusion = (amount, 0.0) if lesions[0][0] < 0 else (0.0, amount)
+        haze = (0.04 + 0.20 * u[4]) * severity
+        streaks = 0.05 + 0.35 * u[5] * severity
+        cuffs = 0.05 + 0.4 * u[6] * severity
+    elif label == 2:
+        hyper = min(max(0.55 + 0.35 * z[0], 0.0), 1.2) * (0.2 + 0.8 * severity)
+        haze = (0.04 + 0.24 * u[4]) * severity
+        streaks = 0.10 + 0.85 * severity
+        cuffs = 0.1 + 0.9 * u[6] * severity
+        if u[2] < 0.22:
+            lesions, fissure = _consolidations(rng, 0.2)
+            lesions = lesions[:1]
+    else:
+        hyper = 0.3 * max(0.0, z[0] - 1.0)
+        streaks = 0.12 * u[5] + (0.35 * u[6] if u[7] < 0.15 else 0.0)
+        cuffs = 0.2 * u[8]
+        haze = 0.08 * u[9] if u[10] < 0.2 else 0.0
+    return {
+        "hyperinflation": float(hyper),
+        "haze": float(haze),
+        "lesions": tuple(lesions),
+        "fissure": float(fissure),
+        "effusion": effusion,
+        "streaks": float(streaks),
+        "cuffs": float(cuffs),
+    }
 
 
 def _consolidations(rng: np.random.Generator, severity: float) -> tuple[list[tuple[float, ...]], float]:

@@ -1,6 +1,6 @@
 """The phantom's films: procedural frontal paediatric chest films.
 
-Each patient has an anatomy (see :mod:`primia_lite.phantom.anatomy`) and one to four films of it. An attenuation map becomes a film as
+Each patient has an anatomy (see `anatomy`) and one to four films of it. An attenuation map becomes a film as
 it does in a radiograph: exp(-attenuation), scatter, detector blur, quantum noise, then the response curve of the
 hospital's scanner, its collimation and its marker. Three classes: normal, bacterial (focal consolidation) and viral
 (diffuse interstitial streaks with hyperinflation); they overlap on purpose. No film, and no table fitted to films,
@@ -11,7 +11,7 @@ The same seed gives the same bytes, and film i doesn't depend on how many films 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -20,7 +20,8 @@ from threadpoolctl import threadpool_limits
 
 from primia_lite.config import DataError
 from primia_lite.phantom.anatomy import Patient, Pose, sample_patient, sample_pose
-from primia_lite.phantom.render import Canvas, Maps, Textures, attenuate, make_textures, step
+from primia_lite.phantom.canvas import Canvas, Textures, make_textures, step
+from primia_lite.phantom.render import Maps, attenuate
 
 CLASS_NAMES = ("normal", "bacterial", "viral")
 CLASS_FRACTIONS = {"normal": 0.35, "bacterial": 0.40, "viral": 0.25}  # of patients; real set of films: 0.27, 0.47, 0.26
@@ -73,20 +74,14 @@ def scanner_for(index: int) -> Scanner:
     if index < len(SCANNERS):
         return base
     u = np.random.default_rng([77, index]).random(6)
-    return Scanner(
-        base.half_response * (0.85 + 0.3 * u[0]),
-        base.gamma * (0.85 + 0.3 * u[1]),
-        base.white,
-        base.black,
-        base.scatter * (0.7 + 0.6 * u[2]),
-        base.blur * (0.7 + 0.8 * u[3]),
-        base.noise * (0.7 + 0.8 * u[4]),
-        base.exposure_spread,
-        base.marker,
-        (base.marker_at[0], base.marker_at[1] + 0.2 * u[5]),
-        base.marker_size,
-        base.border,
-        base.zoom,
+    return replace(
+        base,
+        half_response=base.half_response * (0.85 + 0.3 * u[0]),
+        gamma=base.gamma * (0.85 + 0.3 * u[1]),
+        scatter=base.scatter * (0.7 + 0.6 * u[2]),
+        blur=base.blur * (0.7 + 0.8 * u[3]),
+        noise=base.noise * (0.7 + 0.8 * u[4]),
+        marker_at=(base.marker_at[0], base.marker_at[1] + 0.2 * u[5]),
     )
 
 
@@ -98,7 +93,6 @@ def draw(
     sites: Sequence[str] = ("A", "B", "C"),
     class_fractions: Mapping[str, float] | None = None,
     split_fractions: Mapping[str, float] | None = None,
-    progress: Callable[[int, int], None] | None = None,
 ) -> Drawn:
     """Draw `n_films` phantom films of `size` x `size` pixels.
 
@@ -110,8 +104,6 @@ def draw(
         Names of the hospitals, each with a scanner of its own. A patient is seen at one of them.
     class_fractions, split_fractions
         Shares of patients by class name and by split; the defaults are `CLASS_FRACTIONS` and `SPLIT_FRACTIONS`.
-    progress
-        Called as progress(films_done, n_films) after each patient.
 
     Returns
     -------
@@ -133,7 +125,7 @@ def draw(
     lesion = np.empty((n_films, size, size), bool)
     # BLAS on several threads may round differently: on one, the bytes don't depend on the number of cores
     with threadpool_limits(1, user_api="blas"):
-        rows = _draw(canvas, shrink, _Roster(seed, classes, splits, len(sites)), (images, lung, lesion), progress)
+        rows = _draw(canvas, shrink, _Roster(seed, classes, splits, len(sites)), (images, lung, lesion))
     labels, ids, site, split = zip(*rows, strict=True)
     return Drawn(
         images, np.array(labels, np.int64), np.array(ids), np.array(sites)[list(site)], np.array(split), lung, lesion
@@ -145,7 +137,6 @@ def _draw(
     shrink: np.ndarray | None,
     roster: _Roster,
     out: tuple[np.ndarray, np.ndarray, np.ndarray],
-    progress: Callable[[int, int], None] | None,
 ) -> list[tuple[int, str, int, str]]:
     """Fill `out` (images, lung masks, lesion masks) patient by patient; a row of label, patient, site, split a film."""
     rows: list[tuple[int, str, int, str]] = []
@@ -165,8 +156,6 @@ def _draw(
             for array, value in zip(out, _film(canvas, shrink, patient, textures, pose, scanner, rng), strict=True):
                 array[len(rows)] = value
             rows.append((label, f"phantom-{number:05d}", site, split))
-        if progress is not None:
-            progress(len(rows), n_films)
     return rows
 
 
@@ -321,4 +310,3 @@ def _burn_in(grey: np.ndarray, scanner: Scanner, z: np.ndarray, u: np.ndarray) -
     away = np.sqrt(((px - ax - t * dx) ** 2 + (py - ay - t * dy) ** 2).min(axis=0)) * height
     pen = np.minimum(np.maximum((0.004 - away) * n + 0.5, 0), 1) * min(1.0, 0.010 * n)
     grey[cut_y, cut_x] += (pen * (245.0 - grey[cut_y, cut_x])).astype(F32)
-

@@ -30,8 +30,7 @@ SETTINGS = {
 def folder(root, tmp_path_factory) -> Path:
     """A copy of the notebooks: the committed files stay as they are."""
     folder = tmp_path_factory.mktemp("lab")
-    if (root / "notebooks").is_dir():
-        shutil.copytree(root / "notebooks", folder / "notebooks", ignore=shutil.ignore_patterns(".*"))
+    shutil.copytree(root / "notebooks", folder / "notebooks", ignore=shutil.ignore_patterns(".*"))
     return folder
 
 

@@ -63,7 +63,7 @@ def run_all_cells(page, seconds: float) -> None:
         return state["status"] == "idle" and not state["waiting"]
 
     _wait(page, done, seconds, "all cells to run")
-    page.wait_for_timeout(500)  # pictures that the last message brought
+    page.wait_for_timeout(300)  # pictures that the last message brought
     assert done(page.evaluate(STATE))
     tracebacks = page.locator("body").evaluate(TRACEBACKS)
     assert not tracebacks, tracebacks[0]
@@ -89,13 +89,8 @@ def controls(page) -> list[tuple[str, object]]:
 
 
 def move(page, selector: str, control, seconds: float = 20) -> str | None:
-    """Move a control by keyboard. Returns the key that changed what its cell shows, or None if nothing did.
-
-    Raises
-    ------
-    AssertionError
-        The cell shows an error.
-    """
+    """Move a control by keyboard. Returns the key that changed what its cell shows, or None if nothing did. Fails if
+    the cell shows an error."""
     area = control.locator(f"xpath=ancestor::*[contains(@class, '{OUTPUT_AREA[1:]}')]").last
     control.scroll_into_view_if_needed()
     for key in KEYS[selector]:

@@ -59,30 +59,19 @@ IDLE = "import ipywidgets as widgets\nwidgets.interact(lambda k: print('always t
 BREAKS = "import ipywidgets as widgets\nwidgets.interact(lambda k: print(1 / (3 - k)), k=(0, 3, 1));"
 
 
-def test_a_widget_that_works_is_seen_to_work(page, lab, folder, write_notebook):
-    write_notebook(folder / "works.ipynb", "a = 1", PLOT)
-    reader.open_notebook(page, lab("works.ipynb"))
+def test_widgets_that_work_that_change_nothing_and_that_break_are_told_apart(page, lab, folder, write_notebook):
+    write_notebook(folder / "widgets.ipynb", "a = 1", PLOT, IDLE, BREAKS)
+    reader.open_notebook(page, lab("widgets.ipynb"))
     reader.run_all_cells(page, RUN_S)
-    moved = move_each_widget(page)
-    assert len(moved) == 3 and all(moved.values()), moved
-
-
-def test_a_widget_that_changes_nothing_is_found(page, lab, folder, write_notebook):
-    write_notebook(folder / "idle.ipynb", "a = 1", IDLE)
-    reader.open_notebook(page, lab("idle.ipynb"))
-    reader.run_all_cells(page, RUN_S)
-    ((_, selector, control),) = reader.controls(page)
-    assert reader.move(page, selector, control, seconds=1) is None
-
-
-def test_a_widget_that_breaks_is_found(page, lab, folder, write_notebook):
-    write_notebook(folder / "breaks.ipynb", "a = 1", BREAKS)
-    reader.open_notebook(page, lab("breaks.ipynb"))
-    reader.run_all_cells(page, RUN_S)
-    ((_, selector, control),) = reader.controls(page)
-    assert reader.move(page, selector, control) == "ArrowRight"  # from 1 to 2
+    found = reader.controls(page)
+    sliders = [(selector, control) for _, selector, control in found if "noUi" in selector]
+    others = [(selector, control) for _, selector, control in found if "noUi" not in selector]
+    (works, idle, breaks), (choice, tick) = sliders, others
+    assert all(reader.move(page, *control) for control in (works, choice, tick))
+    assert reader.move(page, *idle, seconds=1) is None
+    assert reader.move(page, *breaks) == "ArrowRight"  # from 1 to 2
     with pytest.raises(AssertionError, match="ZeroDivisionError"):
-        reader.move(page, selector, control)
+        reader.move(page, *breaks)
 
 
 def test_a_failing_cell_is_found(page, lab, folder, write_notebook):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from medmnist.info import INFO
 
 from primia_lite.data import CLASSES_2, DataError, load
 from primia_lite.data import medmnist as source
@@ -27,7 +28,7 @@ def npz(size: int, **changes) -> bytes:
     return file.getvalue()
 
 
-@pytest.mark.parametrize("size", [28, 64, 128, 224])
+@pytest.mark.parametrize("size", [28, 64])
 def test_reads_a_file_of_each_size(tmp_path, size):
     name = "pneumoniamnist.npz" if size == 28 else f"pneumoniamnist_{size}.npz"
     (tmp_path / name).write_bytes(npz(size))
@@ -45,15 +46,9 @@ def test_reads_a_file_of_each_size(tmp_path, size):
     assert source.find(tmp_path) == (tmp_path, 1)
 
 
-@pytest.mark.parametrize("folder", ["pneumoniamnist", "medmnist"])
-def test_the_file_may_lie_in_a_folder_of_its_own(tmp_path, folder):
-    (tmp_path / folder).mkdir()
-    (tmp_path / folder / "pneumoniamnist.npz").write_bytes(npz(28))
-    assert len(load("pneumoniamnist", 28, root=tmp_path)) == 60
-
-
-def test_n_films(tmp_path):
-    (tmp_path / "pneumoniamnist.npz").write_bytes(npz(28))
+def test_n_films_and_a_folder_of_its_own(tmp_path):
+    (tmp_path / "medmnist").mkdir()
+    (tmp_path / "medmnist" / "pneumoniamnist.npz").write_bytes(npz(28))
     films = load("pneumoniamnist", 28, root=tmp_path, n_films=30)
     assert abs(len(films) - 30) <= 3 and set(films.counts()) == {"train", "val", "test"}
 
@@ -63,7 +58,7 @@ def test_a_missing_file_says_which_where_and_how(tmp_path):
         load("pneumoniamnist", 64, root=tmp_path)
     for part in ("pneumoniamnist_64.npz", str(tmp_path), "https://zenodo.org/", "download=True"):
         assert part in str(error.value)
-    with pytest.raises(DataError, match="size=32: pneumoniamnist comes in 28, 64, 128, 224 px"):
+    with pytest.raises(DataError, match="size=32"):
         load("pneumoniamnist", 32, root=tmp_path)
 
 
@@ -81,7 +76,7 @@ def test_a_missing_file_says_which_where_and_how(tmp_path):
 )
 def test_a_damaged_file_is_named(tmp_path, content):
     (tmp_path / "pneumoniamnist.npz").write_bytes(content)
-    with pytest.raises(DataError, match=r"pneumoniamnist.npz .*get it again"):
+    with pytest.raises(DataError, match="pneumoniamnist.npz"):
         load("pneumoniamnist", 28, root=tmp_path)
 
 
@@ -115,7 +110,7 @@ def server(monkeypatch):
         url = f"http://127.0.0.1:{httpd.server_port}/pneumoniamnist.npz"
         files["/pneumoniamnist.npz"] = content, len(content) if n_sent is None else n_sent
         info = {"url": url, "MD5": md5 or hashlib.md5(content).hexdigest(), "url_64": url.replace("/pneu", "/none")}
-        monkeypatch.setattr(source, "_info", lambda: {**info, "MD5_64": "0"})
+        monkeypatch.setitem(INFO, "pneumoniamnist", {**INFO["pneumoniamnist"], **info, "MD5_64": "0"})
         return asked
 
     yield serve
@@ -137,41 +132,30 @@ def test_download_once(server, tmp_path, capsys):
     assert asked == ["/pneumoniamnist.npz"] and again.fingerprint() == films.fingerprint()
 
 
-def test_download_shows_progress(server, tmp_path, capsys):
-    server(npz(28))
-    load("pneumoniamnist", 28, root=tmp_path, download=True, progress=True)
-    assert "pneumoniamnist.npz: 100%" in capsys.readouterr().err
-
-
-def test_a_download_with_another_md5_leaves_nothing(server, tmp_path):
-    server(npz(28), md5="0" * 32)
-    with pytest.raises(DataError, match=r"arrived damaged \(MD5 .* not 0000"):
-        load("pneumoniamnist", 28, root=tmp_path, download=True)
-    assert left_behind(tmp_path) == []
-
-
-def test_a_download_that_breaks_off_leaves_nothing(server, tmp_path):
-    server(npz(28), n_sent=1000)
-    with pytest.raises(DataError, match=r"arrived damaged|could not download"):
+@pytest.mark.parametrize("wrong", [{"md5": "0" * 32}, {"n_sent": 1000}])
+def test_a_download_that_is_damaged_or_breaks_off_leaves_nothing(server, tmp_path, wrong):
+    server(npz(28), **wrong)
+    with pytest.raises(DataError, match=r"damaged|could not download"):
         load("pneumoniamnist", 28, root=tmp_path, download=True)
     assert left_behind(tmp_path) == []
 
 
 def test_no_such_address_and_no_network_say_what_else_to_do(server, tmp_path, monkeypatch):
     server(npz(28))
-    with pytest.raises(DataError, match=r"could not download .*404.*save it as .*pneumoniamnist_64.npz"):
+    with pytest.raises(DataError, match="404.*pneumoniamnist_64.npz"):
         load("pneumoniamnist", 64, root=tmp_path, download=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))  # bound but not listening: the connection is refused
         url = f"http://127.0.0.1:{free.getsockname()[1]}/x"
-        monkeypatch.setattr(source, "_info", lambda: {"url": url, "MD5": "0"})
-        with pytest.raises(DataError, match=r"could not download .*efused"):
+        monkeypatch.setitem(INFO["pneumoniamnist"], "url", url)
+        with pytest.raises(DataError, match="efused"):
             load("pneumoniamnist", 28, root=tmp_path, download=True)
     assert left_behind(tmp_path) == []
 
 
 def test_the_packages_table_of_files_is_as_we_use_it():
-    info = source._info()
+    info = INFO["pneumoniamnist"]
     for size in source.SIZES:
-        assert source._file_name(size) in info[source._key("url", size)] and len(info[source._key("MD5", size)]) == 32
+        suffix = "" if size == 28 else f"_{size}"
+        assert f"pneumoniamnist{suffix}.npz" in info[f"url{suffix}"] and len(info[f"MD5{suffix}"]) == 32
     assert list(info["label"].values()) == list(CLASSES_2)

@@ -38,7 +38,7 @@ def test_shapes_and_labels(films):
         assert np.mean(films.labels == films.class_names.index(name)) == pytest.approx(share, abs=0.08)
 
 
-def test_same_seed_same_bytes(films):
+def test_same_seed_same_bytes_however_many_films_follow(films):
     again = phantom.generate(50, 64, seed=3)
     for name in ("images", "labels", "patient_id", "site", "split", "lung_mask", "lesion_mask"):
         assert np.array_equal(getattr(films, name)[:50], getattr(again, name)), name
@@ -52,12 +52,6 @@ def test_bytes_do_not_depend_on_the_number_of_threads():
     assert np.array_equal(one.images, two.images)
 
 
-def test_a_film_does_not_depend_on_those_after_it(films):
-    fewer = phantom.generate(7, 64, seed=3)
-    assert np.array_equal(fewer.images, films.images[:7])
-    assert np.array_equal(fewer.split, films.split[:7])
-
-
 def test_other_seeds_make_other_films(films):
     other = phantom.generate(20, 64, seed=4)
     assert np.abs(other.images.astype(int) - films.images[:20]).mean() > 10
@@ -65,7 +59,7 @@ def test_other_seeds_make_other_films(films):
     assert len(negative) == 2
 
 
-@pytest.mark.parametrize("size", [28, 64, 100, 128, 224, 256])
+@pytest.mark.parametrize("size", [28, 100, 224])
 def test_any_size(size):
     films = phantom.generate(3, size, seed=1)
     assert films.images.shape == films.lung_mask.shape == films.lesion_mask.shape == (3, size, size)
@@ -163,12 +157,8 @@ def test_splits_are_stratified_and_disjoint():
             assert np.mean(splits[labels == label] == name) == pytest.approx(share, abs=0.05)
 
 
-def test_class_fractions_and_progress():
-    seen = []
-    fractions = {"normal": 1, "viral": 1}
-    films = phantom.generate(30, 28, class_fractions=fractions, progress=lambda done, n: seen.append((done, n)))
-    assert set(films.labels) == {0, 2}
-    assert seen[-1] == (30, 30)
+def test_class_fractions():
+    assert set(phantom.generate(30, 28, class_fractions={"normal": 1, "viral": 1}).labels) == {0, 2}
 
 
 @pytest.mark.parametrize(
