@@ -101,13 +101,6 @@ def test_plot_history_draws_the_rounds_that_have_the_score():
     assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["one", "two"]
 
 
-def test_plot_history_and_plot_roc_take_more_runs_than_there_are_colours():
-    history = [{"round": 1, "auroc": 0.5, "accuracy": 0.5}]
-    assert len(plotting.plot_history({str(i): history for i in range(10)}).axes[0].lines) == 10
-    given, labels = probabilities()
-    assert len(plotting.plot_roc({str(i): given for i in range(10)}, labels).axes[0].lines) == 11
-
-
 def test_plot_roc_draws_scikit_learns_curve_and_the_calibration():
     models = {name: probabilities(seed=0)[0] ** power for power, name in ((1, "a"), (3, "b"))}
     models = {name: p / p.sum(1, keepdims=True) for name, p in models.items()}

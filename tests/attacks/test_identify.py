@@ -86,12 +86,6 @@ def test_clipped_gradients_are_the_products_own(model, bound, films, state):
         assert (g[i] - own).norm() <= 2e-5 * own.norm()
 
 
-def test_learning_rate_and_decay_do_not_matter(films, state):
-    g = clipped_gradients(state, films.subset([0, 1]), RECIPE, 1.0)
-    other = RECIPE.changed(learning_rate=0.01, weight_decay=0.1, momentum=0.9)
-    assert torch.equal(g, clipped_gradients(state, films.subset([0, 1]), other, 1.0))
-
-
 def test_gram_is_the_matrix_of_inner_products():
     g = random_gradients(5, (1 << 15) + 23).float()  # more columns than one part holds
     assert gram(g).dtype == torch.float64
@@ -188,11 +182,6 @@ def test_twins_count_a_share():
     assert top1_rate(torch.eye(4), 0.0, trials=200).rate == 1.0
 
 
-def test_candidates_that_are_never_sampled_are_guessed():
-    rate = top1_rate(torch.eye(4), 0.05, steps=1, sample_rate=0.2, trials=4000)
-    assert agree(round(1e6 * (0.2 + 0.8 / 4)), 10**6, rate)
-
-
 def test_rate_has_an_exact_interval_and_a_seed():
     matrix = gram(random_gradients(5, 9))
     rate = top1_rate(matrix, 0.5, trials=300, seed=4)
@@ -287,7 +276,7 @@ def test_what_cannot_be_played_is_refused(films, state):
 
 
 @pytest.mark.parametrize(
-    ("call", "words"),
+    ("call", "word"),
     [
         (lambda: gram(torch.ones(3)), "row"),
         (lambda: top1_rate(torch.ones(2, 3), 1.0), "Gram"),
@@ -296,7 +285,6 @@ def test_what_cannot_be_played_is_refused(films, state):
         (lambda: top1_rate(torch.eye(2), 0.0, sample_rate=0.5), "sample_rate"),
         (lambda: top1_rate(torch.eye(2), 1.0, sample_rate=1.5), "sample_rate"),
         (lambda: top1_rate(torch.eye(2), 1.0, steps=0), "least"),
-        (lambda: top1_rate(torch.eye(2), 1.0, trials=0), "least"),
         (lambda: rero_bound(1.0, 0), "least"),
         (lambda: orthogonal_rate(float("inf"), 3), "finite"),
         (lambda: membership_recall(torch.eye(3), 1.0, 3), "batch_size"),
@@ -304,6 +292,6 @@ def test_what_cannot_be_played_is_refused(films, state):
         (lambda: diagnosis_rate(torch.eye(2), [0], torch.eye(2), [0, 0], 1.0), "labels"),
     ],
 )
-def test_bad_numbers_are_refused(call, words):
-    with pytest.raises(UserError, match=words):
+def test_bad_numbers_are_refused(call, word):
+    with pytest.raises(UserError, match=word):
         call()

@@ -205,13 +205,6 @@ def test_the_labels_of_rounds_and_of_a_sum_are_counted_from_all_of_them(films):
         assert infer_labels(view).tolist() == sorted(own.labels.tolist())
 
 
-def test_labels_from_an_update_that_is_mostly_noise_are_as_many_as_films(films):
-    for seed in range(5):
-        state, privacy = initial_state(RECIPE, films), Privacy(100.0, 1.0, 1e3, unit="film")
-        labels = infer_labels(simulate_view(films.subset(range(9)), RECIPE, state, GUESSING, privacy, seed=seed))
-        assert len(labels) == 9 and labels.tolist() == sorted(labels.tolist()) and 0 <= labels.min() <= labels.max() < 3
-
-
 def test_shares_beyond_the_batch_are_scaled_to_it():
     # A class whose share is below nothing: what is left of the others fits the batch, and none is cut off.
     network = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))

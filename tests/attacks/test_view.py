@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import functools
 import gc
 import itertools
 import math
@@ -212,26 +211,15 @@ def hook(keeper):
 
 SMUGGLED = {
     "attribute": lambda view, films: setattr(view.network, "memo", films.inputs),
-    "bytes in a buffer": lambda view, films: view.network.register_buffer(
-        "memo", films.denormalise(films.inputs).mul(255).round().to(torch.uint8)
-    ),
     "closure": lambda view, films: view.network[0].register_forward_hook(hook([films.inputs.clone()])),
-    "default": lambda view, films: setattr(view.network, "act", lambda x, memo=films: x),
-    "partial": lambda view, films: setattr(view.network, "act", functools.partial(print, {"a": (films,)})),
-    "bound method": lambda view, films: setattr(view.network, "act", films.denormalise),
     "graph": lambda view, films: view.updates[0].update(more=(torch.ones(1, requires_grad=True) * films.inputs).sum()),
     "rest of a storage": lambda view, films: view.updates[0].update(
         more=torch.cat([torch.zeros(3), films.denormalise(films.inputs).flatten()])[:3]
     ),
-    "array": lambda view, films: setattr(view.network, "memo", {"a": films.inputs.numpy()[:1, 0, 0]}),
     "array's base": lambda view, films: setattr(view.network, "memo", films.inputs.double().numpy().ravel()[:2]),
     "raw bytes": lambda view, films: setattr(
         view.network, "memo", bytes((films.denormalise(films.inputs) * 255).round().byte().numpy())
     ),
-    "gradient": lambda view, films: setattr(
-        view.network[0].weight, "grad", films.inputs[0, :, 0].flatten()[:400].view(16, 1, 5, 5)
-    ),
-    "patients": lambda view, films: setattr(view.network, "memo", films.patient_id),
 }
 
 
@@ -288,11 +276,6 @@ def test_hospitals_of_other_numbers_of_patients_have_no_one_denominator(films):
         simulate_view([one, two], RECIPE, state, SUM, patients)
     blind = ThreatModel("blind", sees="sum", knows_batch_size=False)
     assert simulate_view([one, two], RECIPE, state, blind, patients).denominator == 10  # both declare ten
-
-
-def test_of_poisson_batches_no_labels_are_known(films):
-    view = seen(films, range(4), KNOWING, sample_rate=0.5)
-    assert view.labels is None and view.n_films == 2
 
 
 def test_more_than_the_threat_model_lets_see_is_refused(films):
@@ -375,13 +358,6 @@ def test_a_view_of_a_shared_gradient(films):
         AttackerView.from_gradient(network, gradient[:5], (1, SIDE, SIDE))
 
 
-def test_a_view_denormalises_what_it_normalises(films):
-    view = seen(films, [0])
-    x = torch.rand(2, 1, SIDE, SIDE)
-    torch.testing.assert_close(view.denormalise(view.normalise(x)), x)
-    torch.testing.assert_close(view.normalise(films.denormalise(films.inputs)), films.inputs)
-
-
 # --- simulating -------------------------------------------------------------------------------------------------------
 
 
@@ -446,6 +422,7 @@ def test_a_sum_is_the_sum_of_the_hospitals_updates(films):
         torch.testing.assert_close(value, sum(update[name] for update in single), rtol=1e-4, atol=1e-7)
     assert view.hospitals == 3 and view.n_films == 3 and view.total_films == 9
     assert view.labels.tolist() == films.labels[:9].tolist()
+    assert seen(films, range(4), KNOWING, sample_rate=0.5).labels is None  # nobody knows who is in a Poisson batch
     each = film_gradients(films.subset(range(9)), RECIPE, state)
     torch.testing.assert_close(flat(view.gradient()), 3 * each.mean(0), rtol=1e-3, atol=1e-6)
 

@@ -114,9 +114,6 @@ def test_resnet18_has_no_batchnorm_and_can_be_trained_privately():
     assert not any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in layers)
     assert any(isinstance(layer, nn.GroupNorm) for layer in layers)
     check_model(model)
-
-
-def test_resnet18_refuses_films_that_are_too_large():
     with pytest.raises(UserError, match="224"):
         models.build("resnet18", 3, (1, 256, 256))
 
@@ -318,14 +315,6 @@ def test_films_are_standardised_one_by_one(films):
         models.prepare("litenet", films, standardise=True)
     with pytest.raises(UserError, match="normalisation"):
         models.prepare("ckksnet", films, standardise=True, normalisation=(0.4, 0.2))
-
-
-def test_subset_by_mask_and_by_index(films):
-    out = models.prepare("ckksnet", films)
-    mask = films.labels == films.labels[0]
-    by_mask, by_index = out.subset(mask), out.subset(np.flatnonzero(mask))
-    assert len(by_mask) == mask.sum() and torch.equal(by_mask.inputs, by_index.inputs)
-    assert by_mask.patient_id.tolist() == films.patient_id[mask].tolist()
 
 
 @pytest.mark.parametrize("kind", augmentation.VIEWS)
