@@ -60,11 +60,6 @@ def clipped_gradients(state: State, films: Films, training: Training, max_grad_n
     """Each film's own clipped gradient over C = ``max_grad_norm``, float32 [N, P]: what a step of it alone sums up.
 
     By the product's own rows and clipping; a test holds it equal to ``local_update`` on each film.
-
-    Raises
-    ------
-    UserError
-        Other than one full-batch step without changed pixels, weights that don't fit, or a gradient that isn't finite.
     """
     if training.sample_rate != 1 or training.steps_per_round != 1:
         raise UserError(

@@ -22,11 +22,6 @@ def infer_labels(view: AttackerView, n_films: int | None = None) -> torch.Tensor
     at initialisation (``convnet``, 32 px) all labels were right in batches up to 8, and 97 % or more up to 32; where
     clipping cut every film, all up to 4, and 93 % or more up to 32. A guess for trained networks, after several local
     steps, and under clipping for patients with several films.
-
-    Raises
-    ------
-    UserError
-        The network has no dense layer, its last one has no bias, or the number of films isn't known.
     """
     n = n_films or view.total_films
     rounds = range(len(view.updates))
@@ -41,13 +36,7 @@ def infer_labels(view: AttackerView, n_films: int | None = None) -> torch.Tensor
 
 
 def films_and_labels(view: AttackerView, n_films: int | None) -> torch.Tensor:
-    """Labels of the films to look for, int64 [B], known or inferred.
-
-    Raises
-    ------
-    UserError
-        Their number isn't known, contradicts the view, or there is no film to look for: only biases moved.
-    """
+    """Labels of the films to look for, int64 [B], known or inferred."""
     if n_films is not None and n_films < 1:
         raise UserError(f"n_films is {n_films}: at least one film is needed")
     weights = [g for t in range(len(view.updates)) for g in view.gradient(t) if g.dim() > 1]

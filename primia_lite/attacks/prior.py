@@ -160,11 +160,6 @@ def head_features(view: AttackerView, constant: float) -> torch.Tensor:
     Parameters
     ----------
     constant : value of the last feature (``primia_lite.models.BIAS_INPUT``)
-
-    Raises
-    ------
-    UserError
-        Another network, several rounds, or an update that says nothing about the constant.
     """
     view.check_one_round()
     weight, *others = view.gradient()
@@ -231,15 +226,7 @@ def class_image(
     """Model inversion in Fredrikson's sense (Fredrikson, Jha, Ristenpart, CCS 2015): what the finished model takes for
     the essence of a class, from its weights alone. Loss: -log p(class), with the prior's pull.
 
-    Parameters
-    ----------
-    normalise
-        Pixels in [0, 1] as the model takes them.
-
-    Raises
-    ------
-    UserError
-        The model can't take the prior's films, or has no such class.
+    ``normalise`` makes of pixels in [0, 1] what the model takes.
     """
     model = copy.deepcopy(model).eval()
     n_classes = prior.check_size(lambda: model(normalise(prior.mean[None, None]))).shape[-1]

@@ -125,11 +125,6 @@ def prepare(
     standardise
         Each film by itself, to mean 0 and standard deviation 1: exposure and contrast go, and nothing of other films
         comes in. Not for frozen networks.
-
-    Raises
-    ------
-    UserError
-        Normalisation or standardising for a frozen network, or both at once.
     """
     labels = torch.from_numpy(films.labels)
     frozen = spec(name).extract is not None

@@ -151,10 +151,7 @@ class Imprint(nn.Module):
     it: what a malicious server puts into a model (Fowl et al., Robbing the Fed, ICLR 2022).
 
     Units count with alternating signs, so that a film which saturates many of them shifts the logit by one at most.
-
-    Parameters
-    ----------
-    gain : how far a unit shifts the logit; with several local steps a small one keeps the units where they were
+    ``gain`` is how far one shifts it; with several local steps a small one keeps the units where they were.
     """
 
     def __init__(self, network: nn.Module, pixels: int, bins: int, gain: float):
