@@ -3,7 +3,7 @@
 Films of 64 px, the package's convnet, labels known. In turns on one thread: ours with its default settings; ours with
 the cosine alone (`closed_form=False`, else its defaults) and breaching's `invertinggradients`, each with as many
 iterations as fit in the CPU seconds that ours took for that film (the equal-time numbers): between the first two lies
-what the closed form brings. Then breaching with a long budget of its own; `deep_leakage` and breaching's `deepleakage`,
+what the closed form brings. Then breaching with a long budget of its own; `DeepLeakage` and breaching's `deepleakage`,
 equal time again. Breaching gets the total-variation weight that suits it best in each row and budget, chosen on films
 that aren't scored (`--chosen-on`); ours gets no such choice. PSNR is
 that of pixels in [0, 1], a batch's films matched to the true ones. Real films where PRIMIA_LITE_DATA has them, else
@@ -45,8 +45,7 @@ from torch.nn import functional as F
 
 from primia_lite import models, runtime, training
 from primia_lite.apps.bench import Options
-from primia_lite.attacks import inversion
-from primia_lite.attacks.view import AttackerView
+from primia_lite.attacks import AttackerView, DeepLeakage, InvertingGradients, reconstruct
 from primia_lite.config import UserError, cache_dir, check_writable
 from primia_lite.data import ChestXrays, DataError, load
 from primia_lite.data.films import PIXEL_MEAN, PIXEL_STD
@@ -284,15 +283,13 @@ class Duel:
 
     def _ours(self, case: Case, scores: Scores) -> float:
         def attack():
-            return inversion.invert_gradients(case.view, iterations=self.row.ours, seed=case.seed).images
+            return reconstruct(case.view, InvertingGradients(self.row.ours), seed=case.seed).images
 
         return scores.run(case, self.row.ours, attack)
 
     def _cosine(self, case: Case, scores: Scores, iterations: int) -> None:
         def attack():
-            return inversion.invert_gradients(
-                case.view, iterations=iterations, closed_form=False, seed=case.seed
-            ).images
+            return reconstruct(case.view, InvertingGradients(iterations, closed_form=False), seed=case.seed).images
 
         self.paces.setdefault("ours_cosine", []).append(scores.run(case, iterations, attack) / iterations)
 
@@ -338,7 +335,7 @@ class Duel:
             self._theirs(case, of(name, Scores()), steps, self.weights[name], "invertinggradients")
         if steps := self.row.deep_leakage:
             seconds = of("dlg_ours", Scores()).run(
-                case, steps, lambda: inversion.deep_leakage(case.view, iterations=steps, seed=case.seed).images
+                case, steps, lambda: reconstruct(case.view, DeepLeakage(steps), seed=case.seed).images
             )
             if "deepleakage" not in self.paces:
                 self._theirs(case, Scores(), 3, None, "deepleakage")

@@ -56,13 +56,7 @@ def mcc(probabilities: np.ndarray, labels: np.ndarray, weights: np.ndarray | Non
 
 
 def scores(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """``auroc`` (normal versus pneumonia), ``accuracy`` and ``mcc`` (over all classes), ``loss`` (nats per film).
-
-    Parameters
-    ----------
-    probabilities : float [N, K]
-    labels : int [N]
-    """
+    """``auroc`` (normal versus pneumonia), ``accuracy`` and ``mcc`` (over all classes), ``loss`` (nats per film)."""
     likelihood = probabilities[np.arange(len(labels)), labels].clip(1e-12)
     return {
         "auroc": auroc(probabilities, labels),
@@ -147,11 +141,6 @@ def bootstrap(
         Class probabilities [N, K] by each run of one way to train.
     minus
         Those of another way, run by run with the same seeds: the interval is of the paired difference.
-
-    Raises
-    ------
-    UserError
-        Fewer than 100 draws, or runs that can't be paired.
     """
     if draws < 100:
         raise UserError(f"draws is {draws}: an interval needs at least 100")
@@ -229,27 +218,23 @@ class Gallery:
 
     def pncc(self, images: np.ndarray) -> np.ndarray:
         """float64 [B, N] in [-1, 1], of images [B, H, W] (or [B, 1, H, W]) with each film of the gallery."""
-        images = np.asarray(images)
-        return self._residual(images.reshape(len(images), -1)) @ self._own.T
+        return self._residual(images) @ self._own.T
 
     def rank(self, image: np.ndarray, index: int) -> int:
         """Place of film ``index`` by pncc, 1 the best; films that equal it count as it. An image that says nothing
         about anyone is last."""
-        scores = self.pncc(np.asarray(image).reshape(1, -1))[0]
-        if not scores.any():
-            return len(scores)
-        return 1 + int((scores > scores[index] + 1e-9).sum())
+        scores = self.pncc(np.asarray(image)[None])[0]
+        return 1 + int((scores > scores[index] + 1e-9).sum()) if scores.any() else len(scores)
 
     def match(self, images: np.ndarray, index: Sequence[int]) -> np.ndarray:
         """Reorder images [B, ...] so that they are next to films ``index`` [B], by least squared error in all."""
         from scipy.optimize import linear_sum_assignment
         from scipy.spatial.distance import cdist
 
-        images = np.asarray(images)
-        index = list(index)
+        images, truth = np.asarray(images), self.films[list(index)].reshape(len(index), -1)
         if len(images) != len(index):
             raise UserError(f"{len(images)} reconstructions for {len(index)} films: give as many")
-        flat, truth = images.reshape(len(images), -1), self.films[index].reshape(len(index), -1)
+        flat = images.reshape(len(images), -1)
         return images[linear_sum_assignment(cdist(truth, flat, "sqeuclidean"))[1]]
 
     def score(self, images: np.ndarray, index: Sequence[int]) -> list[dict[str, float]]:
@@ -261,7 +246,7 @@ class Gallery:
             row = {"psnr": psnr(image, truth), "ssim": ssim(image, truth)}
             row["psnr_gain"] = row["psnr"] - psnr(self.mean_film, truth)
             row["ssim_gain"] = row["ssim"] - ssim(self.mean_film, truth)
-            row["pncc"] = float(self.pncc(np.asarray(image).reshape(1, -1))[0, i])
+            row["pncc"] = float(self.pncc(np.asarray(image)[None])[0, i])
             row["identified"] = float(self.rank(image, i) == 1)
             rows.append(row)
         return rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 
 import matplotlib as mpl
@@ -42,13 +43,7 @@ def use_style() -> None:
 
 
 def save_figure(figure: plt.Figure, name: str) -> Path:
-    """Write a figure as ``<figures folder>/<name>.png``, 150 dpi.
-
-    Raises
-    ------
-    UserError
-        It can't be written; see :func:`primia_lite.runtime.write_atomic`.
-    """
+    """Write a figure as ``<figures folder>/<name>.png``, 150 dpi."""
     return write_atomic(
         figures_dir() / f"{name}.png", lambda file: figure.savefig(file, format="png", bbox_inches="tight")
     )
@@ -65,8 +60,18 @@ def source_note(films: ChestXrays | str) -> str:
     }[source]
 
 
-def _caption(text: str, note: str) -> str:
-    return f"{note}; {text}" if note else text
+def _caption(figure: plt.Figure, text: str, note: str = "") -> None:
+    figure.suptitle("; ".join(part for part in (note, text) if part), fontsize=10, color="0.35")
+
+
+def draw_film(axis: plt.Axes, films: ChestXrays, index: int, *, masks: bool = False) -> None:
+    """A film without ticks; lung (blue) and lesion (orange) outlined where the source has masks."""
+    axis.grid(False)
+    axis.set(xticks=[], yticks=[])
+    axis.imshow(films.images[index], vmin=0, vmax=255)
+    for mask, colour in ((films.lung_mask, OKABE_ITO[5]), (films.lesion_mask, OKABE_ITO[1])):
+        if masks and mask is not None and mask[index].any():
+            axis.contour(mask[index], levels=[0.5], colors=[colour], linewidths=1.1)
 
 
 def film_grid(
@@ -96,18 +101,12 @@ def film_grid(
             axis.set_axis_off()
         for axis, i in zip(row, index, strict=False):
             axis.set_axis_on()
-            axis.grid(False)
-            axis.set(xticks=[], yticks=[])
             sns.despine(ax=axis, left=True, bottom=True)
-            axis.imshow(films.images[i], vmin=0, vmax=255)
-            if masks:
-                for mask, colour in ((films.lung_mask, OKABE_ITO[5]), (films.lesion_mask, OKABE_ITO[1])):
-                    if mask is not None and mask[i].any():
-                        axis.contour(mask[i], levels=[0.5], colors=[colour], linewidths=1.0)
+            draw_film(axis, films, i, masks=masks)
             if titles and i in titles:
                 axis.set_title(titles[i], fontsize=9)
         row[0].set_ylabel(label, fontsize=10)
-    figure.suptitle(source_note(films), fontsize=10, color="0.35")
+    _caption(figure, source_note(films))
     return figure
 
 
@@ -136,7 +135,7 @@ def plot_history(
         if rounds:
             axis.set_xlim(0.5, rounds + 0.5)
     axes[0][0].legend()
-    figure.suptitle(_caption("validation films", note), fontsize=10, color="0.35")
+    _caption(figure, "validation films", note)
     return figure
 
 
@@ -156,7 +155,7 @@ def plot_partition(hospitals: Mapping[str, ChestXrays]) -> plt.Figure:
     right.barh(list(hospitals), [films.n_patients for films in hospitals.values()], color="0.6")
     right.invert_yaxis()
     right.set(xlabel="patients")
-    figure.suptitle(f"simulation only: a hospital keeps its counts · {source_note(first)}", fontsize=10, color="0.35")
+    _caption(figure, f"simulation only: a hospital keeps its counts · {source_note(first)}")
     return figure
 
 
@@ -196,7 +195,7 @@ def plot_roc(
         xlabel="mean score of the bin", ylabel="observed share of pneumonia", title="calibration, 10 quantile bins"
     )
     left.legend(loc="lower right")
-    figure.suptitle(_caption(f"test films, n = {len(labels)}", note), fontsize=10, color="0.35")
+    _caption(figure, f"test films, n = {len(labels)}", note)
     return figure
 
 
@@ -213,8 +212,7 @@ def plot_confusions(
             xticklabels=class_names, yticklabels=class_names if axis is axes[0][0] else False,
         )  # fmt: skip
         axis.set(title=name, xlabel="called", ylabel="true" if axis is axes[0][0] else "")
-    text = f"test films, n = {len(labels)}; shade: share of the true class"
-    figure.suptitle(_caption(text, note), fontsize=10, color="0.35")
+    _caption(figure, f"test films, n = {len(labels)}; shade: share of the true class", note)
     return figure
 
 
@@ -248,31 +246,26 @@ def plot_comparison(
         axis.set(ylabel=score, xlim=(-0.6, len(ways) - 0.4))
         axis.grid(axis="x", visible=False)
     if note:
-        figure.suptitle(note, fontsize=10, color="0.35")
+        _caption(figure, note)
     return figure
 
 
 def show_films(figure: plt.Figure) -> None:
     """Show a figure full of films in the notebook as JPEG: a fifth of the PNG's size. Closes it."""
-    from io import BytesIO
-
-    from IPython.display import Image, display
-
-    buffer = BytesIO()
-    figure.savefig(buffer, format="jpeg", dpi=72, pil_kwargs={"quality": 80})
-    display(Image(buffer.getvalue(), format="jpeg"))
-    plt.close(figure)
+    _show(figure, "jpeg", lambda image, file: image.save(file, format="jpeg", quality=80))
 
 
 def show_plot(figure: plt.Figure) -> None:
     """Show a figure of lines and text in the notebook as a PNG of 64 colours: a third of the size. Closes it."""
-    from io import BytesIO
+    _show(figure, "png", lambda image, file: image.quantize(64).save(file, format="png", optimize=True))
 
+
+def _show(figure: plt.Figure, form: str, save) -> None:
     from IPython.display import Image, display
     from PIL import Image as Picture
 
     raw, small = BytesIO(), BytesIO()
     figure.savefig(raw, format="png", dpi=72)
-    Picture.open(raw).convert("RGB").quantize(64).save(small, format="png", optimize=True)
-    display(Image(small.getvalue(), format="png"))
+    save(Picture.open(raw).convert("RGB"), small)
+    display(Image(small.getvalue(), format=form))
     plt.close(figure)

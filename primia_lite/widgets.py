@@ -11,7 +11,7 @@ from IPython.display import display
 
 from primia_lite import metrics
 from primia_lite.data import ChestXrays
-from primia_lite.plotting import OKABE_ITO, source_note
+from primia_lite.plotting import OKABE_ITO, draw_film, source_note
 
 
 def explore(draw: Callable[..., plt.Figure], **controls) -> ipywidgets.VBox:
@@ -40,13 +40,7 @@ def explore(draw: Callable[..., plt.Figure], **controls) -> ipywidgets.VBox:
 
 
 def plot_threshold(probabilities: np.ndarray, labels: np.ndarray, threshold: float, note: str = "") -> plt.Figure:
-    """What calling pneumonia from a score of ``threshold`` on does: scores by class, and the four counts.
-
-    Parameters
-    ----------
-    probabilities : float [N, K]
-    labels : int [N]
-    """
+    """What calling pneumonia from a score of ``threshold`` on does: scores by class, and the four counts."""
     score = metrics.pneumonia_score(probabilities)
     found, spared = (f(probabilities, labels, threshold=threshold) for f in (metrics.sensitivity, metrics.specificity))
     figure, axis = plt.subplots(figsize=(7.5, 3.0))
@@ -73,12 +67,8 @@ def plot_film(films: ChestXrays, index: int, probabilities: np.ndarray | None = 
     columns = 1 if probabilities is None else 2
     figure, axes = plt.subplots(1, columns, figsize=(3.4 * columns, 3.3), squeeze=False)
     axis = axes[0][0]
-    axis.imshow(films.images[index], vmin=0, vmax=255)
-    axis.grid(False)
-    axis.set(xticks=[], yticks=[], title=f"film {index}: {films.class_names[films.labels[index]]}")
-    for mask, colour in ((films.lung_mask, OKABE_ITO[5]), (films.lesion_mask, OKABE_ITO[1])):
-        if masks and mask is not None and mask[index].any():
-            axis.contour(mask[index], levels=[0.5], colors=[colour], linewidths=1.2)
+    draw_film(axis, films, index, masks=masks)
+    axis.set_title(f"film {index}: {films.class_names[films.labels[index]]}")
     if probabilities is not None:
         bar = axes[0][1]
         colours = [OKABE_ITO[2] if k == films.labels[index] else "0.7" for k in range(len(films.class_names))]

@@ -44,35 +44,15 @@ def test_scores_are_scikit_learns(classes, n):
         assert (metrics.confusion(tied, labels) == matrix).all()
 
 
-def test_probabilities_that_are_not_finite_have_no_auroc():
-    probabilities, labels = classifier(n=20)
-    probabilities[3] = np.nan
-    with pytest.raises(ValueError, match="NaN"):
-        metrics.auroc(probabilities, labels)
-
-
-def test_auroc_is_the_share_of_pairs_in_order():
-    probabilities, labels = classifier(n=80)
-    probabilities = probabilities.round(1)  # ties count half
-    score = 1 - probabilities[:, 0]
-    sick, well = score[labels > 0, None], score[None, labels == 0]
-    pairs = (sick > well) + 0.5 * (sick == well)
-    assert metrics.auroc(probabilities, labels) == pytest.approx(pairs.mean())
-
-
 def test_scores_where_there_is_nothing_to_tell_apart():
     probabilities, labels = classifier(n=20)
     for only in (np.zeros_like(labels), np.ones_like(labels)):
         assert np.isnan(metrics.auroc(probabilities, only))
+    with pytest.raises(ValueError, match="NaN"):
+        metrics.auroc(probabilities * np.nan, labels)
     always = np.tile([1.0, 0.0, 0.0], (20, 1))
     assert metrics.mcc(always, labels) == 0.0
     assert np.isfinite(metrics.scores(always, labels)["loss"])
-
-
-def test_confusion_counts_true_by_row_and_keeps_empty_classes():
-    probabilities = np.eye(3)[[0, 0, 1, 1, 1]]
-    labels = np.array([0, 1, 1, 1, 0])
-    assert metrics.confusion(probabilities, labels).tolist() == [[1, 1, 0], [1, 2, 0], [0, 0, 0]]
 
 
 def test_best_threshold_maximises_sensitivity_plus_specificity():
@@ -135,15 +115,6 @@ def mean_of(values, labels, weights):
 
 def interval(values, patient, **options):
     return metrics.bootstrap(mean_of, [values], np.zeros(len(values), dtype=int), patient, **options)
-
-
-def test_the_interval_covers_a_mean_as_often_as_it_says():
-    rng = np.random.default_rng(1)
-    trials, covered = 200, 0
-    for trial in range(trials):
-        low, high = interval(rng.normal(3.0, 2.0, 60), np.arange(60), draws=200, seed=trial, level=0.9)
-        covered += low <= 3.0 <= high
-    assert 0.82 < covered / trials < 0.96
 
 
 def test_the_interval_covers_what_other_runs_and_other_patients_would_give():
@@ -218,14 +189,6 @@ def test_every_draw_takes_all_films_of_as_many_patients():
     assert (seen[0][:, [0, 1, 2]].sum(1) == 3).all()  # one film of each patient: three patients in all
 
 
-def test_a_paired_difference_of_a_model_and_itself_is_nothing():
-    probabilities, labels = classifier(n=100)
-    patient = np.repeat(np.arange(50), 2)
-    for score in (metrics.auroc, metrics.accuracy, metrics.mcc):
-        same = metrics.bootstrap(score, [probabilities], labels, patient, [probabilities.copy()], draws=100)
-        assert same == (0.0, 0.0)
-
-
 def test_an_interval_repeats_by_seed_and_leaves_out_draws_without_a_value():
     probabilities, _ = classifier(n=12)
     labels = np.array([1] + [0] * 11)  # a third of the draws has no pneumonia: no AUROC
@@ -237,7 +200,7 @@ def test_an_interval_repeats_by_seed_and_leaves_out_draws_without_a_value():
 
 
 def test_too_few_draws_are_refused():
-    with pytest.raises(UserError, match="draws is 20: an interval needs at least 100"):
+    with pytest.raises(UserError, match="draws"):
         interval(np.zeros(5), np.arange(5), draws=20)
 
 
@@ -300,13 +263,13 @@ def test_ssim_is_scikit_images_and_the_papers(films, sigma):
 
 def test_films_of_two_sizes_arent_compared(films, gallery):
     for score in (metrics.psnr, metrics.ssim):
-        with pytest.raises(UserError, match="films of .* can't be compared: give one size"):
+        with pytest.raises(UserError, match="size"):
             score(films[0], films[0, :, :-1])
-    with pytest.raises(UserError, match="the mean film has \\(64, 63\\) pixels, films \\(64, 64\\): use one size"):
+    with pytest.raises(UserError, match="size"):
         metrics.Gallery(films, films[0, :, :-1])
-    with pytest.raises(UserError, match="2 reconstructions for 3 films: give as many"):
+    with pytest.raises(UserError, match="reconstructions"):
         gallery.match(films[:2], [0, 1, 2])
-    with pytest.raises(UserError, match="2 reconstructions for 1 films: give as many"):
+    with pytest.raises(UserError, match="reconstructions"):
         gallery.score(films[:2], [0])
 
 
@@ -323,12 +286,6 @@ def test_pncc_is_the_correlation_of_least_squares_residuals(films, gallery):
     got = gallery.pncc(images[:, None])
     np.testing.assert_allclose(got, want, atol=1e-5)
     assert np.abs(got).max() <= 1 and got.shape == (3, 20)
-
-
-def test_bytes_and_fractions_are_one_gallery(films, gallery):
-    same = metrics.Gallery((255 * films[:20]).round().astype(np.uint8), films[20:].mean(0))
-    np.testing.assert_allclose(same.pncc(films[:5]), gallery.pncc(films[:5]), atol=1e-6)
-    assert np.diag(gallery.pncc(films[:20])) == pytest.approx(np.ones(20))
 
 
 @pytest.mark.parametrize("kind", [np.float64, np.float32])
@@ -389,14 +346,3 @@ def test_a_permuted_batch_is_put_right(films, gallery):
         matched = gallery.match(shuffled, index)
         assert np.array_equal(matched[:, 0], images)
         assert gallery.score(shuffled, index) == gallery.score(images, index)
-
-
-def test_scores_are_those_of_each_film(films, gallery):
-    index = [7, 1]
-    images = np.stack([noisy(films[i], 0.05, i) for i in index])
-    mean = films[20:].mean(0)
-    for row, image, i in zip(gallery.score(images, index), images, index, strict=True):
-        assert row["psnr"] == pytest.approx(metrics.psnr(image, films[i]), abs=1e-4)
-        assert row["psnr_gain"] == pytest.approx(row["psnr"] - metrics.psnr(mean, films[i]), abs=1e-4)
-        assert row["ssim_gain"] == pytest.approx(row["ssim"] - metrics.ssim(mean, films[i]), abs=1e-4)
-        assert row["pncc"] == pytest.approx(gallery.pncc(image[None])[0, i]) and row["identified"] == 1

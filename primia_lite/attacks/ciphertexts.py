@@ -72,11 +72,6 @@ def weights_from_replies(weights: np.ndarray, films: np.ndarray, sent: str, atta
     attack
         ``ratio``: the second polynomial of a reply over that of the upload, exact. ``division``: the whole reply is
         decrypted, and divided by the films' polynomials, up to noise; more films lower it.
-
-    Raises
-    ------
-    UserError
-        Fewer films than uploads, or another word.
     """
     if sent not in SENT or attack not in ATTACKS:
         raise UserError(f"choose what is sent from {', '.join(SENT)}, and an attack from {', '.join(ATTACKS)}")

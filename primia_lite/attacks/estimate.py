@@ -3,18 +3,19 @@
 Inverting a noisy gradient as if it were exact draws noise. The linear estimate here knows how films vary, how their
 clipped gradients vary with them, and how much noise was added; it draws the mean film where the update says nothing.
 A malicious server hands out weights under which the little that the noise lets through is about the film's coarse
-structure (:func:`sketch_state`).
+structure (:func:`pca_weights`).
 """
 
 from __future__ import annotations
 
 import math
-import time
+from typing import ClassVar
 
 import numpy as np
 import torch
 
-from primia_lite.attacks.inversion import Reconstruction
+from primia_lite.attacks.prior import flat_pixels, principal_components
+from primia_lite.attacks.search import Reconstruction
 from primia_lite.attacks.view import AttackerView, State
 from primia_lite.config import UserError
 
@@ -33,12 +34,9 @@ class LinearEstimator:
         (:func:`~primia_lite.attacks.identify.clipped_gradients`).
     films : uint8 [M, H, W], the attacker's, not the victim's
     labels : int [M]
-
-    Raises
-    ------
-    UserError
-        The numbers don't fit, or a label has fewer than two films.
     """
+
+    takes_rounds: ClassVar[bool] = False
 
     def __init__(self, gradients: torch.Tensor, films: np.ndarray, labels):
         gradients, labels = torch.as_tensor(gradients), torch.as_tensor(labels)
@@ -52,17 +50,10 @@ class LinearEstimator:
                 raise UserError(f"the attacker owns {int(own.sum())} films of label {label}: give two at least")
             self.classes[label] = _Gaussian(gradients[own].double(), flat[own])
 
-    def __call__(self, view: AttackerView) -> Reconstruction:
-        """The film that the update makes likely. Loss: negative log likelihood of the update, but for a constant.
-
-        Raises
-        ------
-        UserError
-            The view isn't of one private step of one film, its network or films are others, or its label is unknown.
-        """
-        started = time.process_time()
-        if not view.noisy or view.local_steps > 1 or view.hospitals > 1 or len(view.updates) > 1 or view.n_films != 1:
-            raise UserError("this estimate is for one private step on one film, with noise: use map_films otherwise")
+    def attack(self, view: AttackerView, n_films: int | None, seed: int) -> Reconstruction:
+        """The film that the update makes likely. Loss: negative log likelihood of the update, but for a constant."""
+        if not view.noisy or view.local_steps > 1 or view.hospitals > 1 or view.n_films != 1:
+            raise UserError("this estimate is for one private step on one film, with noise: use MapEstimator otherwise")
         update = torch.cat([g.flatten() for g in view.gradient()]).double() * view.denominator / view.max_grad_norm
         known = next(iter(self.classes.values()))
         if (len(update), math.prod(view.in_shape)) != (known.spread.shape[1], known.films.shape[1]):
@@ -79,7 +70,7 @@ class LinearEstimator:
         image = (scores.softmax(0)[:, None] * torch.stack([film for film, _ in found])).sum(0)
         return Reconstruction(
             image.float().view(1, *view.in_shape).clamp(0, 1), torch.tensor([labels[int(scores.argmax())]]),
-            -float(scores.logsumexp(0)), iterations=1, cpu_s=time.process_time() - started,
+            -float(scores.logsumexp(0)), iterations=1,
         )  # fmt: skip
 
 
@@ -103,7 +94,7 @@ class _Gaussian:
         return film, -0.5 * float((self.value / noise).log1p().sum() + distance)
 
 
-def sketch_state(state: State, films: np.ndarray, normalisation: tuple[float, float], components: int = 4) -> State:
+def pca_weights(state: State, films: np.ndarray, normalisation: tuple[float, float], components: int = 4) -> State:
     """A malicious server's weights for an ``mlp`` with ReLU: its hidden units are a film's principal scores, and the
     last layer is 0, so that all of a clipped gradient is derivative times those scores.
 
@@ -117,25 +108,15 @@ def sketch_state(state: State, films: np.ndarray, normalisation: tuple[float, fl
         uint8 [M, H, W], the attacker's: their mean and principal components.
     normalisation
         Mean and standard deviation that the victim scales pixels with.
-
-    Raises
-    ------
-    UserError
-        Other weights, too few units, or films of another size.
     """
-    names = ["1.weight", "1.bias", "3.weight", "3.bias"]
-    if list(state) != names:
-        raise UserError("sketch_state sets up an mlp: build model='mlp' and give its weights")
+    if list(state) != ["1.weight", "1.bias", "3.weight", "3.bias"]:
+        raise UserError("pca_weights sets up an mlp: build model='mlp' and give its weights")
     units, pixels = state["1.weight"].shape
-    flat = torch.from_numpy(films.reshape(len(films), -1).astype(np.float32)) / 255.0
-    if flat.shape[1] != pixels:
-        raise UserError(f"the attacker's films have {flat.shape[1]} pixels, the network takes {pixels}: use one size")
+    flat = flat_pixels(films, pixels)
     if not 1 <= components <= min(units // 2, len(films) - 1):
         raise UserError(f"{components} components need {2 * components} hidden units and more films than components")
     mean = flat.mean(0)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        _, size, directions = torch.pca_lowrank(flat - mean, q=components, center=False, niter=3)
+    size, directions = principal_components(flat - mean, components)
     # So long that the scores outweigh the bias's gradient, and clipping does the rest.
     rows = directions.T * 30 * len(films) ** 0.5 / size[0]
     out = {name: torch.zeros_like(value) for name, value in state.items()}

@@ -20,7 +20,8 @@ from scipy.special import log_ndtr, ndtr, ndtri, stdtrit
 from scipy.stats import binomtest
 
 from primia_lite import models
-from primia_lite.attacks.simulate import State, clipping_alone
+from primia_lite.attacks.simulate import clipping_alone
+from primia_lite.attacks.view import State
 from primia_lite.config import UserError
 from primia_lite.data.films import Films
 from primia_lite.privacy.accounting import Release
@@ -59,18 +60,12 @@ class Rate:
 def clipped_gradients(state: State, films: Films, training: Training, max_grad_norm: float) -> torch.Tensor:
     """Each film's own clipped gradient over C = ``max_grad_norm``, float32 [N, P]: what a step of it alone sums up.
 
-    By the product's own rows and clipping. Calling ``local_update`` for each film, with a new network and noise, takes
-    seven times as long; a test holds the two equal.
-
-    Raises
-    ------
-    UserError
-        Other than one full-batch step without changed pixels, weights that don't fit, or a gradient that isn't finite.
+    By the product's own rows and clipping; a test holds it equal to ``local_update`` on each film.
     """
     if training.sample_rate != 1 or training.steps_per_round != 1:
         raise UserError(
-            f"sample_rate is {training.sample_rate} with {training.steps_per_round} step(s): a film's own gradient is "
-            "that of one full-batch step, training.changed(sample_rate=1.0, local_steps=1, local_epochs=None)"
+            "a film's own gradient is that of one full-batch step: training.changed(sample_rate=1.0, local_steps=1, "
+            "local_epochs=None)"
         )
     if films.inputs.dim() == 5 and training.augmentation:
         raise UserError("augmentation changes pixels at random, so a film has no one gradient: leave it out")
@@ -210,8 +205,8 @@ def diagnosis_rate(gradients, labels, known_gradients, known_labels, sigma: floa
 
     Returns
     -------
-    Mean over classes of the share called right; its interval is put together from Wilson's (1927) of the classes, as by
-    Zou and Donner (2008); n films.
+    Mean over K classes of the share called right, at most :func:`rero_bound` with N = K; its interval is put together
+    from Wilson's (1927) of the classes, as by Zou and Donner (2008); n films.
     """
     _check(sigma, steps)
     gradients, known = torch.as_tensor(gradients).double(), torch.as_tensor(known_gradients).double()
@@ -232,11 +227,6 @@ def diagnosis_rate(gradients, labels, known_gradients, known_labels, sigma: floa
     below = math.hypot(*(r.rate - r.low for r in each)) / len(each)
     above = math.hypot(*(r.high - r.rate for r in each)) / len(each)
     return Rate(mean, max(0.0, mean - below), min(1.0, mean + above), len(labels))
-
-
-def diagnosis_bound(sigma: float, n_classes: int, *, steps: int = 1) -> float:
-    """No attacker's balanced accuracy is higher, over K classes: :func:`rero_bound` with N = K."""
-    return rero_bound(sigma, n_classes, steps=steps)
 
 
 def membership_recall(gram, sigma: float, batch_size: int, trials: int = 20, seed: int = 0) -> Rate:

@@ -8,17 +8,19 @@ films which share a window of one seldom share one of the other, and what is rea
 
 from __future__ import annotations
 
-import time
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
 
-from primia_lite.attacks.inversion import Reconstruction
+from primia_lite.attacks.prior import flat_pixels, principal_components
+from primia_lite.attacks.search import Reconstruction
 from primia_lite.attacks.view import AttackerView, State
 from primia_lite.config import UserError
 
 
-def imprint_state(state: State, films: np.ndarray, normalisation: tuple[float, float]) -> State:
+def imprint_weights(state: State, films: np.ndarray, normalisation: tuple[float, float]) -> State:
     """A network's weights with the imprint layer set up by films that the attacker owns.
 
     Parameters
@@ -32,20 +34,17 @@ def imprint_state(state: State, films: np.ndarray, normalisation: tuple[float, f
     """
     weight = state["imprint.weight"]
     bins, pixels = weight.shape
-    flat = torch.from_numpy(films.reshape(len(films), -1).astype(np.float32)) / 255.0
-    if flat.shape[1] != pixels:
-        raise UserError(f"the attacker's films have {flat.shape[1]} pixels, the network takes {pixels}: use one size")
-    flat = (flat - normalisation[0]) / normalisation[1]
+    flat = (flat_pixels(films, pixels) - normalisation[0]) / normalisation[1]
+    layers = [_units(direction, _windows(flat @ direction, bins // 2)) for direction in _measures(flat)]
+    weight, bias = (torch.cat(part) for part in zip(*layers, strict=True))
     out = {name: value.clone() for name, value in state.items()}
-    rows, biases = [], []
-    for direction in _measures(flat):
-        edges = _windows(flat @ direction, bins // 2)
-        width = edges.diff()
-        rows.append(direction[None] / width[:, None])
-        biases.append(-edges[:-1] / width)
-    out["imprint.weight"] = torch.cat(rows).contiguous()
-    out["imprint.bias"] = torch.cat(biases)
-    return out
+    return out | {"imprint.weight": weight, "imprint.bias": bias}
+
+
+def _units(direction: torch.Tensor, edges: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights [n, pixels] and biases [n] of units that rise from 0 to 1 between two edges of this measure."""
+    width = edges.diff()
+    return direction[None] / width[:, None], -edges[:-1] / width
 
 
 def _measures(flat: torch.Tensor) -> list[torch.Tensor]:
@@ -53,9 +52,7 @@ def _measures(flat: torch.Tensor) -> list[torch.Tensor]:
     mean = torch.ones(flat.shape[1]) / flat.shape[1] ** 0.5
     rest = flat - flat.mean(0)
     rest = rest - (rest @ mean)[:, None] * mean
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        _, _, directions = torch.pca_lowrank(rest, q=min(6, *rest.shape), center=False, niter=3)
+    _, directions = principal_components(rest, min(6, *rest.shape))
     return [mean, directions[:, 0]]
 
 
@@ -70,7 +67,7 @@ def _windows(values: torch.Tensor, n: int) -> torch.Tensor:
     return edges + torch.arange(n + 1) * 1e-6 * float(values.std())
 
 
-def marked_state(state: State, films: np.ndarray, normalisation: tuple[float, float]) -> State:
+def orthogonal_weights(state: State, films: np.ndarray, normalisation: tuple[float, float]) -> State:
     """A window for each of these films: an informed malicious server's model, under which candidates' gradients are
     orthogonal but for what the network beside the imprint layer adds, which is made small.
 
@@ -89,61 +86,50 @@ def marked_state(state: State, films: np.ndarray, normalisation: tuple[float, fl
     # A random measure: no two different films have the same value.
     direction = torch.randn(flat.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     direction = direction / direction.norm()
-    value = flat @ direction
-    place = value.unique()
-    edges = torch.cat([place[:1] - 1, (place[1:] + place[:-1]) / 2, place[-1:] + 1])
-    width = edges.diff()
+    place = (flat @ direction).unique()
+    weight, bias = _units(direction, torch.cat([place[:1] - 1, (place[1:] + place[:-1]) / 2, place[-1:] + 1]))
     out = {name: 0.01 * value for name, value in state.items()}
-    weight, bias = torch.zeros(bins, flat.shape[1], dtype=torch.float64), torch.full((bins,), -1.0, dtype=torch.float64)
-    weight[: len(width)] = direction[None] / width[:, None]
-    bias[: len(width)] = -edges[:-1] / width
-    out["imprint.weight"], out["imprint.bias"] = weight.float(), bias.float()
+    out["imprint.weight"] = torch.zeros(bins, flat.shape[1])
+    out["imprint.bias"] = torch.full((bins,), -1.0)
+    out["imprint.weight"][: len(place)], out["imprint.bias"][: len(place)] = weight.float(), bias.float()
     return out
 
 
-def read_imprint(view: AttackerView, n_films: int | None = None) -> Reconstruction:
+@dataclass(frozen=True)
+class ImprintReading:
     """The films that an update of an ``imprintnet`` holds, the clearest first; fewer than there were where several
-    shared their windows.
+    shared their windows, and at most ``n_films``.
 
     A window's content is taken for one film if its window of the other measure holds it, too, alone or with others;
     then it is taken out of both, which may leave another film alone. Loss: share of the windows' content that was not
     explained so.
-
-    Parameters
-    ----------
-    n_films
-        At most so many are returned; from the view, if left out.
-
-    Raises
-    ------
-    UserError
-        The network has no imprint layer, no film lies in any of its windows, or the view has several rounds.
     """
-    started = time.process_time()
-    view.check_one_round()
-    gradient = view.named_gradient()
-    if "imprint.weight" not in gradient:
-        raise UserError("the network has no imprint layer: build imprintnet, with weights by imprint_state")
-    limit = n_films or (view.total_films if view.n_films else len(gradient["imprint.weight"]))
-    content = _content(view, gradient["imprint.weight"], gradient["imprint.bias"])
-    whole, found = float(content.norm()), []
-    for _ in range(4):  # each pass may free films for the next
-        fresh = _read_twins(view, content) or _read_beside_others(view, content)
-        if not fresh:
-            break
-        found += fresh
-    # What can't be confirmed by the other measure comes last, the largest first.
-    rows, films = _filled(content)
-    order = rows[content[rows, -1].abs().argsort(descending=True)].tolist()
-    likely = dict(zip(rows.tolist(), _like_a_film(view, films).tolist(), strict=True))
-    found += [content[r, :-1] / content[r, -1] for good in (True, False) for r in order if likely[r] == good]
-    if not found:
-        raise UserError(
-            "no film lies in a window of the imprint layer: set it up by imprint_state with films like them"
-        )
-    images = view.denormalise(torch.stack(found[:limit])).view(-1, *view.in_shape).clamp(0, 1)
-    unknown = torch.full((len(images),), -1)
-    return Reconstruction(images, unknown, float(content.norm()) / whole, cpu_s=time.process_time() - started)
+
+    takes_rounds: ClassVar[bool] = False
+
+    def attack(self, view: AttackerView, n_films: int | None, seed: int) -> Reconstruction:
+        gradient = view.named_gradient()
+        if "imprint.weight" not in gradient:
+            raise UserError("the network has no imprint layer: build imprintnet, with weights by imprint_weights")
+        limit = n_films or (view.total_films if view.n_films else len(gradient["imprint.weight"]))
+        content = _content(view, gradient["imprint.weight"], gradient["imprint.bias"])
+        whole, found = float(content.norm()), []
+        for _ in range(4):  # each pass may free films for the next
+            fresh = _read_twins(view, content) or _read_beside_others(view, content)
+            if not fresh:
+                break
+            found += fresh
+        # What can't be confirmed by the other measure comes last, the largest first.
+        rows, films = _filled(content)
+        order = rows[content[rows, -1].abs().argsort(descending=True)].tolist()
+        likely = dict(zip(rows.tolist(), _like_a_film(view, films).tolist(), strict=True))
+        found += [content[r, :-1] / content[r, -1] for good in (True, False) for r in order if likely[r] == good]
+        if not found:
+            raise UserError(
+                "no film lies in a window of the imprint layer: set it up by imprint_weights with films like them"
+            )
+        images = view.denormalise(torch.stack(found[:limit])).view(-1, *view.in_shape).clamp(0, 1)
+        return Reconstruction(images, torch.full((len(images),), -1), float(content.norm()) / whole)
 
 
 def _content(view: AttackerView, weight_gradient: torch.Tensor, bias_gradient: torch.Tensor) -> torch.Tensor:

@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from primia_lite.attacks.inversion import (
-    Reconstruction,
-    Search,
-    cosine_distance,
-    expected_update,
-    films_and_labels,
-    total_variation,
-)
+from primia_lite.attacks.gradients import cosine_distance, expected_update, norm, total_variation
+from primia_lite.attacks.labels import films_and_labels
+from primia_lite.attacks.search import Reconstruction, Search, best_start
 from primia_lite.attacks.view import AttackerView
 from primia_lite.config import UserError
+
+
+def principal_components(flat: torch.Tensor, components: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Singular values [K] and directions [D, K] of centred rows [M, D]; torch's generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        _, size, directions = torch.pca_lowrank(flat, q=components, center=False, niter=3)
+    return size, directions
+
+
+def flat_pixels(films: np.ndarray, pixels: int | None = None) -> torch.Tensor:
+    """The attacker's films, uint8 [M, H, W], as float32 [M, H * W] in [0, 1]; ``pixels`` is how many each must have."""
+    flat = torch.from_numpy(films.reshape(len(films), -1).astype(np.float32)) / 255.0
+    if pixels not in (None, flat.shape[1]):
+        raise UserError(f"the attacker's films have {flat.shape[1]} pixels, the network takes {pixels}: use one size")
+    return flat
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,22 +56,40 @@ class FilmPrior:
         """From uint8 [M, H, W]: other children's films."""
         if len(films) <= components:
             raise UserError(f"{len(films)} films can't give {components} components: take fewer, or more films")
-        flat = torch.from_numpy(films.reshape(len(films), -1).astype(np.float32)) / 255.0
+        flat = flat_pixels(films)
         mean = flat.mean(0)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            _, size, directions = torch.pca_lowrank(flat - mean, q=components, center=False, niter=3)
+        size, directions = principal_components(flat - mean, components, seed)
         return cls(mean.view(films.shape[1:]), directions, size / len(films) ** 0.5)
 
     def films(self, z: torch.Tensor) -> torch.Tensor:
         """[B, K] -> [B, 1, H, W]."""
         return (self.mean.flatten() + (z * self.spread) @ self.components.T).view(-1, 1, *self.mean.shape)
 
+    def search(
+        self, what: str, loss: Callable[[torch.Tensor], torch.Tensor], labels: torch.Tensor, iterations: int,
+        step: float = 0.1, start: torch.Tensor | None = None,
+    ) -> Reconstruction:  # fmt: skip
+        """Films of least loss, a function of their coordinates [B, K], by Adam from the mean film or ``start``."""
+        search = Search(what, iterations)
+        start = torch.zeros(len(labels), len(self.spread)) if start is None else start
+        z, value = search.adam(start, loss, iterations, step, show=lambda z: self.films(z).clamp(0, 1))
+        return search.end(self.films(z), labels, value)
 
-def map_films(
-    view: AttackerView, prior: FilmPrior, *, iterations: int = 150, step: float = 0.1, n_films: int | None = None
-) -> Reconstruction:
-    """The likeliest films given a noisy update and the prior: MAP, by Adam on the prior's coordinates.
+    def check_size(self, function: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What a network makes of the mean film, or a UserError in place of torch's own."""
+        try:
+            with torch.no_grad():
+                return function()
+        except RuntimeError as error:
+            raise UserError(
+                f"the network doesn't take films of {tuple(self.mean.shape)} pixels, the prior's: fit the prior to "
+                f"films of the network's size ({str(error).splitlines()[0]})"
+            ) from error
+
+
+@dataclass(frozen=True)
+class MapEstimator:
+    """The likeliest films given a noisy update and the prior (maximum a posteriori), by Adam on its coordinates.
 
     Against a private step in which every film takes part and is a unit, the likelihood is exact: the sum of the films'
     gradients, each clipped, plus noise of known size; several rounds add up. For sampled steps or patients with several
@@ -68,55 +97,50 @@ def map_films(
     place, for one film with the last layer's derivative set to the observed one: deep networks keep their gradient's
     length in few layers, and the others are what tells the film. Loss: negative log posterior, or that distance with
     the prior's pull.
-
-    Raises
-    ------
-    UserError
-        The prior's films have another size than the view's, or a private round has several local steps.
     """
-    if tuple(view.in_shape[-2:]) != tuple(prior.mean.shape):
-        raise UserError(
-            f"the prior's films are {tuple(prior.mean.shape)}, the view's {view.in_shape[-2:]}: use one size"
-        )
-    if view.denominator and view.local_steps > 1:
-        raise UserError("the likelihood of several private local steps isn't known here: attack rounds of one step")
-    started = time.process_time()
-    labels = films_and_labels(view, n_films)
-    rounds = [(view.model(t), view.gradient(t)) for t in range(len(view.updates))]
-    likelihood = _noisy_likelihood if view.noisy else _layer_distance
-    search = Search("attacker with a prior", iterations, 1, started=started)
 
-    def loss(z: torch.Tensor) -> torch.Tensor:
-        films = view.normalise(prior.films(z))
-        value, weight = 0.0, 1e-3 / len(z)
-        for model, target in rounds:
-            part, weight = likelihood(view, model, films, labels, target)
-            value = value + part
-        return value + weight * (z * z).sum()
+    prior: FilmPrior
+    iterations: int = 150
+    step: float = 0.1
+    takes_rounds: ClassVar[bool] = True
 
-    start = torch.zeros(len(labels), len(prior.spread))
-    if len(labels) > 1:  # equal films would stay equal
-        start = 0.3 * torch.randn(start.shape, generator=torch.Generator().manual_seed(0))
-    z, value, history = search.adam(
-        start, loss, iterations, step, lambda z: None, lambda z: prior.films(z).clamp(0, 1), signed=False
-    )
-    images = prior.films(z).clamp(0, 1)
-    cpu_s = search.close(value)
-    return Reconstruction(images, labels, value, history, search.done, stopped=search.stopped, cpu_s=cpu_s)
+    def attack(self, view: AttackerView, n_films: int | None, seed: int) -> Reconstruction:
+        prior = self.prior
+        if tuple(view.in_shape[-2:]) != tuple(prior.mean.shape):
+            raise UserError(
+                f"the prior's films are {tuple(prior.mean.shape)}, the view's {view.in_shape[-2:]}: use one size"
+            )
+        if view.denominator and view.local_steps > 1:
+            raise UserError("the likelihood of several private local steps isn't known here: attack rounds of one step")
+        labels = films_and_labels(view, n_films)
+        rounds = [(view.model(t), view.gradient(t)) for t in range(len(view.updates))]
+        misfit, weight = (noisy_misfit, 0.5) if view.noisy else (_layer_distance, 1e-3 / len(labels))
+
+        def loss(z: torch.Tensor) -> torch.Tensor:
+            films = view.normalise(prior.films(z))
+            value = sum(misfit(view, model, films, labels, target) for model, target in rounds)
+            return value + weight * (z * z).sum()
+
+        start = None
+        if len(labels) > 1:  # equal films would stay equal
+            generator = torch.Generator().manual_seed(seed)
+            start = 0.3 * torch.randn(len(labels), len(prior.spread), generator=generator)
+        return prior.search("attacker with a prior", loss, labels, self.iterations, self.step, start)
 
 
-def _noisy_likelihood(view, model, films, labels, target) -> tuple[torch.Tensor, float]:
+def noisy_misfit(view: AttackerView, model: nn.Module, films: torch.Tensor, labels, target) -> torch.Tensor:
+    """Negative log likelihood of a private step's gradient ``target``, but for a constant, given films as the network
+    takes them."""
     total = None
     for film, label in zip(films, labels, strict=True):
         gradient = expected_update(view, model, film[None], label[None])
-        norm = sum((g * g).sum() for g in gradient).sqrt()
-        share = (view.max_grad_norm / norm).clamp(max=1.0) / view.denominator
+        share = (view.max_grad_norm / norm(gradient)).clamp(max=1.0) / view.denominator
         total = [share * g + (t if total else 0) for g, t in zip(gradient, total or gradient, strict=True)]
     std = view.noise_std * view.hospitals**0.5 / view.denominator
-    return sum(((a - b) ** 2).sum() for a, b in zip(total, target, strict=True)) / (2 * std**2), 0.5
+    return sum(((a - b) ** 2).sum() for a, b in zip(total, target, strict=True)) / (2 * std**2)
 
 
-def _layer_distance(view, model, films, labels, target) -> tuple[torch.Tensor, float]:
+def _layer_distance(view: AttackerView, model: nn.Module, films: torch.Tensor, labels, target) -> torch.Tensor:
     parameters = list(model.parameters())
     chosen = [i for i, p in enumerate(parameters) if p.dim() > 1]
     if len(films) == 1 and view.local_steps == 1 and target[-1].dim() == 1:
@@ -125,20 +149,7 @@ def _layer_distance(view, model, films, labels, target) -> tuple[torch.Tensor, f
     else:
         everything = expected_update(view, model, films, labels)
         guess = [everything[i] for i in chosen]
-    distance = sum(cosine_distance([g], [target[i]]) for g, i in zip(guess, chosen, strict=True)) / len(chosen)
-    return distance, 1e-3 / films[:, 0, 0, 0].numel()
-
-
-def _try(function: Callable[[], torch.Tensor], prior: FilmPrior) -> torch.Tensor:
-    """What a network makes of the prior's mean film, or a UserError in place of torch's own."""
-    try:
-        with torch.no_grad():
-            return function()
-    except RuntimeError as error:
-        raise UserError(
-            f"the network doesn't take films of {tuple(prior.mean.shape)} pixels, the prior's: fit the prior to films "
-            f"of the network's size ({str(error).splitlines()[0]})"
-        ) from error
+    return sum(cosine_distance([g], [target[i]]) for g, i in zip(guess, chosen, strict=True)) / len(chosen)
 
 
 def head_features(view: AttackerView, constant: float) -> torch.Tensor:
@@ -148,68 +159,64 @@ def head_features(view: AttackerView, constant: float) -> torch.Tensor:
 
     Parameters
     ----------
-    constant : value of the last feature (see :func:`primia_lite.models.frozen`)
-
-    Raises
-    ------
-    UserError
-        Another network, several rounds, or an update that says nothing about the constant.
+    constant : value of the last feature (``primia_lite.models.BIAS_INPUT``)
     """
     view.check_one_round()
-    if len(view.gradient()) != 1 or view.gradient()[0].dim() != 2:
-        raise UserError("this network isn't a linear head without bias: use invert_gradients or dense_layer")
-    (weight,) = view.gradient()
+    weight, *others = view.gradient()
+    if others or weight.dim() != 2:
+        raise UserError("this network isn't a linear head without bias: use InvertingGradients or DenseLayerInversion")
     scale = weight[:, -1] / constant
     if not float(scale.abs().max()):
         raise UserError("the update says nothing about the constant feature: there is nothing to invert")
     return (scale @ weight) / (scale @ scale)
 
 
-def invert_features(
-    features: torch.Tensor, extract: Callable[[torch.Tensor], torch.Tensor], prior: FilmPrior, *, iterations: int = 100,
-    free_pixels: bool = False,
-) -> Reconstruction:  # fmt: skip
-    """A film whose features are those: what a frozen, public network lets through (Mahendran and Vedaldi 2015).
+@dataclass(frozen=True)
+class FeatureInversion:
+    """A film with the features that a linear head's update holds (:func:`head_features`): what a frozen, public network
+    lets through (Mahendran and Vedaldi 2015). Loss: 1 - cosine of the features, with the prior's pull or total
+    variation.
 
-    Loss: 1 - cosine of the features, with the prior's pull or total variation.
-
-    Parameters
+    Attributes
     ----------
     extract
         Grey values 0 to 255, [N, H, W] -> [N, D], differentiable.
+    constant
+        Value of the last feature.
     free_pixels
         Search over all pixels from the mean film on, instead of over the prior's coordinates.
-
-    Raises
-    ------
-    UserError
-        ``extract`` makes features of another length, or can't take the prior's films.
     """
-    made = tuple(_try(lambda: extract(255.0 * prior.mean[None]), prior).shape)
-    if made != (1, *features.shape):
-        raise UserError(
-            f"features of shape {tuple(features.shape)}, but extract makes {made} of one film: give those of one film, "
-            "[D], by the same network"
-        )
-    search = Search("inverting features", iterations, 1)
 
-    def distance(films: torch.Tensor) -> torch.Tensor:
-        return 1 - F.cosine_similarity(extract(255.0 * films[:, 0]), features[None]).sum()
+    extract: Callable[[torch.Tensor], torch.Tensor]
+    prior: FilmPrior
+    constant: float
+    iterations: int = 100
+    free_pixels: bool = False
+    takes_rounds: ClassVar[bool] = False
 
-    if free_pixels:
-        x, value, history = search.adam(
-            prior.mean[None, None], lambda x: distance(x) + 1e-2 * total_variation(x), iterations, 0.02,
-            lambda x: x.clamp_(0, 1),
+    def attack(self, view: AttackerView, n_films: int | None, seed: int) -> Reconstruction:
+        prior, features, unknown = self.prior, head_features(view, self.constant), torch.tensor([-1])
+        made = tuple(prior.check_size(lambda: self.extract(255.0 * prior.mean[None])).shape)
+        if made != (1, *features.shape):
+            raise UserError(
+                f"features of shape {tuple(features.shape)}, but extract makes {made} of one film: give the network "
+                "that made them"
+            )
+
+        def distance(films: torch.Tensor) -> torch.Tensor:
+            return 1 - F.cosine_similarity(self.extract(255.0 * films[:, 0]), features[None]).sum()
+
+        if not self.free_pixels:
+            return prior.search(
+                "inverting features", lambda z: distance(prior.films(z)) + 1e-4 * (z * z).mean(), unknown,
+                self.iterations,
+            )  # fmt: skip
+        search = Search("inverting features", self.iterations)
+        x, value = search.adam(
+            prior.mean[None, None], lambda x: distance(x) + 1e-2 * total_variation(x), self.iterations, 0.02,
+            signed=True, bounded=True,
         )  # fmt: skip
-    else:
-        z, value, history = search.adam(
-            torch.zeros(1, len(prior.spread)), lambda z: distance(prior.films(z)) + 1e-4 * (z * z).mean(), iterations,
-            0.1, lambda z: None, lambda z: prior.films(z).clamp(0, 1), signed=False,
-        )  # fmt: skip
-        x = prior.films(z)
-    unknown = torch.tensor([-1])
-    cpu_s = search.close(value)
-    return Reconstruction(x.clamp(0, 1), unknown, value, history, search.done, stopped=search.stopped, cpu_s=cpu_s)
+        return search.end(x, unknown, value)
 
 
 def class_image(
@@ -219,30 +226,15 @@ def class_image(
     """Model inversion in Fredrikson's sense (Fredrikson, Jha, Ristenpart, CCS 2015): what the finished model takes for
     the essence of a class, from its weights alone. Loss: -log p(class), with the prior's pull.
 
-    Parameters
-    ----------
-    normalise
-        Pixels in [0, 1] as the model takes them.
-
-    Raises
-    ------
-    UserError
-        The model can't take the prior's films, or has no such class.
+    ``normalise`` makes of pixels in [0, 1] what the model takes.
     """
     model = copy.deepcopy(model).eval()
-    n_classes = _try(lambda: model(normalise(prior.mean[None, None])), prior).shape[-1]
+    n_classes = prior.check_size(lambda: model(normalise(prior.mean[None, None]))).shape[-1]
     if not 0 <= label < n_classes:
         raise UserError(f"label is {label}: the model has classes 0 to {n_classes - 1}")
-    search = Search("model inversion", iterations, 1)
     target = torch.tensor([label])
 
     def loss(z: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(model(normalise(prior.films(z).clamp(0, 1))), target) + 0.01 * (z * z).mean()
 
-    z, value, history = search.adam(
-        torch.zeros(1, len(prior.spread)), loss, iterations, 0.1, lambda z: None,
-        lambda z: prior.films(z).clamp(0, 1), signed=False,
-    )  # fmt: skip
-    images = prior.films(z).clamp(0, 1)
-    cpu_s = search.close(value)
-    return Reconstruction(images, target, value, history, search.done, stopped=search.stopped, cpu_s=cpu_s)
+    return best_start(lambda _: prior.search("model inversion", loss, target, iterations))

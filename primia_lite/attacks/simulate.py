@@ -33,20 +33,21 @@ def clipping_alone(max_grad_norm: float = 1.0) -> Privacy:
     return Privacy(NO_NOISE, max_grad_norm, 1e30, unit="film")
 
 
-def _declared(hospitals: list[Films], privacy: Privacy, threat: ThreatModel) -> int:
-    """The public number of units of each hospital."""
-    units = [len(own.units(privacy.unit)) for own in hospitals]
-    if not threat.knows_batch_size:
-        units = [declare_size(n) for n in units]
-    if len(set(units)) > 1:
+def _declared(hospitals: list[Films], privacy: Privacy | None, threat: ThreatModel) -> int | None:
+    """The public number of units of each hospital, where a private step is divided by it."""
+    sizes, units = {len(own) for own in hospitals}, {0}
+    if privacy:
+        exact = {len(own.units(privacy.unit)) for own in hospitals}
+        units = exact if threat.knows_batch_size else {declare_size(n) for n in exact}
+    if len(sizes) > 1 or len(units) > 1:
         raise UserError(
-            f"hospitals that declare {', '.join(map(str, units))} {privacy.unit}s: a sum of their steps has no one "
-            "denominator; give each as many"
+            f"hospitals of {sorted(sizes)} films that declare {sorted(units)} units: a sum weighs their films "
+            "unequally, and has no one denominator; give each as many"
         )
-    return units[0]
+    return units.pop() if privacy else None
 
 
-def observe(
+def simulate_view(
     films: Films | Sequence[Films],
     training: Training,
     state: State | Sequence[State],
@@ -67,28 +68,17 @@ def observe(
     privacy
         A private step's denominator is public. Where the threat model grants the number of films, hospitals declare
         their true number of units, the most exact case for the attacker; else they round it to tens, as the product's
-        do (:func:`~primia_lite.federation.hospital.declare_size`), so that it doesn't give the number away.
+        do, so that it doesn't give the number away.
     seed
-        Of sampling and noise, for teaching and tests; None draws them from the operating system.
-
-    Raises
-    ------
-    UserError
-        A recipe that the attacks have no model of, or hospitals of unequal size.
+        Draws sampling and noise, for teaching and tests; None draws them from the operating system.
     """
     threat = threat or ThreatModel()
     hospitals = [films] if isinstance(films, Films) else list(films)
     beyond = {"momentum": 0.0, "weight_decay": 0.0, "label_smoothing": 0.0, "class_weights": None, "augmentation": ()}
     if changed := [name for name, plain in beyond.items() if getattr(training, name) != plain]:
         raise UserError(f"the attacks explain plain steps of SGD on cross-entropy: leave out {', '.join(changed)}")
-    if len({len(own) for own in hospitals}) > 1:
-        raise UserError(
-            f"hospitals of {', '.join(str(len(own)) for own in hospitals)} films: a sum of their mean gradients weighs "
-            "films unequally; give each as many"
-        )
-    states = [state] if isinstance(state, dict) else list(state)
-    first, updates, steps = hospitals[0], [], training.steps_per_round
-    declared = _declared(hospitals, privacy, threat) if privacy else None
+    declared, first = _declared(hospitals, privacy, threat), hospitals[0]
+    states, updates = [state] if isinstance(state, dict) else list(state), []
     for number, weights in enumerate(states):
         total: State = {}
         for place, own in enumerate(hospitals):
@@ -99,13 +89,13 @@ def observe(
     in_shape = tuple(first.inputs.shape[2:])
     network = models.build(training.model, training.n_classes, in_shape, **training.model_options)
     network.load_state_dict(states[0])
+    bound = privacy.max_grad_norm if privacy else 0.0
     return AttackerView(
         threat, network, tuple({k: v.clone() for k, v in s.items()} for s in states), tuple(updates),
-        training.learning_rate, steps, in_shape, first.normalisation,
+        training.learning_rate, training.steps_per_round, in_shape, first.normalisation,
         n_films=max(1, round(len(first) * training.sample_rate)),
         labels=torch.cat([own.labels for own in hospitals]).clone() if training.sample_rate == 1 else None,
-        hospitals=len(hospitals),
-        max_grad_norm=privacy.max_grad_norm if privacy else 0.0,
-        noise_std=privacy.noise_multiplier * privacy.max_grad_norm if privacy else 0.0,
+        hospitals=len(hospitals), max_grad_norm=bound,
+        noise_std=privacy.noise_multiplier * bound if privacy else 0.0,
         denominator=training.sample_rate * declared if privacy else 0.0,
     )  # fmt: skip

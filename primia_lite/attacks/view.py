@@ -85,8 +85,7 @@ class AttackerView:
     Raises
     ------
     UserError
-        Rounds or hospitals that the threat model doesn't grant, sizes that contradict each other, weights, updates or
-        films that don't fit the network, numbers that aren't finite, or a private step without bound or denominator.
+        More than the threat model grants, or parts that contradict each other, don't fit the network or aren't finite.
     """
 
     threat: ThreatModel
@@ -111,9 +110,7 @@ class AttackerView:
         if not self.threat.knows_labels:
             grant(self, "labels", None)
         if not self.updates or len(self.updates) != len(self.weights):
-            raise UserError(
-                f"{len(self.updates)} updates and {len(self.weights)} sets of weights: give one pair a round"
-            )
+            raise UserError(f"{len(self.updates)} updates, {len(self.weights)} sets of weights: give one pair a round")
         if len(self.updates) > 1 and self.threat.sees != "rounds":
             raise UserError(f"{self.threat.name!r} sees one round; {len(self.updates)} were given")
         if self.hospitals > 1 and self.threat.sees != "sum":
@@ -129,27 +126,25 @@ class AttackerView:
         if self.noise_std and not private[0]:
             raise UserError(f"noise_std is {self.noise_std:g}, but max_grad_norm 0: noise comes with a clipping bound")
         if self.labels is not None and self.n_films is not None and len(self.labels) != self.total_films:
-            raise UserError(
-                f"the batch size doesn't match the view: {len(self.labels)} labels for {self.total_films} films"
-            )
-        own = self.network.state_dict()
+            raise UserError(f"{len(self.labels)} labels for {self.total_films} films: give one each")
+        self._check_tensors()
+        self._check_films()
+
+    def _check_tensors(self) -> None:
+        own = {name: value.shape for name, value in self.network.state_dict().items()}
         for state in self.weights:
-            if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
+            if {name: value.shape for name, value in state.items()} != own:
                 raise UserError("the weights don't fit the network: give those that the update started from")
         for update in self.updates:
-            for name, value in update.items():
-                if name not in own or own[name].shape != value.shape:
-                    raise UserError(
-                        f"the update's {name!r} {tuple(value.shape)} doesn't fit the network: is it another's?"
-                    )
             if missing := [name for name, _ in self.network.named_parameters() if name not in update]:
                 raise UserError(f"the update lacks {missing[0]!r}: an attack needs all parameters of the network")
             for name, value in update.items():
-                if not torch.isfinite(value).all():
+                if own.get(name) != value.shape:
                     raise UserError(
-                        f"the update's {name!r} has values that aren't finite: nothing can be inferred from it"
+                        f"the update's {name!r} {tuple(value.shape)} doesn't fit the network: is it another's?"
                     )
-        self._check_films()
+                if not torch.isfinite(value).all():
+                    raise UserError(f"the update's {name!r} isn't finite: nothing can be inferred from it")
 
     def _check_films(self) -> None:
         """One blank film through a copy of the network, so that no attack ends in torch's own errors."""
@@ -176,13 +171,7 @@ class AttackerView:
         labels: torch.Tensor | None = None,
         normalisation: tuple[float, float] = (0.0, 1.0),
     ) -> AttackerView:
-        """A view of a shared mean gradient, as older papers have it: an update with learning rate 1.
-
-        Raises
-        ------
-        UserError
-            Another number of tensors than the network has parameters, or what the class itself refuses.
-        """
+        """A view of a shared mean gradient, as older papers have it: an update with learning rate 1."""
         names = [name for name, _ in network.named_parameters()]
         if len(gradient) != len(names):
             raise UserError(f"{len(gradient)} gradients for {len(names)} parameters: give one each, in their order")
@@ -195,13 +184,7 @@ class AttackerView:
 
     @property
     def total_films(self) -> int:
-        """Films in a step of all hospitals seen together.
-
-        Raises
-        ------
-        UserError
-            The threat model doesn't grant their number.
-        """
+        """Films in a step of all hospitals seen together; a UserError where the threat model doesn't grant it."""
         if self.n_films is None:
             raise UserError("the number of films isn't known under this threat model: pass a guess as n_films")
         return self.n_films * self.hospitals
@@ -213,30 +196,21 @@ class AttackerView:
 
     def of_round(self, round_number: int) -> AttackerView:
         """What this view holds of one of its rounds, for attacks that take one."""
-        return replace(
-            self, network=self.model(round_number), weights=(self.weights[round_number],),
-            updates=(self.updates[round_number],),
-        )  # fmt: skip
+        weights, updates = (self.weights[round_number],), (self.updates[round_number],)
+        return replace(self, network=self.model(round_number), weights=weights, updates=updates)
 
     def check_one_round(self) -> None:
         """Raise UserError if there are several rounds: an attack that takes one would pass over the others."""
         if len(self.updates) > 1:
             raise UserError(
                 f"the view has {len(self.updates)} rounds, and this attack takes one: pass view.of_round(0) (or "
-                "another's number), or use map_films, which adds rounds up"
+                "another's number), or use MapEstimator, which adds rounds up"
             )
 
     def gradient(self, round_number: int = 0) -> list[torch.Tensor]:
         """Mean gradient over a round's local steps, a tensor for each parameter, from the update; of a sum over
-        hospitals, the sum of theirs.
-
-        Of a private step it is the noisy sum of the clipped gradients, over the public denominator.
-
-        Raises
-        ------
-        UserError
-            It is zero or constant throughout: there is nothing to invert.
-        """
+        hospitals, the sum of theirs; of a private step the noisy sum of the clipped gradients over the public
+        denominator. A UserError if it is zero or constant throughout: then there is nothing to invert."""
         scale = -1.0 / (self.learning_rate * self.local_steps) if self.learning_rate else 0.0
         out = [self.updates[round_number][name] * scale for name, _ in self.network.named_parameters()]
         if all(float(value.abs().max()) == 0 for value in out):
@@ -262,31 +236,13 @@ class AttackerView:
     def denormalise(self, inputs: torch.Tensor) -> torch.Tensor:
         return inputs * self.normalisation[1] + self.normalisation[0]
 
-    def batch_statistics(self) -> dict[str, torch.Tensor]:
-        """Mean and variance over the batch at each BatchNorm layer, which its running statistics give away.
-
-        The update of a running statistic is momentum times (the batch's minus the old one); after one local step this
-        is exact. Empty where the network has no BatchNorm.
-        """
-        found = {}
-        for name, layer in self.network.named_modules():
-            if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.momentum:
-                for part in ("running_mean", "running_var"):
-                    key = f"{name}.{part}" if name else part
-                    if key in self.updates[0]:
-                        found[key] = self.weights[0][key] + self.updates[0][key] / layer.momentum
-        return found
-
     def describe(self) -> dict[str, str]:
         """For a table: the threat model, and what this view holds."""
         rows = self.threat.describe()
-        films = f"{self.total_films} in a step" if self.n_films else rows["number of films"]
-        rows["number of films"] = films
-        rows["update"] = (
-            f"{sum(v.numel() for v in self.updates[0].values()):,} numbers after {self.local_steps} local step(s)"
-        )
+        if self.n_films:
+            rows["number of films"] = f"{self.total_films} in a step"
+        numbers = sum(value.numel() for value in self.updates[0].values())
+        rows["update"] = f"{numbers:,} numbers after {self.local_steps} local step(s)"
         noise = f"noise σC = {self.noise_std:g}" if self.noisy else "no noise"
         rows["privacy"] = f"clipped to {self.max_grad_norm:g}, {noise}" if self.denominator else "none"
-        if extra := len(self.batch_statistics()):
-            rows["BatchNorm"] = f"{extra} vectors more: mean and variance of the batch at each normalised layer"
         return rows

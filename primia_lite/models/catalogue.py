@@ -22,18 +22,15 @@ from primia_lite.data.films import PIXEL_MEAN, PIXEL_STD, Films
 from primia_lite.models import networks
 from primia_lite.models.frozen import EXTRACTORS, changed_views, features
 
-# For the constants of norms.
-_NORM_FILMS, _NORM_SEED = 200, 7919
+NORM_FILMS, NORM_SEED = 200, 7919
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What there is to know of a network: the extractor if it has a frozen one, and how the trained part is made."""
+    """How the trained part of a network is made, and the extractor of one that has a frozen part."""
 
-    name: str
-    description: str
-    extract: Callable | None
     build: Callable[..., nn.Module]
+    extract: Callable | None = None
 
 
 def linear_head(n_classes: int, in_shape: tuple[int, ...]) -> nn.Module:
@@ -45,13 +42,12 @@ def linear_head(n_classes: int, in_shape: tuple[int, ...]) -> nn.Module:
 
 
 MODELS = {
-    "litenet": Spec("litenet", "EfficientNet-lite0 frozen, linear head", EXTRACTORS["litenet"], linear_head),
-    "scatternet": Spec("scatternet", "scattering transform, linear head", EXTRACTORS["scatternet"], linear_head),
-    "ckksnet": Spec("ckksnet", "small CNN with square activations", None, networks.ckksnet),
-    "resnet18": Spec("resnet18", "ResNet-18 with GroupNorm", None, networks.resnet18),
-    "convnet": Spec("convnet", "two convolutions, dense: the one that attacks are shown on", None, networks.convnet),
-    "mlp": Spec("mlp", "one hidden dense layer", None, networks.mlp),
-    "imprintnet": Spec("imprintnet", "a malicious server's imprint layer before a convnet", None, networks.imprintnet),
+    **{name: Spec(linear_head, extract) for name, extract in EXTRACTORS.items()},
+    "ckksnet": Spec(networks.ckksnet),
+    "resnet18": Spec(networks.resnet18),
+    "convnet": Spec(networks.convnet),
+    "mlp": Spec(networks.mlp),
+    "imprintnet": Spec(networks.imprintnet),
 }
 
 
@@ -66,9 +62,7 @@ def check_options(name: str, options: dict) -> None:
     """Raise UserError for an option that a model's network doesn't have, naming those that it has."""
     known = list(inspect.signature(spec(name).build).parameters)[2:]  # after n_classes and in_shape
     if unknown := [option for option in options if option not in known]:
-        raise UserError(
-            f"{name} has no option {unknown[0]!r}: " + (f"choose from {', '.join(known)}" if known else "it has none")
-        )
+        raise UserError(f"{name} has no option {unknown[0]!r}: choose from {', '.join(known) or 'none'}")
 
 
 def build(name: str, n_classes: int, in_shape: tuple[int, ...], *, seed: int = 0, **options) -> nn.Module:
@@ -79,28 +73,23 @@ def build(name: str, n_classes: int, in_shape: tuple[int, ...], *, seed: int = 0
     in_shape
         Shape of one view of one film: ``films.inputs.shape[2:]``.
     seed
-        Of the initial weights; torch's global generator is left as it was.
+        Makes the initial weights; torch's global generator is left as it was.
     options
         The network's own, as its function in :mod:`primia_lite.models.networks` names them.
-
-    Raises
-    ------
-    UserError
-        An unknown model or option.
     """
     check_options(name, options)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = spec(name).build(n_classes, tuple(in_shape), **options)
     if any(isinstance(layer, networks.FixedNorm) for layer in network.modules()):
-        networks.fit_norms(network, _public_pixels(in_shape[-1]))
+        networks.fit_norms(network, public_pixels(in_shape[-1]))
     return network
 
 
 @functools.lru_cache(maxsize=4)
-def _public_pixels(side: int) -> torch.Tensor:
-    """Phantom films for norms, each of mean 0 and standard deviation 1: float32 [N, 1, side, side]."""
-    images = torch.from_numpy(phantom.generate(_NORM_FILMS, int(np.clip(side, 28, 256)), _NORM_SEED).images)
+def public_pixels(side: int) -> torch.Tensor:
+    """Phantom films for the constants of norms, each of mean 0 and standard deviation 1: float32 [N, 1, side, side]."""
+    images = torch.from_numpy(phantom.generate(NORM_FILMS, int(np.clip(side, 28, 256)), NORM_SEED).images)
     pixels = images.float()[:, None]
     if pixels.shape[-1] != side:
         pixels = F.interpolate(pixels, size=(side, side), mode="bilinear", align_corners=False, antialias=True)
@@ -136,28 +125,19 @@ def prepare(
     standardise
         Each film by itself, to mean 0 and standard deviation 1: exposure and contrast go, and nothing of other films
         comes in. Not for frozen networks.
-
-    Raises
-    ------
-    UserError
-        Normalisation or standardising for a frozen network, or both at once.
     """
     labels = torch.from_numpy(films.labels)
-    if spec(name).extract is not None:
-        if normalisation is not None:
-            raise UserError(f"{name} is frozen: its normalisation belongs to its weights and can't be chosen")
+    frozen = spec(name).extract is not None
+    if normalisation is not None and (frozen or standardise):
+        why = "is frozen, and keeps the one it was trained with" if frozen else "is given films standardised one by one"
+        raise UserError(f"{name} {why}: leave the normalisation out")
+    if frozen:
         if standardise:
             raise UserError(f"{name} is frozen: its films can't be standardised")
         views = [features(name, films.images, cache=cache)]
         views += [features(name, changed, cache=cache) for changed in changed_views(films.images, augmentation)]
         return Films(torch.from_numpy(np.stack(views, 1)), labels, films.patient_id, model=name)
-    if standardise:
-        if normalisation is not None:
-            raise UserError(
-                "films that are standardised one by one take no common normalisation: choose one of the two"
-            )
-        pixels = standardised(torch.from_numpy(np.array(films.images)).float())
-        return Films(pixels[:, None, None], labels, films.patient_id, (0.0, 1.0), model=name)
-    mean, std = normalisation or (PIXEL_MEAN, PIXEL_STD)
-    pixels = (torch.from_numpy(np.array(films.images)).float() / 255.0 - mean) / std
+    pixels = torch.from_numpy(np.array(films.images)).float()
+    mean, std = (0.0, 1.0) if standardise else normalisation or (PIXEL_MEAN, PIXEL_STD)
+    pixels = standardised(pixels) if standardise else (pixels / 255.0 - mean) / std
     return Films(pixels[:, None, None], labels, films.patient_id, (mean, std), model=name)

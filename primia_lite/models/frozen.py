@@ -100,16 +100,19 @@ class ScatterNetExtractor:
         return torch.log(F.avg_pool2d(coefficients, 4).flatten(1).clamp(min=1e-4))
 
 
-@functools.cache
-def _extractor(kind: Callable):
-    return kind()
-
-
 EXTRACTORS: dict[str, Callable] = {"litenet": LiteNetExtractor, "scatternet": ScatterNetExtractor}
-_EXTRACTOR_VERSION = {"litenet": 2, "scatternet": 2}
-# Of the whitening: enough phantoms for a covariance, its smallest directions raised to a share of the largest.
-_PUBLIC_FILMS, _PUBLIC_SEED, _FLOOR = 600, 7919, 0.003
+EXTRACTOR_VERSION = {"litenet": 2, "scatternet": 2}  # part of the cache's keys
+# The whitening: enough phantoms for a covariance, its smallest directions raised to a share of the largest.
+PUBLIC_FILMS, PUBLIC_SEED, FLOOR = 600, 7919, 0.003
 BIAS_INPUT = 0.1
+
+
+@functools.cache
+def extractor(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The frozen part of a network."""
+    if name not in EXTRACTORS:
+        raise UserError(f"{name} has no frozen part: its inputs are the films themselves")
+    return EXTRACTORS[name]()
 
 
 def features(name: str, images: np.ndarray, *, cache: bool = True, progress: bool = True) -> np.ndarray:
@@ -124,44 +127,44 @@ def features(name: str, images: np.ndarray, *, cache: bool = True, progress: boo
     ----------
     images : uint8 [N, H, W]
     """
-    return _whitened(name, images.shape[-1], torch.from_numpy(_extract(name, images, cache, progress))).numpy()
+    raw = raw_features(name, images, cache=cache, progress=progress)
+    return _whitened(name, images.shape[-1], torch.from_numpy(raw)).numpy()
 
 
 def differentiable_features(name: str, images: torch.Tensor) -> torch.Tensor:
     """:func:`features` of films as a function that autograd sees: grey values 0 to 255, [N, H, W] -> [N, D + 1]."""
-    extractor = _extractor(_frozen(name))
-    return _whitened(name, images.shape[-1], extractor(images))
+    return _whitened(name, images.shape[-1], extractor(name)(images))
 
 
 def _whitened(name: str, size: int, raw: torch.Tensor) -> torch.Tensor:
-    mean, whiten = _whitening(name, size)
+    mean, whiten = whitening(name, size)
     return F.pad(F.normalize((raw - torch.from_numpy(mean)) @ whiten, dim=1), (0, 1), value=BIAS_INPUT)
 
 
 @functools.lru_cache(maxsize=4)
-def _whitening(name: str, size: int) -> tuple[np.ndarray, torch.Tensor]:
+def whitening(name: str, size: int) -> tuple[np.ndarray, torch.Tensor]:
     """Mean [D] and ZCA-like map [D, D] from phantom films, as they are and jittered; kept in the cache, as they take
     seconds."""
 
     def fitted() -> np.ndarray:
-        public = phantom.generate(_PUBLIC_FILMS, int(np.clip(size, 28, 256)), _PUBLIC_SEED).images
+        public = phantom.generate(PUBLIC_FILMS, int(np.clip(size, 28, 256)), PUBLIC_SEED).images
         jittered = next(changed_views(public, ("jitter",)))
-        sample = np.concatenate([_extract(name, views, True, False) for views in (public, jittered)])
+        sample = np.concatenate([raw_features(name, views, progress=False) for views in (public, jittered)])
         mean = sample.mean(0)
         centred = torch.from_numpy(sample - mean)
         variance, direction = torch.linalg.eigh(centred.T @ centred / len(centred))
-        scaled = direction / torch.sqrt(variance.clamp(min=0) + _FLOOR * variance[-1])
+        scaled = direction / torch.sqrt(variance.clamp(min=0) + FLOOR * variance[-1])
         return np.concatenate([mean[None], scaled.numpy()])
 
-    recipe = [name, _EXTRACTOR_VERSION[name], size, _PUBLIC_FILMS, _PUBLIC_SEED, _FLOOR, _code_of_whitening()]
+    recipe = [name, EXTRACTOR_VERSION[name], size, PUBLIC_FILMS, PUBLIC_SEED, FLOOR, code_of_whitening()]
     digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
     found = _cached(cache_dir() / "features" / f"{name}-whitening-{digest[:20]}.npy", fitted)
     return found[0], torch.from_numpy(found[1:])
 
 
 @functools.cache
-def _code_of_whitening() -> str:
-    """Of all that a whitening follows from but for packages: a changed phantom needs another."""
+def code_of_whitening() -> str:
+    """Hash of the code that a whitening follows from: a changed phantom needs another."""
     modules = [sys.modules[__name__], aug, phantom, phantom_films, anatomy, canvas, render]
     return hashlib.sha256("".join(inspect.getsource(module) for module in modules).encode()).hexdigest()
 
@@ -175,28 +178,21 @@ def _cached(path: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
     return out
 
 
-def _frozen(name: str) -> Callable:
-    if name not in EXTRACTORS:
-        raise UserError(f"{name} has no frozen part: its inputs are the films themselves")
-    return EXTRACTORS[name]
-
-
-def _extract(name: str, images: np.ndarray, cache: bool, progress: bool) -> np.ndarray:
-    """Raw features of a frozen network, float32 [N, D]; cached under images, size and network."""
-    extract = _frozen(name)
+def raw_features(name: str, images: np.ndarray, *, cache: bool = True, progress: bool = True) -> np.ndarray:
+    """What a frozen network makes of uint8 images [N, H, W], float32 [N, D]; cached under images, size and network."""
+    extract = extractor(name)
     if not len(images):
         raise UserError("there are no films to extract features from")
 
     def extracted() -> np.ndarray:
         from tqdm.auto import tqdm
 
-        extractor = _extractor(extract)
-        batches = torch.from_numpy(np.array(images)).split(extractor.batch_size)
+        batches = torch.from_numpy(np.array(images)).split(extract.batch_size)
         # One thread of torch for each worker: on small batches that beats sharing each one out, and by far on a busy
         # machine.
         with ThreadPoolExecutor(cores(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
             done = tqdm(
-                pool.map(extractor, batches), total=len(batches), desc=f"{name} features", unit="batch", leave=False,
+                pool.map(extract, batches), total=len(batches), desc=f"{name} features", unit="batch", leave=False,
                 disable=not (progress and in_notebook()),
             )  # fmt: skip
             return torch.cat(list(done)).numpy()
@@ -204,7 +200,7 @@ def _extract(name: str, images: np.ndarray, cache: bool, progress: bool) -> np.n
     if not cache:
         return extracted()
     digest = hashlib.sha256(np.ascontiguousarray(images).data)
-    digest.update(json.dumps([name, _EXTRACTOR_VERSION[name], list(images.shape)]).encode())
+    digest.update(json.dumps([name, EXTRACTOR_VERSION[name], list(images.shape)]).encode())
     return _cached(cache_dir() / "features" / f"{name}-{digest.hexdigest()[:20]}.npy", extracted)
 
 

@@ -25,12 +25,7 @@ class Copy(nn.Module):
 
 class FixedNorm(nn.Module):
     """(x - mean) / scale by constants, each feature's own: a norm that needs no statistics of private films. Under
-    encryption it is folded into the dense layer behind it.
-
-    Parameters
-    ----------
-    size : features
-    """
+    encryption it is folded into the dense layer behind it."""
 
     def __init__(self, size: int):
         super().__init__()
@@ -53,29 +48,22 @@ def fit_norms(network: nn.Sequential, inputs: torch.Tensor) -> None:
 
 
 def folded(network: nn.Sequential) -> nn.Sequential:
-    """The same function without :class:`FixedNorm`: each becomes part of the dense layer behind it.
-
-    Raises
-    ------
-    UserError
-        A norm with no dense layer right behind it.
-    """
+    """The same function without :class:`FixedNorm`: each becomes part of the dense layer behind it."""
     layers, norm = [], None
-    for layer in [*network, None]:
-        if norm is not None and not isinstance(layer, nn.Linear):
-            raise UserError("a norm without a dense layer right behind it can't be folded: put one there")
-        if layer is None:
-            break
-        if isinstance(layer, FixedNorm):
-            norm = layer
-        elif norm is not None:
+    for layer in network:
+        if norm is not None:
+            if not isinstance(layer, nn.Linear):
+                break
             dense = nn.Linear(layer.in_features, layer.out_features, dtype=torch.float64)
             dense.weight.data = layer.weight.detach().double() / norm.scale.double()
             dense.bias.data = layer.bias.detach().double() - dense.weight @ norm.mean.double()
-            layers.append(dense.to(layer.weight.dtype))
-            norm = None
+            layer, norm = dense.to(layer.weight.dtype), None
+        if isinstance(layer, FixedNorm):
+            norm = layer
         else:
             layers.append(layer)
+    if norm is not None:
+        raise UserError("a norm without a dense layer right behind it can't be folded: put one there")
     return nn.Sequential(*layers)
 
 
@@ -124,9 +112,8 @@ def resnet18(n_classes: int, in_shape: tuple[int, ...]) -> nn.Module:
     return network
 
 
-ACTIVATIONS = {
-    "tanh": nn.Tanh, "sigmoid": nn.Sigmoid, "relu": nn.ReLU, "silu": nn.SiLU, "elu": nn.ELU, "square": Square,
-}  # fmt: skip
+ACTIVATIONS = {"tanh": nn.Tanh, "sigmoid": nn.Sigmoid, "relu": nn.ReLU, "silu": nn.SiLU, "elu": nn.ELU}
+ACTIVATIONS["square"] = Square
 
 
 def activation_layer(name: str) -> nn.Module:
@@ -164,10 +151,7 @@ class Imprint(nn.Module):
     it: what a malicious server puts into a model (Fowl et al., Robbing the Fed, ICLR 2022).
 
     Units count with alternating signs, so that a film which saturates many of them shifts the logit by one at most.
-
-    Parameters
-    ----------
-    gain : how far a unit shifts the logit; with several local steps a small one keeps the units where they were
+    ``gain`` is how far one shifts it; with several local steps a small one keeps the units where they were.
     """
 
     def __init__(self, network: nn.Module, pixels: int, bins: int, gain: float):

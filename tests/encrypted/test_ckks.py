@@ -106,7 +106,7 @@ def test_ckksnets_norms_are_folded_under_encryption(hidden):
     model = models.build("ckksnet", 3, (1, 28, 28), channels=4, hidden=hidden)
     torch.nn.init.normal_(model[-1].weight, std=1.0)  # as large as trained ones
     client, _, session = pair(model, (1, 28, 28), decimals=6)
-    x = models.catalogue._public_pixels(28)[0]
+    x = models.catalogue.public_pixels(28)[0]
     with torch.no_grad():
         plain = model.double()(x.double()[None])[0].numpy()
     np.testing.assert_allclose(encrypted(client, session, x), plain, atol=2e-3)
