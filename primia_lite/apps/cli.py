@@ -151,18 +151,18 @@ def _ledger(args: argparse.Namespace) -> int:
 
 
 def _serve(args: argparse.Namespace) -> int:
-    from primia_lite.apps.service import commands as serve
+    from primia_lite.apps.service import commands
 
-    return serve.serve(
+    return commands.serve(
         args.models, demo=args.demo, host=args.host, port=args.port, certfile=args.certfile, keyfile=args.keyfile,
         limits=not args.no_limits, workers=args.workers,
     )  # fmt: skip
 
 
 def _diagnose(args: argparse.Namespace) -> int:
-    from primia_lite.apps.service import commands as serve
+    from primia_lite.apps.service import commands
 
-    print(serve.diagnose(args.film, args.url, args.model, args.ca_file))
+    print(commands.diagnose(args.film, args.url, args.model, args.ca_file))
     return 0
 
 

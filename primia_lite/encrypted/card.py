@@ -70,12 +70,7 @@ class ModelCard:
 
     @classmethod
     def load(cls, path: str | Path) -> ModelCard:
-        """
-        Raises
-        ------
-        UserError
-            No such file, or another kind of file.
-        """
+        """From a file; a UserError where there is none, or another kind."""
         try:
             return cls.from_bytes(Path(path).read_bytes())
         except FileNotFoundError as error:
