@@ -175,13 +175,7 @@ class BatchLinearKernel:
 
 
 class BatchCNNKernel:
-    """Weights of a ``ckksnet`` for :class:`BatchCNNPacking`.
-
-    Raises
-    ------
-    UserError
-        Weights or biases that are too large for the parameters, or not finite.
-    """
+    """Weights of a ``ckksnet`` for :class:`BatchCNNPacking`."""
 
     def __init__(self, packing: BatchCNNPacking, model: nn.Sequential, context: Context):
         self.packing, self.context, self.scales = packing, context, packing.scales(context)

@@ -86,11 +86,6 @@ def prepare_film(description: dict, image: np.ndarray) -> np.ndarray:
     ----------
     description : of the service, see :meth:`ModelCard.describe`
     image : uint8 [H, W], of the size that the description says
-
-    Raises
-    ------
-    UserError
-        Another size or type.
     """
     from primia_lite.data import ChestXrays
 

@@ -39,11 +39,6 @@ class CkksClient:
     costs : of its last steps, see :class:`~primia_lite.encrypted.costs.Cost`
     flooding_std : of the noise, in logits; 0 without
     queries_left : decryptions that the flooding still covers
-
-    Raises
-    ------
-    UserError
-        Flooding for a packing without room for it, or decimals beyond 0 to 6.
     """
 
     def __init__(self, packing: Packing, decimals: int = 3, flooding: Flooding | None = None):
@@ -92,13 +87,7 @@ class CkksClient:
             )
 
     def encrypt(self, film: np.ndarray) -> list[bytes]:
-        """One film's features [D] or pixels [H, W], as the model takes them; for a batch [films, D] or [films, H, W].
-
-        Raises
-        ------
-        UserError
-            Another shape, numbers that aren't finite, or larger ones than the parameters have room for.
-        """
+        """Of one film's features [D] or pixels [H, W], as the model takes them; of a batch [films, ...]."""
         started = time.perf_counter()
         film = np.asarray(film, dtype=np.float64)
         shape = film.shape[1:] if self.packing.in_slots else film.shape

@@ -22,14 +22,7 @@ class EvaluationKeys(NamedTuple):
 
 
 def head_weights(packing: HeadPacking, model: nn.Linear, context: Context) -> np.ndarray:
-    """float64 [classes, features].
-
-    Raises
-    ------
-    UserError
-        Logits of features of the packing's largest norm could be too large for the modulus, or all weights are 0, which
-        SEAL doesn't multiply by.
-    """
+    """float64 [classes, features]."""
     weights = model.weight.detach().double().numpy()
     if not weights.any():
         raise UserError("all weights of the head are 0: train it first")
@@ -219,11 +212,6 @@ class CNNKernel:
 def packing_for(model: nn.Module, in_shape: tuple[int, ...]) -> LinearPacking | CNNPacking:
     """The packing of a head without bias, or of convolution, square, dense (square, dense), with norms before dense
     layers or without.
-
-    Raises
-    ------
-    UserError
-        A network that none of the packings is for.
     """
     if isinstance(model, nn.Linear) and model.bias is None:
         if tuple(in_shape) != (model.in_features,):

@@ -64,11 +64,6 @@ def plan(model: nn.Module, in_shape: tuple[int, ...], batch_size: int = 1, flood
     in_shape : of one film as the model takes it, [D] features or [1, H, W] pixels
     batch_size : films that come together
     flooded : with room for the client's flooding; a linear head only, one film at a time
-
-    Raises
-    ------
-    UserError
-        A network that can't be run under encryption here, or not so.
     """
     packing = packing_for(model, in_shape)
     if flooded:

@@ -14,6 +14,7 @@ from torch import nn
 
 from primia_lite import models
 from primia_lite.config import UserError
+from primia_lite.data import load
 from primia_lite.encrypted.client import CkksClient
 from primia_lite.encrypted.flooding import Flooding
 from primia_lite.encrypted.kernels import packing_for
@@ -84,7 +85,7 @@ def test_ckksnets_norms_are_folded_under_encryption(hidden):
     model = models.build("ckksnet", 3, (1, 28, 28), channels=4, hidden=hidden)
     torch.nn.init.normal_(model[-1].weight, std=1.0)  # as large as trained ones
     client, _, session = pair(model, (1, 28, 28), decimals=6)
-    x = film((1, 28, 28))
+    x = models.prepare("ckksnet", load("phantom", 28, n_films=30)).inputs[0, 0]
     with torch.no_grad():
         plain = model.double()(x.double()[None])[0].numpy()
     np.testing.assert_allclose(encrypted(client, session, x), plain, atol=2e-3)
@@ -122,21 +123,6 @@ def test_tenseals_convolution_agrees():
     packed.square_()
     peer = (packed.mm(model[-1].weight.data.T.tolist()) + model[-1].bias.data.tolist()).decrypt()
     np.testing.assert_allclose(encrypted(client, session, x), peer, atol=2e-3)
-
-
-@pytest.mark.parametrize("kind", ["linear", "cnn"])
-def test_the_decision_is_the_same(kind):
-    """50 films: the same class, but where the two largest logits are closer than the error."""
-    shape, model = ((40,), head(40)) if kind == "linear" else ((1, 12, 12), cnn(12, 5, 3, 2, 0, 3))
-    client, _, session = pair(model, shape)
-    compared = 0
-    for seed in range(50):
-        x = film(shape, seed)
-        plain = model(x[None])[0].detach().numpy()
-        if np.diff(np.sort(plain))[-1] > 1e-3:
-            compared += 1
-            assert encrypted(client, session, x).argmax() == plain.argmax()
-    assert compared > 40
 
 
 def loud(largest: float):
@@ -201,8 +187,12 @@ def test_more_decimals_than_are_safe_are_refused(decimals):
 
 def test_numbers_without_room_are_refused(small):
     client, _, _ = small
-    with pytest.raises(UserError, match="features"):
-        client.encrypt(film((40,)).numpy() * 2)
+    for bad, message in (
+        (film((40,)).numpy() * 2, "norm"), (np.ones(41), "shape"), (np.ones((40, 1)), "shape"),
+        (np.full(40, np.nan), "finite"), (np.full(40, np.inf), "finite"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            client.encrypt(bad)
     model = cnn(12, 5, 3, 2, 0, 3)
     model[-1].bias.data += 1e6
     with pytest.raises(UserError, match="parameters"):
@@ -211,7 +201,7 @@ def test_numbers_without_room_are_refused(small):
 
 def test_networks_without_a_packing_are_refused():
     for model in (nn.Linear(4, 2), nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), cnn(28, 7, 3, 3, 0, 3)):
-        with pytest.raises(UserError, match="no packing for this network|power of two"):
+        with pytest.raises(UserError, match="packing"):
             plan(model, (1, 28, 28))
     with pytest.raises(UserError, match="ciphertext"):
         plan(cnn(64, 3, 1, 4, 0, 3), (1, 64, 64))
@@ -234,14 +224,14 @@ def without_bias(model: nn.Sequential, layer: int) -> nn.Sequential:
 @pytest.mark.parametrize(
     ("model", "in_shape", "message"),
     [
-        (without_bias(cnn(12, 5, 3, 2, 0, 3), 0), (1, 12, 12), "has no bias: give it one"),
-        (without_bias(cnn(12, 5, 3, 2, 0, 3), -1), (1, 12, 12), "has no bias: give it one"),
-        (cnn(12, 5, 3, 2, 0, 3), (40,), "takes square films"),
-        (cnn(12, 5, 3, 2, 0, 3), (), "takes square films"),
-        (cnn(12, 5, 3, 2, 0, 3), (3, 12, 12), "takes square films"),
-        (cnn(12, 5, 3, 2, 0, 3), (1, 12, 16), "takes square films"),
-        (cnn(12, 5, 3, 2, 0, 3), (1, 16, 16), "16 px gives 32 numbers, the next layer takes 18: give the in_shape"),
-        (head(40), (41,), "takes .40,. features"),
+        (without_bias(cnn(12, 5, 3, 2, 0, 3), 0), (1, 12, 12), "bias"),
+        (without_bias(cnn(12, 5, 3, 2, 0, 3), -1), (1, 12, 12), "bias"),
+        (cnn(12, 5, 3, 2, 0, 3), (40,), "square"),
+        (cnn(12, 5, 3, 2, 0, 3), (), "square"),
+        (cnn(12, 5, 3, 2, 0, 3), (3, 12, 12), "square"),
+        (cnn(12, 5, 3, 2, 0, 3), (1, 12, 16), "square"),
+        (cnn(12, 5, 3, 2, 0, 3), (1, 16, 16), "in_shape"),
+        (head(40), (41,), "features"),
     ],
 )
 def test_networks_that_do_not_fit_the_film_are_refused(model, in_shape, message, batch_size):
@@ -381,16 +371,6 @@ def test_the_error_of_a_client_counts_rounding_and_flooding():
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
-
-
-def test_bad_films_are_refused(small):
-    client, _, _ = small
-    for bad, message in ((np.ones(41), "the model takes"), (np.ones((40, 1)), "the model takes")):
-        with pytest.raises(UserError, match=message):
-            client.encrypt(bad)
-    for value in (np.nan, np.inf):
-        with pytest.raises(UserError, match="finite"):
-            client.encrypt(np.full(40, value))
 
 
 def changed(data: bytes, at: int, value: bytes) -> bytes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import tenseal
 import tenseal.sealapi as sealapi
 
 from primia_lite.config import UserError
@@ -29,28 +28,18 @@ def test_the_table_is_seals(n):
 @pytest.mark.parametrize(
     ("n", "bits", "scale", "message"),
     [
-        (4096, (54, 30, 54), 30, "weaker than 128-bit security"),
-        (3000, (54,), 24, "choose one of 1024, 2048"),
-        (8192, (60, 30, 30, 60), 40, "rescaling divides by the prime"),
-        (8192, (60, 30, 30, 40), 30, "must be the largest"),
-        (8192, (40, 40, 40), 40, "has room in the difference"),
-        (8192, (61, 30, 61), 30, "primes of 20 to 60 bits"),
-        (8192, (), 30, "primes of 20 to 60 bits"),
+        (4096, (54, 30, 54), 30, "weaker"),
+        (3000, (54,), 24, "choose"),
+        (8192, (60, 30, 30, 60), 40, "divides"),
+        (8192, (60, 30, 30, 40), 30, "largest"),
+        (8192, (40, 40, 40), 40, "room"),
+        (8192, (61, 30, 61), 30, "primes"),
+        (8192, (), 30, "primes"),
     ],
 )
 def test_sets_that_are_weak_or_wrong_are_refused(n, bits, scale, message):
     with pytest.raises(UserError, match=message):
         Parameters(n, bits, scale)
-
-
-def test_what_is_refused_goes_wrong_silently_in_tensor_libraries():
-    """30-bit primes under a scale of 2^40: a product of ones comes back as 1024."""
-    context = tenseal.context(tenseal.SCHEME_TYPE.CKKS, 8192, coeff_mod_bit_sizes=[60, 30, 30, 60])
-    context.global_scale = 2.0**40
-    product = (tenseal.ckks_vector(context, [1.0]) * tenseal.ckks_vector(context, [1.0])).decrypt()[0]
-    assert product == pytest.approx(1024, rel=0.01)
-    with pytest.raises(UserError, match="scale"):
-        Parameters(8192, (60, 30, 30, 60), 40)
 
 
 @pytest.mark.parametrize(("depth", "precision"), [(1, 14), (2, 18), (4, 14)])

@@ -194,7 +194,7 @@ def test_a_hospital_decrypts_once_a_round_and_for_so_many_rounds(key):
         hospital.decrypt(1, "abc", [])
     with pytest.raises(UserError, match="serves"):
         hospital.decrypt(3, "abc", [])
-    with pytest.raises(TooFewSurvivors, match="a sum of \\['b'\\]"):
+    with pytest.raises(TooFewSurvivors, match="fewest"):
         hospital.decrypt(2, "b", [])
 
 
@@ -212,11 +212,11 @@ def test_a_new_key_when_the_rounds_of_one_are_used_up():
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda d: d | {"bias": torch.zeros(4)}, "hospital b's update holds"),
-        (lambda d: {k: v.double() for k, v in d.items()}, "hospital b's update is float64"),
-        (lambda d: d | {"bias": torch.tensor([0.0, np.nan, 0.0])}, "hospital b: .*aren't finite"),
-        (lambda d: d | {"bias": torch.tensor([0.0, -np.inf, 0.0])}, "hospital b: .*aren't finite"),
-        (lambda d: d | {"bias": torch.tensor([0.0, 0.0, -33.0])}, "hospital b: .*33, above the declared clip of 32"),
+        (lambda d: d | {"bias": torch.zeros(4)}, "holds"),
+        (lambda d: {k: v.double() for k, v in d.items()}, "float64"),
+        (lambda d: d | {"bias": torch.tensor([0.0, np.nan, 0.0])}, "finite"),
+        (lambda d: d | {"bias": torch.tensor([0.0, -np.inf, 0.0])}, "finite"),
+        (lambda d: d | {"bias": torch.tensor([0.0, 0.0, -33.0])}, "clip"),
     ],
 )
 def test_bad_updates_are_refused_before_anything_is_sent(spoil, message):

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import collections
+import math
 import time
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one client may cost. None switches a limit off. Addresses aren't accounts: who has many, or keeps opening
-    sessions, can still crowd out others.
+    """What one client may cost; ``math.inf`` switches a limit off. Addresses aren't accounts: who has many, or keeps
+    opening sessions, can still crowd out others.
 
     Attributes
     ----------
@@ -28,19 +29,19 @@ class Limits:
     body_bytes : of the bodies of all requests that are under way; what comes beyond it is sent away
     """
 
-    sessions: int | None = 64
-    session_s: float | None = 3600.0
-    queries: int | None = 1000
-    per_minute: int | None = 120
-    opened_per_minute: int | None = 12
+    sessions: float = 64
+    session_s: float = 3600.0
+    queries: float = 1000
+    per_minute: float = 120
+    opened_per_minute: float = 12
     timeout_s: float = 60.0
-    waiting: int | None = 64
+    waiting: float = 64
     head_s: float = 10.0
-    key_bytes: int | None = 1 << 30
-    body_bytes: int | None = 1 << 29
+    key_bytes: float = 1 << 30
+    body_bytes: float = 1 << 29
 
 
-NO_LIMITS = Limits(None, None, None, None, None, 600.0, None, key_bytes=None, body_bytes=None)
+NO_LIMITS = Limits(*[math.inf] * 5, 600.0, math.inf, key_bytes=math.inf, body_bytes=math.inf)
 
 
 class Refused(Exception):
@@ -55,11 +56,11 @@ class Refused(Exception):
 class Rate:
     """Events in the last minute, by key."""
 
-    def __init__(self, most: int | None):
+    def __init__(self, most: float):
         self.most, self.events = most, collections.OrderedDict()
 
     def check(self, key: str) -> None:
-        if self.most is None:
+        if self.most == math.inf:
             return
         now = time.monotonic()
         times = self.events.setdefault(key, collections.deque())

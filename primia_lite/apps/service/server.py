@@ -18,7 +18,6 @@ import collections
 import contextlib
 import functools
 import logging
-import math
 import secrets
 import ssl
 import time
@@ -149,7 +148,7 @@ class Service:
                 async for part in request.stream():
                     if len(out) + len(part) > most:
                         raise Refused(413, sentence)
-                    if self.limits.body_bytes is not None and self.body_bytes + len(part) > self.limits.body_bytes:
+                    if self.body_bytes + len(part) > self.limits.body_bytes:
                         raise Refused(503, "too many large requests come at once: try again in a moment", 1)
                     out += part
                     self.body_bytes += len(part)
@@ -179,7 +178,7 @@ class Service:
 
     async def _compute(self, worker: InProcess | Worker, what: str, *arguments):
         """In a worker, unless too many wait for it."""
-        if self.limits.waiting is not None and self.waiting[worker] >= self.limits.waiting:
+        if self.waiting[worker] >= self.limits.waiting:
             raise Refused(503, "too many requests are waiting: try again in a moment", 1)
         self.waiting[worker] += 1
         try:
@@ -205,11 +204,10 @@ class Service:
 
     def _expire(self) -> None:
         """End sessions that are too old, and the longest unused beyond those allowed; not the last that there is."""
-        limits, latest = self.limits, time.monotonic() - (self.limits.session_s or math.inf)
-        most, most_bytes = (math.inf if each is None else each for each in (limits.sessions, limits.key_bytes))
+        limits, latest = self.limits, time.monotonic() - self.limits.session_s
         held = sum(self._key_bytes[entry.model] for entry in self.open.values())
         for token, entry in list(self.open.items()):
-            many = len(self.open) > 1 and (len(self.open) > most or held > most_bytes)
+            many = len(self.open) > 1 and (len(self.open) > limits.sessions or held > limits.key_bytes)
             if entry.used >= latest and not many:
                 break
             held -= self._key_bytes[entry.model]
@@ -263,7 +261,7 @@ class Service:
     async def diagnose(self, request: Request) -> Response:
         token = request.path_params["token"]
         entry = self._session(token)
-        if self.limits.queries is not None and entry.queries >= self.limits.queries:
+        if entry.queries >= self.limits.queries:
             # Not ended: films of it may be under way.
             raise Refused(410, f"this session had its {self.limits.queries} films: open a new one")
         self._asked.check(request.client.host if request.client else "")
@@ -299,11 +297,6 @@ def uvicorn_server(
     """The service at an address; its ``run()`` offers it until it is stopped.
 
     Against very many connections, or a client that never reads its answers, put a reverse proxy before it.
-
-    Raises
-    ------
-    UserError
-        One of certificate and key without the other, or a pair that can't be read or doesn't fit.
     """
     import uvicorn
 

@@ -7,6 +7,8 @@ import contextlib
 import gzip
 import json
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -130,6 +132,11 @@ MODELS = json.dumps({"head": described()})
 def remote(answers, **options) -> RemoteServer:
     """A client whose requests are answered in this process."""
     return RemoteServer("http://here", transport=httpx.MockTransport(answers), **{"retries": 0, **options})
+
+
+def test_a_client_needs_no_server():
+    code = "import primia_lite.apps.service.client, sys; print({'starlette', 'uvicorn'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
 
 
 # --- proxies ----------------------------------------------------------------------------------------------------------
@@ -455,27 +462,6 @@ def test_replies_of_another_plan(talk):
     instead.clear()
 
 
-def altered(data: bytes, rng: np.random.Generator) -> bytes:
-    """One to three alterations, more of them near the start."""
-    data = bytearray(data)
-    for _ in range(rng.integers(1, 4)):
-        at = int(rng.integers(min(len(data), 200) if rng.random() < 0.6 else len(data))) if data else 0
-        kind = rng.integers(6)
-        if kind == 0 and data:
-            data[at] ^= 1 << int(rng.integers(8))
-        elif kind == 1:
-            del data[at:]
-        elif kind == 2:
-            data[at : at + 8] = rng.bytes(8)
-        elif kind == 3:
-            data[at:at] = rng.bytes(int(rng.integers(1, 40)))
-        elif kind == 4:
-            data[at : at + 8] = int(rng.choice([0, 1, 255, 1 << 31, (1 << 32) - 1, 1 << 40])).to_bytes(8, "little")
-        else:
-            data[at:at] = data[: int(rng.integers(300))]
-    return bytes(data)
-
-
 STRANGE = [None, True, 0, -1, 3, 10**30, 1.5, float("nan"), float("inf"), "", "x", "\x1b[2J\u202e", "y" * 5000, [],
            [[]], {}, {"kind": "cnn"}, "linear", "cnn", "linear batch", "ckksnet", 64, 4096]  # fmt: skip
 
@@ -502,7 +488,7 @@ def test_thousands_of_altered_replies_get_logits_or_a_sentence(talk):
     (server, instead, last, film), rng, read, refused = talk, np.random.default_rng(0), 0, 0
     server.diagnose(film)
     good = last["diagnose"]
-    instead["diagnose"] = lambda: altered(good, rng)
+    instead["diagnose"] = lambda: hostile.altered(good, rng)
     for _ in range(1200 if server.client.packing.kind == "linear" else 150):  # a CNN's films take long to encrypt
         try:
             logits = server.diagnose(film)
@@ -522,7 +508,7 @@ def test_thousands_of_altered_descriptions_get_a_client_or_a_sentence():
     for number in range(1200):
         told = {"head": described(**(cnn if number % 2 else {}))}
         text = json.dumps(changed(told, rng)).encode()
-        text = altered(text, rng) if number % 3 == 0 else text
+        text = hostile.altered(text, rng) if number % 3 == 0 else text
         try:
             server = remote(lambda _, text=text: httpx.Response(200, content=text))
         except UserError as error:
@@ -535,7 +521,7 @@ def test_thousands_of_altered_descriptions_get_a_client_or_a_sentence():
 
 def test_hundreds_of_altered_answers_on_the_line():
     good, rng = said(MODELS, "200 OK", "Content-Type: application/json"), np.random.default_rng(0)
-    with answering(lambda *_: altered(good, rng)) as (port, _):
+    with answering(lambda *_: hostile.altered(good, rng)) as (port, _):
         for _ in range(200):
             with contextlib.suppress(UserError):
                 RemoteServer(f"http://127.0.0.1:{port}", retries=0, timeout_s=5)
