@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,19 +16,13 @@ from pathlib import Path
 import numpy as np
 import tenseal
 import torch
+from _peers import LIMIT_S, install
 from torch import nn
 
-from primia_lite.config import UserError, cache_dir, check_writable
+from primia_lite.config import UserError
 from primia_lite.encrypted.client import CkksClient
 from primia_lite.encrypted.server import CkksServer
 from primia_lite.models.networks import Square
-
-PEERS = {
-    "orion": ("orion-v2-compiler==2.1.8", "orion-v2-evaluator==2.1.8", "orion-v2-lattigo==6.2.4"),
-    "crypten": ("crypten==0.4.1", "omegaconf==2.3.0", "antlr4-python3-runtime==4.9.3"),
-}
-LIMIT_S = 1800  # of pip, and of a peer's run
-
 
 # --- networks ---------------------------------------------------------------------------------------------------------
 
@@ -202,6 +195,18 @@ class TenSEALNetwork:
         return Sample(ms, logits, up, len(out.serialize()))
 
 
+def _orion_layer(on, layer: nn.Module):
+    if isinstance(layer, (Square, nn.Flatten)):
+        return on.Quad() if isinstance(layer, Square) else on.Flatten()
+    if isinstance(layer, nn.Conv2d):
+        out = on.Conv2d(1, layer.out_channels, layer.kernel_size[0], stride=layer.stride[0])
+    else:
+        out = on.Linear(layer.in_features, layer.out_features)
+    out.weight.data.copy_(layer.weight.data)
+    out.bias.data.copy_(layer.bias.data if layer.bias is not None else torch.zeros(layer.out_features))
+    return out
+
+
 class Orion:
     """orion-v2: a compiler in Python, its evaluator on Lattigo."""
 
@@ -225,31 +230,16 @@ class Orion:
                     x = getattr(self, name)(x)
                 return x
 
-        def translate(layer):
-            if isinstance(layer, (Square, nn.Flatten)):
-                return on.Quad() if isinstance(layer, Square) else on.Flatten()
-            if isinstance(layer, nn.Conv2d):
-                out = on.Conv2d(1, layer.out_channels, layer.kernel_size[0], stride=layer.stride[0])
-            else:
-                out = on.Linear(layer.in_features, layer.out_features)
-            out.weight.data.copy_(layer.weight.data)
-            out.bias.data.copy_(layer.bias.data if layer.bias is not None else torch.zeros(layer.out_features))
-            return out
-
         linear = isinstance(row.model, nn.Linear)
         layers = [nn.Flatten(), row.model] if linear else list(row.model)
         if linear:
-            prime_bits = {"logn": 12 if row.shape[0] <= 2048 else 13, "logq": [39, 30], "logp": [39]}
-            parameters = CKKSParams(ring_type="standard", log_default_scale=30, **prime_bits)
-        elif len(layers) == 6:
-            parameters = CKKSParams(
-                ring_type="standard", logn=13, logq=[36, *[28] * 5], logp=[36], log_default_scale=28
-            )
+            degree, primes, scale = 12 if row.shape[0] <= 2048 else 13, [39, 30], 30
         else:
-            parameters = CKKSParams(
-                ring_type="standard", logn=13, logq=[40, 30, 30, 30], logp=[40], log_default_scale=30
-            )
-        net = Network([translate(layer) for layer in layers]).float().eval()
+            degree, primes, scale = (13, [36, *[28] * 5], 28) if len(layers) == 6 else (13, [40, 30, 30, 30], 30)
+        parameters = CKKSParams(
+            ring_type="standard", logn=degree, logq=primes, logp=primes[:1], log_default_scale=scale
+        )
+        net = Network([_orion_layer(on, layer) for layer in layers]).float().eval()
         shape = (1, 1, *row.shape) if linear else (1, *row.shape)
         fitting = torch.utils.data.TensorDataset(
             torch.stack([torch.from_numpy(row.film(-n - 1 + 1000)).float().reshape(shape) for n in range(16)]),
@@ -299,39 +289,6 @@ CONTENDERS = {
     "tenseal mm": lambda row: TenSEALHead(row, "mm"),
     "orion": Orion,
 }
-
-
-# --- peers ------------------------------------------------------------------------------------------------------------
-
-
-def install(peer: str) -> Path:
-    """Folder with a peer and what it needs besides our own packages.
-
-    Raises
-    ------
-    UserError
-        It doesn't install, and why.
-    """
-    wanted = PEERS[peer]
-    folder = cache_dir() / "peers" / wanted[0].replace("==", "-")
-    if folder.is_dir():
-        return folder
-    print(f"installing {', '.join(wanted)} into {folder}", flush=True)
-    check_writable(folder.parent)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".partial-"))
-    # Without dependencies: they would bring another torch.
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--target"]
-    try:
-        done = subprocess.run([*pip, str(partial), *wanted], capture_output=True, text=True, timeout=LIMIT_S)
-        if done.returncode:
-            raise UserError(f"doesn't install: {(done.stderr.strip().splitlines() or ['pip said nothing'])[-1]}")
-        partial.rename(folder)
-    except subprocess.TimeoutExpired:
-        raise UserError(f"doesn't install: pip took more than {LIMIT_S} s") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return folder
 
 
 def crypten(row: Row, rounds: int) -> dict:

@@ -33,7 +33,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import tenseal
 import torch
-from _ckks_contenders import CONTENDERS, PEERS, Clock, Ours, Row, Sample, crypten, head, rows
+from _ckks_contenders import CONTENDERS, Clock, Ours, Row, Sample, crypten, head, rows
+from _peers import PEERS
 from _service_load import load_test
 
 from primia_lite import runtime
