@@ -18,8 +18,8 @@ from primia_lite.encrypted.wire import join, split
 def load_test(
     url: str, model: str | None = None, *, clients: int = 8, requests: int = 1000, pid: int | None = None
 ) -> dict:
-    """Each hospital has keys, a session and a connection of its own, and encrypts one film beforehand: the time is from the first byte sent to the last received. Random features or pixels; the last reply of each
-    is decrypted.
+    """Each hospital has keys, a session and a connection of its own, and encrypts one film beforehand: the time is
+    from the first byte sent to the last received. Random features or pixels; the last reply of each is decrypted.
 
     Parameters
     ----------
