@@ -151,13 +151,13 @@ class Ckks:
     def __init__(self, length: int):
         self.terms = ckks_sum.Terms(SIZES, length, CLIP)
         key = SecretKey(Context(ckks_sum.PARAMETERS))
-        self.hospitals = {name: ckks_sum.Hospital(name, key, self.terms) for name in SIZES}
+        self.hospitals = {name: ckks_sum.SumHospital(name, key, self.terms) for name in SIZES}
         self.session = 0
 
     def __call__(self, vectors: dict[str, np.ndarray], meter: Meter) -> np.ndarray:
         self.session += 1
         with meter.of("server"):
-            server = ckks_sum.Server(self.terms, self.session)
+            server = ckks_sum.SumServer(self.terms, self.session)
         for name, hospital in self.hospitals.items():
             with meter.of(name):
                 coming = hospital.encrypt(self.session, lambda name=name: vectors[name])

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from primia_lite.config import UserError
-from primia_lite.encrypted.ckks import Client, Server
+from primia_lite.encrypted.client import CkksClient
 from primia_lite.encrypted.flooding import flooding_std, wide_gaussian
 from primia_lite.encrypted.packing import NOISE_STD
 from primia_lite.encrypted.seal import Context, dump
+from primia_lite.encrypted.server import CkksServer
 
 SHARED = ("whole", "logits", "flooded")
 SENT, ATTACKS = ("bare", "re-randomised", "sealed"), ("ratio", "division")
@@ -23,8 +24,8 @@ SENT, ATTACKS = ("bare", "re-randomised", "sealed"), ("ratio", "division")
 def recover_key(weights: np.ndarray, film: np.ndarray, shared: str, statistical_bits: float = 30) -> float:
     """Share of a hospital's key that a server finds when the hospital decrypts a product for it and shares of that
 
-    - ``whole``: all of it in full precision, which :class:`Client` never does
-    - ``logits``: the logits, to 3 decimals, as :meth:`Client.decrypt` returns them
+    - ``whole``: all of it in full precision, which :class:`CkksClient` never does
+    - ``logits``: the logits, to 3 decimals, as :meth:`CkksClient.decrypt` returns them
     - ``flooded``: all of it, with the noise of :func:`flooding_std` for one decryption
 
     The server knows the film here (it may have chosen it), so it fills in what isn't shared with what it computes.
@@ -47,18 +48,16 @@ def recover_key(weights: np.ndarray, film: np.ndarray, shared: str, statistical_
             for part in packing.parts
         )
         coefficients = context.coefficients_of(slots)
-        coefficients[packing.keep[0]] = client.decrypt(server.open(client.public()).diagnose(uploads))
+        coefficients[packing.logit_places[0]] = client.decrypt(server.open(client.public()).diagnose(uploads))
     else:
-        plaintext = sealapi.Plaintext()
-        sealapi.Decryptor(context.seal, client._key._key).decrypt(product, plaintext)
-        coefficients = context.coefficients_of(np.array(context.encoder.decode_complex(plaintext)))
+        coefficients = context.coefficients_of(client.key.decrypt(product))
     if shared == "flooded":
         # All coefficients are shared, so the bound is on the norm of the noise of all.
         size = np.linalg.norm(weights) * 2.0**packing.weight_bits
         std = flooding_std(10 * NOISE_STD * math.sqrt(context.n) * size, 1, statistical_bits)
         coefficients = coefficients + np.array(wide_gaussian(context.n, std), float) / scale
     guess = key_from_decryption(context, dump(product), context.slots_of(coefficients), scale)
-    return float(np.mean(guess == client._key._ternary))
+    return float(np.mean(guess == client.key.ternary))
 
 
 def weights_from_replies(weights: np.ndarray, films: np.ndarray, sent: str, attack: str) -> np.ndarray:
@@ -106,25 +105,21 @@ def weights_from_replies(weights: np.ndarray, films: np.ndarray, sent: str, atta
     return out
 
 
-def _quotients(context: Context, packing, client: Client, films: np.ndarray, replies: list) -> list[np.ndarray]:
+def _quotients(context: Context, packing, client: CkksClient, films: np.ndarray, replies: list) -> list[np.ndarray]:
     """What the films' polynomials were multiplied by, [N] for each upload: least squares at each root of unity."""
     given = np.array([[context.slots_of(_padded(film[part], context)) for part in packing.parts] for film in films])
-    decryptor, seen = sealapi.Decryptor(context.seal, client._key._key), []
-    for reply in replies:
-        plaintext = sealapi.Plaintext()
-        decryptor.decrypt(reply, plaintext)
-        seen.append(np.array(context.encoder.decode_complex(plaintext)))
+    seen = [client.key.decrypt(reply) for reply in replies]
     matrix, right = given.transpose(2, 0, 1), np.array(seen).T[:, :, None]
     adjoint = matrix.conj().transpose(0, 2, 1)
     solved = np.linalg.solve(adjoint @ matrix, adjoint @ right)[:, :, 0]
     return [context.coefficients_of(column) for column in solved.T]
 
 
-def _parties(weights: np.ndarray) -> tuple[Client, Server]:
+def _parties(weights: np.ndarray) -> tuple[CkksClient, CkksServer]:
     model = nn.Linear(weights.shape[1], weights.shape[0], bias=False)
     model.weight.data = torch.from_numpy(np.asarray(weights, np.float64))
-    server = Server(model, (weights.shape[1],))
-    return Client(server.packing), server
+    server = CkksServer(model, (weights.shape[1],))
+    return CkksClient(server.packing), server
 
 
 def _padded(values: np.ndarray, context: Context) -> np.ndarray:

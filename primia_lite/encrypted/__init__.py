@@ -6,13 +6,14 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "card": ["ModelCard", "prepare_film"],
-        "ckks": ["Client", "Server", "plan"],
+        "client": ["CkksClient"],
         "encrypted_sum": ["CkksAggregation", "read_upload"],
         "flooding": ["Flooding"],
         "keys": ["SecretKey"],
         "masks": ["Mask"],
-        "packing": ["packing_from"],
         "parameters": ["MAX_BITS_128", "Parameters", "choose", "rescaling_error_bits"],
         "seal": ["Context"],
+        "server": ["CkksServer", "plan"],
+        "wire": ["packing_from"],
     },
 )

@@ -3,28 +3,26 @@
 A slot is a film (Gilad-Bachrach et al., CryptoNets, ICML 2016): weights are scalars, and nothing is rotated. Every slot
 is a result, so there is nothing to mask: replies are re-randomised only, and the noise in them isn't hidden.
 
-The other way, N // d films side by side in the coefficients of one ciphertext, isn't here: a reply is sealed for every
-class and every few films, and sealing is what costs. Tried by hand at N = 4096, which heads of single films had then
-(no benchmark holds it), server CPU for a film: of 1,280 features 3 films fit, and take 1.8 ms each, as one alone did;
-of 243 features 16 fit, 0.29 ms each. Slots take 0.18 ms and 0.03 ms in a batch of 2,048 films.
+N // d films side by side in the coefficients of one ciphertext would be slower: a reply is sealed for every class and
+every few films, and sealing is what costs.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import ClassVar
 
 import numpy as np
 import tenseal.sealapi as sealapi
+from torch import nn
 
 from primia_lite.config import UserError
-from primia_lite.encrypted.kernels import EvaluationKeys, LinearKernel
-from primia_lite.encrypted.packing import NOISE_STD, CNNPacking, LinearPacking, check_norm, check_pixels
+from primia_lite.encrypted.kernels import EvaluationKeys, head_weights, layer_weights
+from primia_lite.encrypted.packing import CNNPacking, HeadPacking, LinearPacking, Packing
 from primia_lite.encrypted.parameters import Parameters, choose, choose_single_product
 from primia_lite.encrypted.seal import Context, refuse_too_large
-from primia_lite.models.networks import folded
 
 # Of the ciphertexts of one batch at the server.
 MAX_BATCH_BYTES = 1 << 30
@@ -32,8 +30,19 @@ MAX_BATCH_BYTES = 1 << 30
 _UPLOADS_PER_LONE_FILM = 6
 
 
+class _BatchPacking(Packing):
+    """Every slot is a film."""
+
+    in_slots: ClassVar[bool] = True
+
+    @property
+    def logit_places(self) -> list[range]:
+        """Everything, so that masks are empty."""
+        return [range(self.parameters.poly_modulus_degree)] * self.classes
+
+
 @dataclass(frozen=True)
-class BatchLinearPacking:
+class BatchLinearPacking(_BatchPacking, HeadPacking):
     """A linear head; ciphertext j holds feature j of all films, two films in a complex slot.
 
     Attributes
@@ -44,17 +53,7 @@ class BatchLinearPacking:
     features: int
     classes: int
     kind: ClassVar[str] = "linear batch"
-    in_slots: ClassVar[bool] = True
-    weight_bits: ClassVar[int] = 20
-    parameters: ClassVar[Parameters] = choose_single_product(weight_bits)
-    most_norm: ClassVar[float] = LinearPacking.most_norm
-    rotations: ClassVar[tuple[int, ...]] = ()
-    relinearise: ClassVar[bool] = False
-    reply_level: ClassVar[int] = 0
-
-    def __post_init__(self):
-        if min(self.features, self.classes) < 1:
-            raise UserError(f"a head of {self.features} features and {self.classes} classes can't be packed")
+    parameters: ClassVar[Parameters] = choose_single_product(HeadPacking.weight_bits)
 
     @property
     def films(self) -> int:
@@ -65,43 +64,24 @@ class BatchLinearPacking:
     def uploads(self) -> int:
         return self.features
 
-    @property
-    def in_shape(self) -> tuple[int, ...]:
-        return (self.features,)
-
-    @property
-    def fresh_scale(self) -> float:
-        return 2.0**self.parameters.scale_bits
-
-    @property
-    def keep(self) -> list[range]:
-        """Everything, so that masks are empty."""
-        return [range(self.parameters.poly_modulus_degree)] * self.classes
-
-    def reply_scale(self, context: Context) -> float:
-        return self.fresh_scale * 2.0**self.weight_bits
-
-    def room(self, context: Context) -> float:
-        """Logits of this absolute value and above can wrap round. Two films share a complex slot, whose absolute value,
-        and so a coefficient, is up to sqrt(2) times the larger logit."""
+    def wrap_limit(self, context: Context) -> float:
+        """Two films share a complex slot, whose absolute value, and so a coefficient, is up to sqrt(2) times the larger
+        logit."""
         return context.moduli[0] / self.reply_scale(context) / 2 / math.sqrt(2)
 
-    def most_logit(self, context: Context) -> float:
-        """As of :class:`LinearPacking`: a client refuses none."""
-        return math.inf
-
-    def error(self, context: Context, norm: float | None = None) -> float:
-        """As of :class:`LinearPacking`; ``norm`` is of one class's weights. All coefficients' noise meets in a slot."""
-        norm = self.room(context) / self.most_norm if norm is None else norm
-        noise = math.hypot(norm * 2.0**self.weight_bits, math.sqrt(4 / 3 * context.n + 1)) * NOISE_STD
-        encoding = norm * 2.0**self.weight_bits / math.sqrt(12)
-        weights = self.most_norm * self.fresh_scale / math.sqrt(12)
-        slots = math.sqrt(context.n / 2)
-        return math.hypot(slots * noise, slots * encoding, weights) / self.reply_scale(context)
+    def error(self, context: Context, weights: np.ndarray | None = None) -> float:
+        """As of :class:`LinearPacking`. All coefficients' noise meets in a slot."""
+        if weights is None:
+            norm = self.wrap_limit(context) / self.most_norm
+        else:
+            norm = float(np.linalg.norm(weights, axis=1).max())
+        noise = math.hypot(self.noise(context, norm), norm * 2.0**self.weight_bits / math.sqrt(12))
+        rounding = self.most_norm * self.fresh_scale / math.sqrt(12)
+        return math.hypot(math.sqrt(context.n / 2) * noise, rounding) / self.reply_scale(context)
 
     def encode(self, context: Context, films: np.ndarray) -> list[sealapi.Plaintext]:
         """[films, D] to D plaintexts."""
-        check_norm(films, self.most_norm)
+        self.check_norm(films)
         whole = np.zeros((self.films, self.features))
         whole[: len(films)] = films
         first, second = np.split(whole, 2)
@@ -113,20 +93,17 @@ class BatchLinearPacking:
 
 
 @dataclass(frozen=True)
-class BatchCNNPacking(CNNPacking):
+class BatchCNNPacking(_BatchPacking, CNNPacking):
     """A ``ckksnet``; a ciphertext holds one pixel of all films.
 
     A ciphertext for each pixel is much memory: 28 x 28 px fit, 64 x 64 don't, and are refused.
     """
 
     kind: ClassVar[str] = "cnn batch"
-    in_slots: ClassVar[bool] = True
     last_weight_bits: ClassVar[int] = 18
     rotations: ClassVar[tuple[int, ...]] = ()
 
-    def __post_init__(self):
-        if min(self.side, self.kernel, self.stride, self.channels, self.classes) < 1 or self.kernel > self.side:
-            raise UserError("a convolution needs a film at least as large as its kernel, a stride, channels, classes")
+    def _check_layout(self) -> None:
         size = self.uploads * 16 * self.parameters.poly_modulus_degree * (self.parameters.levels + 1)
         if size > MAX_BATCH_BYTES:
             raise UserError(
@@ -152,19 +129,15 @@ class BatchCNNPacking(CNNPacking):
     @property
     def seen(self) -> int:
         """Pixels of a side that the kernel gets to."""
-        return (self.out_side - 1) * self.stride + self.kernel
+        return (self.side - self.kernel) // self.stride * self.stride + self.kernel
 
     @property
     def uploads(self) -> int:
         return self.seen**2
 
-    @property
-    def keep(self) -> list[range]:
-        return [range(self.parameters.poly_modulus_degree)] * self.classes
-
     def encode(self, context: Context, films: np.ndarray) -> list[sealapi.Plaintext]:
         """[films, H, W] to a plaintext for each pixel, row by row."""
-        check_pixels(films, self.most_pixel)
+        self.check_pixels(films)
         columns = films[:, : self.seen, : self.seen].reshape(len(films), -1).T
         return [context.encode_slots(column, self.fresh_scale) for column in columns]
 
@@ -172,45 +145,29 @@ class BatchCNNPacking(CNNPacking):
         return slots.real
 
 
-def batch_packing(single: LinearPacking | CNNPacking, batch_size: int) -> tuple[object, str]:
-    """The better packing for so many films, and why.
-
-    Raises
-    ------
-    UserError
-        A CNN on films that are too large for it.
-    """
-    if isinstance(single, LinearPacking):
-        batch = BatchLinearPacking(single.features, single.classes)
-        if batch_size * _UPLOADS_PER_LONE_FILM < batch.uploads:
-            return single, (
-                f"{batch_size} films are sent one at a time: a batch takes {batch.uploads} ciphertexts, one for each "
-                "feature, however few films it has; it is cheaper for the server from "
-                f"{-(-batch.uploads // _UPLOADS_PER_LONE_FILM)} films on"
-            )
-    else:
-        batch = BatchCNNPacking(
-            single.side, single.kernel, single.stride, single.channels, single.hidden, single.classes
+def batch_packing(single: LinearPacking | CNNPacking, batch_size: int) -> tuple[Packing, str]:
+    """The better packing for so many films, and why."""
+    linear = isinstance(single, LinearPacking)
+    batch = BatchLinearPacking(single.features, single.classes) if linear else BatchCNNPacking(*astuple(single))
+    if linear and batch_size * _UPLOADS_PER_LONE_FILM < batch.uploads:
+        return single, (
+            f"{batch_size} films are sent one at a time: a batch takes {batch.uploads} ciphertexts, one for each "
+            "feature, however few films it has; it is cheaper for the server from "
+            f"{-(-batch.uploads // _UPLOADS_PER_LONE_FILM)} films on"
         )
     return batch, (
         f"a slot is a film, up to {batch.films} of them in {batch.uploads} ciphertexts, one for each "
-        f"{'feature' if isinstance(single, LinearPacking) else 'pixel'}, with scalars for weights and no rotation; "
+        f"{'feature' if linear else 'pixel'}, with scalars for weights and no rotation; "
         "replies are re-randomised, not masked, for every slot is a result"
     )
 
 
 class BatchLinearKernel:
-    """Weights of a linear head, [classes, features], for :class:`BatchLinearPacking`.
+    """Weights of a linear head for :class:`BatchLinearPacking`."""
 
-    Raises
-    ------
-    UserError
-        As :class:`LinearKernel`.
-    """
-
-    def __init__(self, packing: BatchLinearPacking, weights: np.ndarray, context: Context):
-        LinearKernel.check_room(packing, weights, context)
-        self.context, self.error = context, packing.error(context, float(np.linalg.norm(weights, axis=1).max()))
+    def __init__(self, packing: BatchLinearPacking, model: nn.Linear, context: Context):
+        weights = head_weights(packing, model, context)
+        self.context, self.error = context, packing.error(context, weights)
         self.scalars = [[_scalar(context, w, 2.0**packing.weight_bits, 0) for w in row] for row in weights]
 
     def __call__(self, inputs: list[sealapi.Ciphertext], keys: EvaluationKeys) -> list[sealapi.Ciphertext]:
@@ -218,18 +175,12 @@ class BatchLinearKernel:
 
 
 class BatchCNNKernel:
-    """Weights of a ``ckksnet`` for :class:`BatchCNNPacking`.
+    """Weights of a ``ckksnet`` for :class:`BatchCNNPacking`."""
 
-    Raises
-    ------
-    UserError
-        Weights or biases that are too large for the parameters, or not finite.
-    """
-
-    def __init__(self, packing: BatchCNNPacking, layers: list, context: Context):
+    def __init__(self, packing: BatchCNNPacking, model: nn.Sequential, context: Context):
         self.packing, self.context, self.scales = packing, context, packing.scales(context)
         self.error = packing.error(context)
-        layers = [(w.detach().double().numpy(), b.detach().double().numpy()) for w, b in layers]
+        layers = layer_weights(model)
         (kernel, self.bias), *self.dense = layers
         self._check(layers)
         self.taps = [
@@ -289,13 +240,6 @@ class BatchCNNKernel:
         evaluator.rescale_to_next_inplace(out)
         out.scale = scale
         return out
-
-
-def compile_batch(model, packing: BatchLinearPacking | BatchCNNPacking, context: Context):
-    if isinstance(packing, BatchLinearPacking):
-        return BatchLinearKernel(packing, model.weight.detach().double().numpy(), context)
-    layers = [(layer.weight, layer.bias) for layer in folded(model) if hasattr(layer, "weight")]
-    return BatchCNNKernel(packing, layers, context)
 
 
 def _scalar(context: Context, value: float, scale: float, level: int) -> sealapi.Plaintext:

@@ -70,12 +70,7 @@ class ModelCard:
 
     @classmethod
     def load(cls, path: str | Path) -> ModelCard:
-        """
-        Raises
-        ------
-        UserError
-            No such file, or another kind of file.
-        """
+        """From a file; a UserError where there is none, or another kind."""
         try:
             return cls.from_bytes(Path(path).read_bytes())
         except FileNotFoundError as error:
@@ -91,11 +86,6 @@ def prepare_film(description: dict, image: np.ndarray) -> np.ndarray:
     ----------
     description : of the service, see :meth:`ModelCard.describe`
     image : uint8 [H, W], of the size that the description says
-
-    Raises
-    ------
-    UserError
-        Another size or type.
     """
     from primia_lite.data import ChestXrays
 

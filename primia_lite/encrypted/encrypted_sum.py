@@ -19,7 +19,7 @@ Threat model, weaker than that of masks:
   future, of every hospital. Masks withstand both.
 - What a server that follows the protocol is told, the flooded mean, doesn't help it to the key: see
   :mod:`primia_lite.encrypted.flooding` for the guarantee and what it assumes.
-- As there: with two survivors each learns the other's update, and a hospital that lies within the clip isn't noticed.
+- As with masks, each of two survivors learns the other's update, and a hospital that lies within the clip passes.
 
 Nothing is lost when hospitals vanish: any ciphertexts add up, and the weights of those who stay are public. A mean
 isn't exact: its entries carry the flooding, whose standard deviation :attr:`Terms.flooding_std` tells beforehand.
@@ -46,11 +46,11 @@ from primia_lite.privacy.rng import SecureGenerator
 from primia_lite.secagg import TooFewSurvivors
 from primia_lite.secagg.fixed_point import check_clip
 
-STEPS = ("encrypt", "decrypt")
 # Nothing is multiplied, so one prime does. SEAL stores each coefficient in 64 bits: the largest prime that it has, of
 # 60, costs no more than a small one and leaves most room for flooding. N = 4,096 is the least at 128-bit security; a
 # sum takes half of the modulus, so that what isn't one, under another key, is noticed.
 PARAMETERS = Parameters(4096, (60,), 58)
+_SCALE = 2.0**PARAMETERS.scale_bits
 _SLACK = 2.0**40  # far above noise and what encoding rounds, far below a sum's room
 _TAIL = 60  # of a noise above its bound: e^-60
 
@@ -113,37 +113,20 @@ class Terms:
 
     def flooding_std(self, *survivors: str) -> float:
         """Standard deviation of an entry of their mean, from flooding."""
-        return self._std / 2.0**PARAMETERS.scale_bits * self.clip / self.weight(*survivors)
+        return self._std / _SCALE * self.clip / self.weight(*survivors)
 
 
-class Hospital:
-    """A hospital's side: it has the key.
-
-    Parameters
-    ----------
-    key
-        The same for all hospitals: one makes it (``SecretKey(Context(PARAMETERS))``) and hands it to the others by a
-        channel that the server can't read.
-    """
+class SumHospital:
+    """A hospital's side: it has the key, which is the same for all hospitals. One makes it (``SecretKey(Context(
+    PARAMETERS))``) and hands it to the others by a channel that the server can't read."""
 
     def __init__(self, name: str, key: SecretKey, terms: Terms):
         self.name, self.terms = name, terms
         self._key, self._sent, self._decrypted = key, 0, 0
 
     def encrypt(self, session: int, update: Callable[[], np.ndarray]) -> Iterator[bytes]:
-        """Ciphertexts of its weighted update, one after the other.
-
-        Parameters
-        ----------
-        update
-            Returns float32 [L].
-
-        Raises
-        ------
-        UserError
-            A round that it has sent its update in, another shape, values that aren't finite or above the clip. Nothing
-            was sent.
-        """
+        """Ciphertexts of its weighted update, one after the other; ``update`` returns float32 [L]. A second update in a
+        round, another shape, or values that aren't finite or above the clip are a UserError, and nothing is sent."""
         if session <= self._sent:
             raise UserError(f"{self.name} was asked for round {session} after {self._sent}: it takes part in each once")
         values, clip = np.asarray(update()), self.terms.clip
@@ -158,20 +141,12 @@ class Hospital:
         except UserError as error:
             raise UserError(f"hospital {self.name}: {error}") from error
         self._sent = session
-        return self._encrypted(values, self.terms.weight(self.name) / clip)
-
-    def _encrypted(self, values: np.ndarray, factor: float) -> Iterator[bytes]:
-        for part in _parts(values):
-            plain = self._key.context.encode_coefficients(part * np.float64(factor), 2.0**PARAMETERS.scale_bits)
-            yield self._key.encrypt(plain)
+        context, factor = self._key.context, np.float64(self.terms.weight(self.name) / clip)
+        return (self._key.encrypt(context.encode_coefficients(part * factor, _SCALE)) for part in _parts(values))
 
     def decrypt(self, session: int, survivors: Iterable[str], sums: Iterable[bytes]) -> Iterator[bytes]:
-        """The survivors' mean, flooded, float32 of 4,096 entries at a time, as bytes.
-
-        Parameters
-        ----------
-        survivors
-            Whose ciphertexts are in the sums, as the server says: the hospital can't check it.
+        """The survivors' mean, flooded, float32 of 4,096 entries at a time, as bytes. Whose ciphertexts are in the
+        sums the server says: the hospital can't check it. Each round is decrypted once.
 
         Raises
         ------
@@ -179,8 +154,6 @@ class Hospital:
             Below the threshold.
         CiphertextError
             What came is no sum of the hospitals' ciphertexts.
-        UserError
-            A round that it has decrypted before, or one too many for this key.
         """
         names, terms = set(survivors), self.terms
         if not names <= terms.sizes.keys() or len(names) < terms.threshold:
@@ -198,33 +171,25 @@ class Hospital:
 
     def _flooded(self, sums: Iterable[bytes], factor: float) -> Iterator[bytes]:
         terms, context, n = self.terms, self._key.context, PARAMETERS.poly_modulus_degree
-        scale = 2.0**PARAMETERS.scale_bits
         for i, data in enumerate(sums):
             if i >= terms.chunks:
                 raise CiphertextError(f"more than {terms.chunks} sums came")
             entries = min(n, terms.length - i * n)
-            integers = self._key.polynomial(context.receive(data, scale=scale, seeded=False))
+            integers = self._key.polynomial(context.receive(data, scale=_SCALE, seeded=False))
             # Other keys give numbers all over the modulus, up to 2^59; what isn't used is 0 but for noise.
-            if (np.abs(integers) > np.where(np.arange(n) < entries, scale, 0) + _SLACK).any():
+            if (np.abs(integers) > np.where(np.arange(n) < entries, _SCALE, 0) + _SLACK).any():
                 raise CiphertextError(
                     f"{self.name} can't decrypt sum {i}: a part of it was encrypted under another key, or altered"
                 )
             flooded = integers[:entries] + rounded_gaussian(entries, terms._std, SecureGenerator())
-            yield (flooded * (factor / scale)).astype("<f4").tobytes()
+            yield (flooded * (factor / _SCALE)).astype("<f4").tobytes()
 
 
-class Server:
-    """The server's side of one round. It has no key: it checks the form of ciphertexts and adds them.
-
-    Attributes
-    ----------
-    survivors : whose ciphertexts are in the sums
-    mean : float32 [L], None before the end
-    """
+class SumServer:
+    """The server's side of one round. It has no key: it checks the form of ciphertexts and adds them."""
 
     def __init__(self, terms: Terms, session: int):
         self.terms, self.session = terms, session
-        self.mean: np.ndarray | None = None
         self._context = Context(PARAMETERS)
         self._coming: dict[str, list] = {}
         self._added: list[str] = []
@@ -232,25 +197,19 @@ class Server:
 
     @property
     def survivors(self) -> tuple[str, ...]:
+        """Whose ciphertexts are in the sums."""
         return tuple(sorted(self._added))
 
     def receive(self, name: str, data: bytes) -> None:
-        """The next ciphertext of a hospital. Its update counts once all have come.
-
-        Raises
-        ------
-        CiphertextError
-            These bytes are none, or one too many. What the hospital sent before is dropped: it counts as gone.
-        UserError
-            A hospital that isn't in the terms.
-        """
+        """The next ciphertext of a hospital. Its update counts once all have come. If these bytes are none, or one too
+        many, a CiphertextError; what the hospital sent before is dropped then, and it counts as gone."""
         if name not in self.terms.sizes:
             raise UserError(f"a ciphertext from {name!r}, which isn't one of {', '.join(sorted(self.terms.sizes))}")
         if name in self._added:
             raise CiphertextError(f"{name} sent its update twice: the first one counts")
         coming = self._coming.pop(name, [])
         try:
-            coming.append(self._context.receive(data, scale=2.0**PARAMETERS.scale_bits))
+            coming.append(self._context.receive(data, scale=_SCALE))
         except CiphertextError as error:
             raise CiphertextError(f"hospital {name}: {error}") from error
         if len(coming) < self.terms.chunks:
@@ -259,18 +218,12 @@ class Server:
         self._added.append(name)
         if not self._sums:
             self._sums = coming
-            return
-        for total, part in zip(self._sums, coming, strict=True):
-            self._context.evaluator.add_inplace(total, part)
+        else:
+            for total, part in zip(self._sums, coming, strict=True):
+                self._context.evaluator.add_inplace(total, part)
 
     def sums(self) -> Iterator[bytes]:
-        """For a hospital to decrypt.
-
-        Raises
-        ------
-        TooFewSurvivors
-            Fewer updates than the threshold came.
-        """
+        """For a hospital to decrypt; TooFewSurvivors if fewer updates than the threshold came."""
         if len(self._added) < self.terms.threshold:
             gone = sorted(set(self.terms.sizes) - set(self._added))
             raise TooFewSurvivors(
@@ -285,8 +238,7 @@ class Server:
         mean = np.frombuffer(b"".join(parts), "<f4")
         if len(mean) != self.terms.length:
             raise CiphertextError(f"a mean of {len(mean)} entries came back instead of {self.terms.length}")
-        self.mean, self._sums = mean.astype(np.float32), []
-        return self.mean
+        return mean.astype(np.float32)
 
 
 class CkksAggregation:
@@ -294,18 +246,20 @@ class CkksAggregation:
 
     Parameters
     ----------
-    threshold
-        Fewest hospitals whose sum is decrypted.
-    clip
-        The largest absolute value of an update's entry.
-    rounds
-        After so many the hospitals take a new key.
+    threshold : fewest hospitals whose sum is decrypted
+    clip : the largest absolute value of an update's entry
+    rounds : after so many the hospitals take a new key
     absent
         Simulates drop-outs: called with round and step (``encrypt``, ``decrypt``), gives those who are gone from there
         on in this round.
     listen
         Called with each message: round, step, ``request`` or ``reply``, the hospital, and the bytes. All that a server
         sees goes through here.
+
+    Attributes
+    ----------
+    key : that all hospitals have, and the server doesn't; None before the first round
+    terms : of the last round
     """
 
     def __init__(
@@ -319,7 +273,8 @@ class CkksAggregation:
     ):
         self.threshold, self.clip, self.rounds, self.absent, self.listen = threshold, clip, rounds, absent, listen
         self.terms: Terms | None = None
-        self._hospitals: dict[str, Hospital] = {}
+        self.key: SecretKey | None = None
+        self._hospitals: dict[str, SumHospital] = {}
         self._session = 0
 
     @property
@@ -339,8 +294,7 @@ class CkksAggregation:
             )
         self._agree(Terms(dict(sizes), length(template), self.clip, self.threshold, self.rounds))
         self._session += 1
-        server, gone = Server(self.terms, self._session), set()
-        self._leave(gone, number, "encrypt")
+        server, gone = SumServer(self.terms, self._session), self._absent(number, "encrypt")
         for name in sorted(compute_update):
             self._tell(number, "encrypt", "request", name, json.dumps(["encrypt", self._session]).encode())
             if name not in gone:
@@ -349,16 +303,16 @@ class CkksAggregation:
                     self._tell(number, "encrypt", "reply", name, data)
                     server.receive(name, data)
         sums = server.sums()
-        self._leave(gone, number, "decrypt")
+        gone |= self._absent(number, "decrypt")
         for name in server.survivors:
             request = ["decrypt", self._session, server.survivors]
             self._tell(number, "decrypt", "request", name, json.dumps(request).encode())
             if name not in gone:
-                server.finish(self._decrypted(server, sums, name, number))
-                return Aggregate(unflat(server.mean, template), server.survivors)
+                mean = server.finish(self._decrypted(server, sums, name, number))
+                return Aggregate(unflat(mean, template), server.survivors)
         raise TooFewSurvivors(f"round {number} ended: nobody is left who could decrypt the sum")
 
-    def _decrypted(self, server: Server, sums: Iterator[bytes], name: str, number: int) -> Iterator[bytes]:
+    def _decrypted(self, server: SumServer, sums: Iterator[bytes], name: str, number: int) -> Iterator[bytes]:
         def sent():
             for data in sums:
                 self._tell(number, "decrypt", "request", name, data)
@@ -370,12 +324,11 @@ class CkksAggregation:
 
     def _agree(self, terms: Terms) -> None:
         if terms != self.terms or self._session >= self.rounds:
-            key = SecretKey(Context(PARAMETERS))
-            self.terms, self._session = terms, 0
-            self._hospitals = {name: Hospital(name, key, terms) for name in terms.sizes}
+            self.terms, self._session, self.key = terms, 0, SecretKey(Context(PARAMETERS))
+            self._hospitals = {name: SumHospital(name, self.key, terms) for name in terms.sizes}
 
-    def _leave(self, gone: set[str], number: int, step: str) -> None:
-        gone.update(self.absent(number, step) if self.absent else ())
+    def _absent(self, number: int, step: str) -> set[str]:
+        return set(self.absent(number, step) if self.absent else ())
 
     def _tell(self, *what) -> None:
         if self.listen:
@@ -384,9 +337,8 @@ class CkksAggregation:
 
 def read_upload(key: SecretKey, terms: Terms, name: str, ciphertexts: Iterable[bytes]) -> np.ndarray:
     """float32 [L]: the update of one hospital, from what it sent to the server and the key that every hospital has."""
-    scale = 2.0**PARAMETERS.scale_bits
-    parts = [key.polynomial(key.context.receive(data, scale=scale)) for data in ciphertexts]
-    return (np.concatenate(parts)[: terms.length] * (terms.clip / terms.weight(name) / scale)).astype(np.float32)
+    parts = [key.polynomial(key.context.receive(data, scale=_SCALE)) for data in ciphertexts]
+    return (np.concatenate(parts)[: terms.length] * (terms.clip / terms.weight(name) / _SCALE)).astype(np.float32)
 
 
 def _parts(values: np.ndarray) -> Iterator[np.ndarray]:

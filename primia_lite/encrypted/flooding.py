@@ -26,11 +26,6 @@ def flooding_std(noise_bound: float, queries: int, statistical_bits: float) -> f
 
     Two Gaussians ``noise_bound`` apart have a Kullback-Leibler divergence of bound² / (2 std²), and ``queries`` of them
     together 2^-statistical_bits / 24.
-
-    Raises
-    ------
-    UserError
-        Numbers that aren't above 0.
     """
     if not (noise_bound > 0 and queries >= 1 and statistical_bits > 0 and math.isfinite(noise_bound)):
         raise UserError("flooding needs a noise bound and bits above 0, and at least 1 query")

@@ -2,56 +2,59 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import tenseal.sealapi as sealapi
 from torch import nn
 
 from primia_lite.config import UserError
-from primia_lite.encrypted.packing import CNNPacking, LinearPacking
+from primia_lite.encrypted.packing import CNNPacking, HeadPacking, LinearPacking
 from primia_lite.encrypted.seal import Context
 from primia_lite.models.networks import FixedNorm, Square, folded
 
 
-class EvaluationKeys:
+class EvaluationKeys(NamedTuple):
     """A client's keys for relinearisation and rotation."""
 
-    def __init__(self, relin=None, galois=None):
-        self.relin, self.galois = relin, galois
+    relin: sealapi.RelinKeys | None = None
+    galois: sealapi.GaloisKeys | None = None
+
+
+def head_weights(packing: HeadPacking, model: nn.Linear, context: Context) -> np.ndarray:
+    """float64 [classes, features]."""
+    weights = model.weight.detach().double().numpy()
+    if not weights.any():
+        raise UserError("all weights of the head are 0: train it first")
+    largest = float(np.linalg.norm(weights, axis=1).max()) * packing.most_norm
+    limit = packing.wrap_limit(context)
+    if not largest < limit:
+        raise UserError(f"logits may reach {largest:.0f}, there is room for {limit:.0f}: scale the head down")
+    return weights
+
+
+def layer_weights(model: nn.Sequential) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Weight and bias of each layer, float64, with the norms folded in."""
+    layers = [layer for layer in folded(model) if isinstance(layer, (nn.Conv2d, nn.Linear))]
+    return [(layer.weight.detach().double().numpy(), layer.bias.detach().double().numpy()) for layer in layers]
 
 
 class LinearKernel:
-    """Weights of a linear head, [classes, features], for :class:`LinearPacking`.
+    """Weights of a linear head for :class:`LinearPacking`.
 
     Attributes
     ----------
     error : standard deviation of a logit, from these weights
-
-    Raises
-    ------
-    UserError
-        Logits of features of the packing's largest norm could be too large for the modulus, or all weights are 0, which
-        SEAL doesn't multiply by.
     """
 
-    def __init__(self, packing: LinearPacking, weights: np.ndarray, context: Context):
-        self.check_room(packing, weights, context)
+    def __init__(self, packing: LinearPacking, model: nn.Linear, context: Context):
+        weights = head_weights(packing, model, context)
+        self.context, self.error = context, packing.error(context, weights)
         self.plaintexts = []
         for part in packing.parts:
             rows = packing.reversed_rows(weights, part)
             # SEAL doesn't multiply by 0, and there is nothing to add.
             self.plaintexts.append(context.encode_coefficients(rows, 2.0**packing.weight_bits) if rows.any() else None)
-        self.context, self.error = context, packing.error(context, float(np.linalg.norm(weights)))
-
-    @staticmethod
-    def check_room(packing, weights: np.ndarray, context: Context) -> None:
-        if not weights.any():
-            raise UserError("all weights of the head are 0: train it first")
-        largest = float(np.linalg.norm(weights, axis=1).max()) * packing.most_norm
-        room = packing.room(context)
-        if not largest < room:
-            raise UserError(
-                f"logits may reach {largest:.0f}, the parameters have room for {room:.0f}: scale the head down"
-            )
 
     def __call__(self, inputs: list[sealapi.Ciphertext], keys: EvaluationKeys) -> list[sealapi.Ciphertext]:
         evaluator, total = self.context.evaluator, None
@@ -69,10 +72,10 @@ class LinearKernel:
 class CNNKernel:
     """Weights of a ``ckksnet`` for :class:`CNNPacking`."""
 
-    def __init__(self, packing: CNNPacking, layers: list, context: Context):
+    def __init__(self, packing: CNNPacking, model: nn.Sequential, context: Context):
         self.packing, self.context, self.error = packing, context, packing.error(context)
         self.scales = packing.scales(context)
-        convolution, *dense = [(w.detach().double().numpy(), b.detach().double().numpy()) for w, b in layers]
+        convolution, *dense = layer_weights(model)
         self._convolution(*convolution)
         if packing.hidden:
             self._dense(*dense[0])
@@ -124,19 +127,20 @@ class CNNKernel:
         coefficient c. Both repeat, so nothing of other classes lies there."""
         p = self.packing
         matrix = weight if p.hidden else self._columns(weight)
+        period = p.hidden or p.period
         self.last, self.last_bias, first = [], [], 0
-        for keep in p.keep:
+        for places in p.logit_places:
             slots = np.zeros(p.parameters.slots, complex)
-            for c in keep:
+            for c in places:
                 power = np.zeros(self.context.n)
                 power[c] = 1.0
-                spread = np.tile(matrix[first + c] * p.last_period, p.parameters.slots // p.last_period)
+                spread = np.tile(matrix[first + c] * period, p.parameters.slots // period)
                 slots += spread * self.context.slots_of(power)
             self.last.append(self.context.encode_slots(slots, 2.0**p.last_weight_bits, p.reply_level))
             self.last_bias.append(
-                self.context.encode_coefficients(bias[first : first + len(keep)], self.scales["reply"], p.reply_level)
+                self.context.encode_coefficients(bias[first : first + len(places)], self.scales["reply"], p.reply_level)
             )
-            first += len(keep)
+            first += len(places)
 
     def __call__(self, inputs: list[sealapi.Ciphertext], keys: EvaluationKeys) -> list[sealapi.Ciphertext]:
         p, evaluator = self.packing, self.context.evaluator
@@ -208,11 +212,6 @@ class CNNKernel:
 def packing_for(model: nn.Module, in_shape: tuple[int, ...]) -> LinearPacking | CNNPacking:
     """The packing of a head without bias, or of convolution, square, dense (square, dense), with norms before dense
     layers or without.
-
-    Raises
-    ------
-    UserError
-        A network that none of the packings is for.
     """
     if isinstance(model, nn.Linear) and model.bias is None:
         if tuple(in_shape) != (model.in_features,):
@@ -240,10 +239,8 @@ def _cnn_packing(convolution: nn.Conv2d, dense: list[nn.Linear], in_shape: tuple
     if any(layer.bias is None for layer in (convolution, *dense)):
         raise UserError("a layer of this network has no bias: give it one, of zeros where it has none")
     hidden = dense[0].out_features if len(dense) == 2 else 0
-    packing = CNNPacking(
-        side, convolution.kernel_size[0], convolution.stride[0], convolution.out_channels, hidden,
-        dense[-1].out_features,
-    )  # fmt: skip
+    (kernel, _), (stride, _) = convolution.kernel_size, convolution.stride
+    packing = CNNPacking(side, kernel, stride, convolution.out_channels, hidden, dense[-1].out_features)
     if (units := packing.channels * packing.positions) != dense[0].in_features:
         raise UserError(
             f"the convolution of films of {side} px gives {units} numbers, the next layer takes "
@@ -252,10 +249,3 @@ def _cnn_packing(convolution: nn.Conv2d, dense: list[nn.Linear], in_shape: tuple
     if hidden and dense[1].in_features != hidden:
         raise UserError(f"the last layer takes {dense[1].in_features} numbers, the one before gives {hidden}")
     return packing
-
-
-def compile_model(model: nn.Module, packing: LinearPacking | CNNPacking, context: Context) -> LinearKernel | CNNKernel:
-    if isinstance(packing, LinearPacking):
-        return LinearKernel(packing, model.weight.detach().double().numpy(), context)
-    layers = [(layer.weight, layer.bias) for layer in folded(model) if isinstance(layer, (nn.Conv2d, nn.Linear))]
-    return CNNKernel(packing, layers, context)

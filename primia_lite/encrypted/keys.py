@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import tenseal.sealapi as sealapi
 
@@ -12,21 +14,41 @@ class SecretKey:
     """A ternary CKKS key of a hospital: encrypts, and reads single coefficients of a reply.
 
     Decrypting a whole plaintext at full precision, and showing it, gives the key away (Li and Micciancio, EUROCRYPT
-    2021). :meth:`coefficients` computes only the few that are asked for. :meth:`slots` is a whole one, as every slot of
-    a batch is a result: what it returns must be rounded before anyone else sees it, as
-    :meth:`~primia_lite.encrypted.ckks.Client.decrypt` does.
+    2021). :meth:`coefficients` computes only the few that are asked for. What :meth:`decrypt`, :meth:`slots` and
+    :meth:`polynomial` return is for the key's owner only, who rounds or floods it before anyone else sees it.
+
+    Attributes
+    ----------
+    ternary : the key itself, int8 [N] in {-1, 0, 1}
     """
 
     def __init__(self, context: Context):
         self.context = context
-        generator = sealapi.KeyGenerator(context.seal)
-        self._generator, self._key = generator, generator.secret_key()
-        self._encryptor = sealapi.Encryptor(context.seal, generator_public(generator), self._key)
-        self._ternary = self._coefficients_of_key()
-        self._marks = self._marks_of_key()
+        self._generator, self._public = sealapi.KeyGenerator(context.seal), sealapi.PublicKey()
+        self._key = self._generator.secret_key()
+        self._generator.create_public_key(self._public)
+        self._encryptor = sealapi.Encryptor(context.seal, self._public, self._key)
+        # SEAL keeps its number-theoretic transform only.
+        rows, first = context.ntt_values(self._key), context.moduli[0]
+        values = context.inverse_ntt(rows[0]).astype(np.int64)
+        self.ternary = np.where(values > first // 2, values - first, values).astype(np.int8)
+        self._marks = self._pieces(rows)
+
+    def _pieces(self, rows: np.ndarray) -> list[bytes]:
+        """Of the key as SEAL saves it, of its transform modulo each prime, and of its coefficients."""
+        saved, starts = dump(self._key), range(0, self.context.n, self.context.n // 4)
+        pieces = [saved[start : start + 256] for start in range(256, len(saved) - 256, len(saved) // 8)]
+        pieces += [row[start : start + 32].tobytes() for row in rows for start in starts]
+        for kind in (np.int8, np.int64):
+            pieces += [self.ternary[start : start + 256].astype(kind).tobytes() for start in starts]
+        return pieces
+
+    def to_bytes(self) -> bytes:
+        """As SEAL saves it."""
+        return dump(self._key)
 
     def public_key(self) -> bytes:
-        return dump(generator_public(self._generator))
+        return dump(self._public)
 
     def relin_keys(self) -> bytes:
         return dump(self._generator.create_relin_keys())
@@ -47,64 +69,46 @@ class SecretKey:
         """
         return any(mark in data for mark in self._marks)
 
-    def _marks_of_key(self) -> list[bytes]:
-        saved = dump(self._key)
-        rows = self.context.ntt_values(self._key)
-        starts = range(0, self.context.n, self.context.n // 4)
-        marks = [saved[start : start + 256] for start in range(256, len(saved) - 256, len(saved) // 8)]
-        marks += [row[start : start + 32].tobytes() for row in rows for start in starts]
-        for kind in (np.int8, np.int64):
-            marks += [self._ternary[start : start + 256].astype(kind).tobytes() for start in starts]
-        return marks
-
-    def _coefficients_of_key(self) -> np.ndarray:
-        """The key as int8 [N] in {-1, 0, 1}; SEAL keeps its number-theoretic transform only."""
-        first = self.context.moduli[0]
-        values = self.context.inverse_ntt(self.context.ntt_values(self._key)[0])
-        return np.where(values > first // 2, values.astype(np.int64) - first, values.astype(np.int64)).astype(np.int8)
-
-    def coefficients(self, integers: np.ndarray, keep: list[int], level: int) -> list[int]:
-        """Coefficients ``keep`` of c0 + c1 s, as integers in (-q/2, q/2], of a ciphertext uint64 [2, primes, N]."""
+    def coefficients(self, integers: np.ndarray, places: Sequence[int], level: int) -> list[int]:
+        """Coefficients of c0 + c1 s, as integers in (-q/2, q/2], of a ciphertext uint64 [2, primes, N]."""
         moduli = self.context.moduli_at(level)
-        ternary = self._ternary.astype(np.int64)
+        ternary = self.ternary.astype(np.int64)
         residues = []
         for c0, c1, modulus in zip(integers[0], integers[1], moduli, strict=True):
             low, high = (c1 & np.uint64((1 << 30) - 1)).astype(np.int64), (c1 >> np.uint64(30)).astype(np.int64)
             row = []
-            for k in keep:
+            for k in places:
                 # Coefficient k of a product modulo X^N + 1: what wraps round changes its sign.
                 factor = np.concatenate([ternary[k::-1], -ternary[:k:-1]])
                 row.append((int(c0[k]) + int(low @ factor) + (int(high @ factor) << 30)) % modulus)
             residues.append(row)
         return [_chinese(column, moduli) for column in zip(*residues, strict=True)]
 
+    def decrypt(self, ciphertext: sealapi.Ciphertext) -> np.ndarray:
+        """All slots, complex [N / 2], in full precision, of a ciphertext in NTT form."""
+        return np.array(self.context.encoder.decode_complex(self._decrypted(ciphertext)))
+
     def slots(self, data: bytes, scale: float, level: int) -> np.ndarray:
-        """All slots of a batch's reply, complex [N / 2], in full precision: for the key's owner only."""
+        """All slots of a batch's reply, complex [N / 2], in full precision."""
         context = self.context
         integers = context.integers(data, scale=scale, level=level)
         ciphertext = context.load(context.compose(integers, scale=scale, level=level), sealapi.Ciphertext)
         context.evaluator.transform_to_ntt_inplace(ciphertext)
-        plaintext = sealapi.Plaintext()
-        sealapi.Decryptor(context.seal, self._key).decrypt(ciphertext, plaintext)
-        return np.array(context.encoder.decode_complex(plaintext))
+        return self.decrypt(ciphertext)
 
     def polynomial(self, ciphertext: sealapi.Ciphertext) -> np.ndarray:
-        """All of c0 + c1 s, int64 [N] in (-q/2, q/2], of a ciphertext of one prime, in full precision: for the key's
-        owner only, who must flood it before anyone else sees it."""
-        plaintext = sealapi.Plaintext()
-        sealapi.Decryptor(self.context.seal, self._key).decrypt(ciphertext, plaintext)
-        (values,) = self.context.ntt_values(plaintext)
+        """All of c0 + c1 s, int64 [N] in (-q/2, q/2], of a ciphertext of one prime, in full precision."""
+        (values,) = self.context.ntt_values(self._decrypted(ciphertext))
         values, q = self.context.inverse_ntt(values).astype(np.int64), self.context.moduli[0]
         return np.where(values > q // 2, values - q, values)
 
+    def _decrypted(self, ciphertext: sealapi.Ciphertext) -> sealapi.Plaintext:
+        plaintext = sealapi.Plaintext()
+        sealapi.Decryptor(self.context.seal, self._key).decrypt(ciphertext, plaintext)
+        return plaintext
 
-def generator_public(generator: sealapi.KeyGenerator) -> sealapi.PublicKey:
-    out = sealapi.PublicKey()
-    generator.create_public_key(out)
-    return out
 
-
-def _chinese(residues, moduli: list[int]) -> int:
+def _chinese(residues: Sequence[int], moduli: list[int]) -> int:
     """The integer in (-q/2, q/2] of those residues."""
     value, product = 0, 1
     for residue, modulus in zip(residues, moduli, strict=True):

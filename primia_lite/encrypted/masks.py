@@ -1,10 +1,10 @@
-"""What a reply may tell: the kept coefficients, and nothing of the weights beside them.
+"""What a reply may tell: the logits, and nothing of the weights beside them.
 
 A product of film and weights holds more than the result: every other coefficient is another combination of them, and
 the second polynomial of a product, over that of the upload, *is* the weights. So a reply is re-randomised by a fresh
-encryption of zero under the client's public key, and all coefficients but the kept ones are masked.
+encryption of zero under the client's public key, and all coefficients but the logits are masked.
 
-What this doesn't do: re-randomisation holds for keys that were made honestly; the noise in the kept coefficients isn't
+What this doesn't do: re-randomisation holds for keys that were made honestly; the noise in the logits isn't
 hidden; so no circuit privacy is claimed. A linear head can be read off by at most as many queries as it has features; a
 client that writes its own ciphertexts needs fewer, for it can put several weights into one logit.
 """
@@ -12,13 +12,14 @@ client that writes its own ciphertexts needs fewer, for it can put several weigh
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import numpy as np
 import tenseal.sealapi as sealapi
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 
 from primia_lite.config import UserError
-from primia_lite.encrypted.seal import Context
+from primia_lite.encrypted.seal import Context, dump
 
 
 def uniform(modulus: int, size: int) -> np.ndarray:
@@ -40,7 +41,7 @@ class Mask:
     ----------
     moduli : the primes of the reply
     n : coefficients
-    keep : places of the result's coefficients
+    places : of the result's coefficients
 
     Raises
     ------
@@ -48,10 +49,10 @@ class Mask:
         Used a second time: the difference of two replies would show what it hid.
     """
 
-    def __init__(self, moduli: list[int], n: int, keep: list[int]):
+    def __init__(self, moduli: list[int], n: int, places: Sequence[int]):
         self._moduli = np.array(moduli, np.uint64)[:, None]
         self._values = np.stack([uniform(modulus, n) for modulus in moduli])
-        self._values[:, list(keep)] = 0
+        self._values[:, list(places)] = 0
 
     def hide(self, polynomial: np.ndarray) -> np.ndarray:
         """The sum with a polynomial, uint64 [primes, N], modulo each prime."""
@@ -64,28 +65,20 @@ class Mask:
 
 
 class Blind:
-    """All that hides one reply: an encryption of zero and a mask, which may be made before the film comes; used once.
+    """All that hides one reply: an encryption of zero and a mask, which may be made before the film comes; used once,
+    as its mask is."""
 
-    Raises
-    ------
-    UserError
-        Used a second time.
-    """
-
-    def __init__(self, context: Context, encryptor: sealapi.Encryptor, level: int, keep: list[int]):
+    def __init__(self, context: Context, encryptor: sealapi.Encryptor, level: int, places: Sequence[int]):
         self._context, self._level, self._zero = context, level, sealapi.Ciphertext()
         encryptor.encrypt_zero(context.level_ids[level], self._zero)
-        self._mask = Mask(context.moduli_at(level), context.n, keep)
+        self._mask = Mask(context.moduli_at(level), context.n, places)
 
     def seal(self, product: sealapi.Ciphertext) -> bytes:
         """A product as the reply that goes out: re-randomised, masked, in coefficient form; bytes."""
-        if self._zero is None:
-            raise UserError("this mask was used: draw a new one for each reply")
-        zero, self._zero = self._zero, None
         context, scale = self._context, product.scale
-        zero.scale = scale
-        context.evaluator.add_inplace(product, zero)
+        self._zero.scale = scale
+        context.evaluator.add_inplace(product, self._zero)
         context.evaluator.transform_from_ntt_inplace(product)
-        out = context.own_integers(product, self._level).copy()
+        out = context.integers(dump(product), scale=scale, level=self._level).copy()
         out[0] = self._mask.hide(out[0])
         return context.compose(out, scale=scale, level=self._level)

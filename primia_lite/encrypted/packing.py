@@ -1,14 +1,12 @@
-"""How numbers lie in a ciphertext. What a packing says is public: shapes and parameters, no weight.
-
-The client's half of a packing encodes, and reads the result; the server's half
-(:mod:`~primia_lite.encrypted.kernels`) compiles weights into plaintexts for it.
-"""
+"""How numbers lie in a ciphertext, as a client encodes them. A packing is public: shapes and parameters, no weight; the
+server compiles weights into plaintexts for it (:mod:`~primia_lite.encrypted.kernels`)."""
 
 from __future__ import annotations
 
 import functools
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -22,16 +20,77 @@ from primia_lite.encrypted.seal import Context
 NOISE_STD = 3.24
 
 
+class Packing:
+    """What each packing says. The defaults are those of one product without rotations, one film at a time.
+
+    Attributes
+    ----------
+    in_shape : of one film as the model takes it
+    in_slots : whether slots are films, and every slot of a reply a logit
+    uploads : ciphertexts of a film, or of a batch
+    rotations, relinearise : what evaluation keys are needed for
+    reply_level : rescalings behind a reply
+    logit_places : of each reply, the coefficients that are its logits
+    wrap_limit : the absolute value from which on logits wrap round
+    error : a logit's standard deviation before the client rounds it
+    encode : a film or a batch to plaintexts
+    """
+
+    kind: ClassVar[str]
+    in_slots: ClassVar[bool] = False
+    rotations: tuple[int, ...] = ()
+    relinearise: ClassVar[bool] = False
+    reply_level: int = 0
+
+    @property
+    def fresh_scale(self) -> float:
+        return 2.0**self.parameters.scale_bits
+
+    def most_logit(self, context: Context) -> float:
+        """A client refuses larger logits. None by default: the server compiles no head that could pass the limit with
+        features of the largest norm, and a client encodes no larger ones."""
+        return math.inf
+
+
+class HeadPacking(Packing):
+    """Of a linear head of so many ``features`` and ``classes``."""
+
+    # Features' L2 norm at most; those of a frozen network have 1.005 (primia_lite.models.frozen).
+    most_norm: ClassVar[float] = 1.1
+    weight_bits: int = 20
+
+    def __post_init__(self):
+        if min(self.features, self.classes) < 1 or self.classes > self.parameters.poly_modulus_degree:
+            raise UserError(f"a head of {self.features} features and {self.classes} classes can't be packed")
+
+    @property
+    def in_shape(self) -> tuple[int, ...]:
+        return (self.features,)
+
+    def reply_scale(self, context: Context) -> float:
+        return self.fresh_scale * 2.0**self.weight_bits
+
+    def noise(self, context: Context, norm: float) -> float:
+        """Standard deviation of one coefficient's noise, in units of the reply's integers, by the norm of weights."""
+        return NOISE_STD * math.hypot(norm * 2.0**self.weight_bits, math.sqrt(4 / 3 * context.n + 1))
+
+    def check_norm(self, features: np.ndarray) -> None:
+        if not (norm := float(np.linalg.norm(features, axis=1).max())) <= self.most_norm:
+            raise UserError(
+                f"these features have norm {norm:.4g}; above {self.most_norm} logits could wrap round unseen: "
+                "scale them to norm 1, as primia_lite.models.frozen does"
+            )
+
+
 @dataclass(frozen=True)
-class LinearPacking:
+class LinearPacking(HeadPacking):
     """A linear head, lowest latency: features are coefficients, and so are the weights, reversed; a product of
     polynomials then holds each class's logit in one coefficient. No rotation, no evaluation key.
 
     Features lie in coefficients 0 to d - 1, class a's weights, reversed, in those from a d on; coefficient
     a d + d - 1 of the product is their inner product. Where classes x features is more than N, features go into
     several ciphertexts, whose products add up. N = 2048 is the smallest with room for a result: what a larger N saves
-    in ciphertexts it loses on the reply, which is sealed whole. Beside N = 4096 a reply has half the bytes
-    and its mask half the coefficients, while the same features take twice the ciphertexts up.
+    in ciphertexts it loses on the reply, which is sealed whole.
 
     Attributes
     ----------
@@ -43,16 +102,6 @@ class LinearPacking:
     classes: int
     flooded: bool = False
     kind: ClassVar[str] = "linear"
-    in_slots: ClassVar[bool] = False
-    # Features' L2 norm at most; those of a frozen network have 1.005 (primia_lite.models.frozen).
-    most_norm: ClassVar[float] = 1.1
-    rotations: ClassVar[tuple[int, ...]] = ()
-    relinearise: ClassVar[bool] = False
-
-    def __post_init__(self):
-        if min(self.features, self.classes) < 1 or self.classes > self.parameters.poly_modulus_degree:
-            raise UserError(f"a head of {self.features} features and {self.classes} classes can't be packed")
-        object.__setattr__(self, "flooded", bool(self.flooded))
 
     @functools.cached_property
     def parameters(self) -> Parameters:
@@ -63,44 +112,27 @@ class LinearPacking:
     def weight_bits(self) -> int:
         return 16 if self.flooded else 20
 
-    def room(self, context: Context) -> float:
-        """Logits of this absolute value and above wrap round."""
+    def wrap_limit(self, context: Context) -> float:
         return math.prod(context.moduli_at(0)) / self.reply_scale(context) / 2
 
-    def most_logit(self, context: Context) -> float:
-        """A client refuses larger logits: none, for the server compiles no head that could pass the room with features
-        of the largest norm, and :meth:`encode` lets no larger ones through."""
-        return math.inf
-
     def noise_bound(self, context: Context) -> float:
-        """Noise of a reply's kept coefficients together, L2 norm, in units of the reply's integers.
-
-        An upload's noise, of standard deviation NOISE_STD, lies in all coefficients and so meets all classes'
-        weights, each class's of the largest norm that the server compiles; re-randomising adds that of an encryption of
-        zero, which meets a ternary key and a ternary draw. All are sums of coin flips, so ten standard deviations are
-        passed less than once in 2^70.
+        """Noise of a reply's logits together, L2 norm, in units of the reply's integers. An upload's noise, of standard
+        deviation NOISE_STD, lies in all coefficients and so meets all classes' weights, each class's of the largest
+        norm that the server compiles; re-randomising adds that of an encryption of zero, which meets a ternary key
+        and a ternary draw. All are sums of coin flips, so ten standard deviations are passed less than once in 2^70.
         """
-        return 10 * self._noise(context, self._largest_norm(context)) * math.sqrt(self.classes)
+        return 10 * self.noise(context, self._largest_norm(context)) * math.sqrt(self.classes)
 
     def _largest_norm(self, context: Context) -> float:
         """Of all classes' weights together, of the largest head that the server compiles."""
-        return math.sqrt(self.classes) * self.room(context) / self.most_norm
+        return math.sqrt(self.classes) * self.wrap_limit(context) / self.most_norm
 
-    def _noise(self, context: Context, norm: float) -> float:
-        """Standard deviation of one kept coefficient's noise, in units of the reply's integers."""
-        return NOISE_STD * math.hypot(norm * 2.0**self.weight_bits, math.sqrt(4 / 3 * context.n + 1))
-
-    def error(self, context: Context, norm: float | None = None) -> float:
-        """Standard deviation of a logit before the client rounds it: noise, and what encoding features and weights as
-        integers rounds away.
-
-        Parameters
-        ----------
-        norm : of all classes' weights together; if left out, the largest that the server compiles
-        """
-        norm = self._largest_norm(context) if norm is None else norm
+    def error(self, context: Context, weights: np.ndarray | None = None) -> float:
+        """From noise, and what encoding features and weights as integers rounds away; of the largest weights that the
+        server compiles, if they are left out."""
+        norm = self._largest_norm(context) if weights is None else float(np.linalg.norm(weights))
         rounding = math.hypot(norm * 2.0**self.weight_bits, self.most_norm * self.fresh_scale) / math.sqrt(12)
-        return math.hypot(self._noise(context, norm), rounding) / self.reply_scale(context)
+        return math.hypot(self.noise(context, norm), rounding) / self.reply_scale(context)
 
     @property
     def uploads(self) -> int:
@@ -117,27 +149,11 @@ class LinearPacking:
         return [slice(a, min(a + self.part, self.features)) for a in range(0, self.features, self.part)]
 
     @property
-    def in_shape(self) -> tuple[int, ...]:
-        return (self.features,)
-
-    @property
-    def fresh_scale(self) -> float:
-        return 2.0**self.parameters.scale_bits
-
-    @property
-    def reply_level(self) -> int:
-        return 0
-
-    @property
-    def keep(self) -> list[list[int]]:
-        """Of each reply, the coefficients that are its logits."""
-        return [[a * self.part + self.part - 1 for a in range(self.classes)]]
-
-    def reply_scale(self, context: Context) -> float:
-        return self.fresh_scale * 2.0**self.weight_bits
+    def logit_places(self) -> list[Sequence[int]]:
+        return [range(self.part - 1, self.part * self.classes, self.part)]
 
     def encode(self, context: Context, film: np.ndarray) -> list[sealapi.Plaintext]:
-        check_norm(film[None], self.most_norm)
+        self.check_norm(film[None])
         return [context.encode_coefficients(film[part], self.fresh_scale) for part in self.parts]
 
     def reversed_rows(self, weights: np.ndarray, part: slice) -> np.ndarray:
@@ -149,7 +165,7 @@ class LinearPacking:
 
 
 @dataclass(frozen=True)
-class CNNPacking:
+class CNNPacking(Packing):
     """A small CNN: convolution, square, dense, or with another square and dense layer.
 
     The client lays the film out as patches (im2col). A slot block of ``block`` slots holds one tap of the kernel at all
@@ -172,7 +188,6 @@ class CNNPacking:
     hidden: int
     classes: int
     kind: ClassVar[str] = "cnn"
-    in_slots: ClassVar[bool] = False
     relinearise: ClassVar[bool] = True
     # Pixels' absolute value at most. Normalised ones reach 2 (primia_lite.models.prepare), and a film's own mean and
     # standard deviation make about 8 of a bright spot; grey values that nobody normalised are beyond it.
@@ -182,15 +197,16 @@ class CNNPacking:
 
     def __post_init__(self):
         if min(self.side, self.kernel, self.stride, self.channels, self.classes) < 1 or self.kernel > self.side:
-            raise UserError(
-                "a convolution needs a film at least as large as its kernel, a stride, channels and classes"
-            )
+            raise UserError("a convolution needs a film as large as its kernel or larger, a stride, channels, classes")
+        self._check_layout()
+
+    def _check_layout(self) -> None:
         for name, number in (("channels", self.channels), ("hidden", self.hidden)):
             if number & (number - 1):
                 raise UserError(f"{name} is {number}: packing needs a power of two")
-        if self.channels * self.block > self.parameters.slots:
+        if self.period > self.parameters.slots:
             raise UserError(
-                f"{self.channels} channels at {self.positions} positions need {self.channels * self.block} slots, a "
+                f"{self.channels} channels at {self.positions} positions need {self.period} slots, a "
                 f"ciphertext has {self.parameters.slots}: take a larger stride, or fewer channels"
             )
         if self.hidden > self.period:
@@ -199,7 +215,7 @@ class CNNPacking:
     @functools.cached_property
     def parameters(self) -> Parameters:
         # 19 bits above a rescaling's error are a scale of 30 at N = 8192. With a hidden layer all 218 bits of that N
-        # are used; without one there is room for another bit of the logits, see `room`.
+        # are used; without one there is room for another bit of the logits, see `wrap_limit`.
         return choose(
             self.reply_level, precision_bits=19, integer_bits=8 if self.hidden else 9, weight_bits=self.last_weight_bits
         )
@@ -212,27 +228,22 @@ class CNNPacking:
     def in_shape(self) -> tuple[int, ...]:
         return (self.side, self.side)
 
-    def room(self, context: Context) -> float:
-        """Logits of this absolute value and above wrap round: about 128 with a hidden layer and 256 without; in a batch
-        (:class:`~primia_lite.encrypted.batch.BatchCNNPacking`) 256 with one and 128 without."""
+    def wrap_limit(self, context: Context) -> float:
+        """About 128 with a hidden layer and 256 without; in a batch 256 with one and 128 without."""
         return context.moduli[0] / self.reply_scale(context) / 2
 
     def most_logit(self, context: Context) -> float:
-        """A client refuses larger logits. Squares make a bound by the weights useless, so no network is refused for
-        them when it is compiled; a logit that wrapped round may lie anywhere, and half of the range is refused here."""
-        return self.room(context) / 2
+        """Squares make a bound by the weights useless, so no network is refused for them when it is compiled; a logit
+        that wrapped round may lie anywhere, and half of the range is refused here."""
+        return self.wrap_limit(context) / 2
 
     def error(self, context: Context) -> None:
         """Not known beforehand: noise of each layer is squared by the next, with the film and the weights."""
         return None
 
     @property
-    def out_side(self) -> int:
-        return (self.side - self.kernel) // self.stride + 1
-
-    @property
     def positions(self) -> int:
-        return self.out_side**2
+        return ((self.side - self.kernel) // self.stride + 1) ** 2
 
     @property
     def block(self) -> int:
@@ -260,8 +271,8 @@ class CNNPacking:
         return math.ceil(self.kernel**2 * self.copies / self.blocks)
 
     @property
-    def fresh_scale(self) -> float:
-        return 2.0**self.parameters.scale_bits
+    def baby_steps(self) -> int:
+        return 1 << (self.hidden.bit_length() // 2)
 
     @property
     def steps(self) -> dict[str, list[int]]:
@@ -277,12 +288,7 @@ class CNNPacking:
         return out
 
     @property
-    def baby_steps(self) -> int:
-        return 1 << ((self.hidden.bit_length()) // 2)
-
-    @property
     def rotations(self) -> tuple[int, ...]:
-        """Those that Galois keys are needed for."""
         return tuple(sorted({step for steps in self.steps.values() for step in steps}))
 
     @property
@@ -290,18 +296,10 @@ class CNNPacking:
         return 4 if self.hidden else 2
 
     @property
-    def replies(self) -> int:
-        return len(self.keep)
-
-    @property
-    def last_period(self) -> int:
-        return self.hidden or self.period
-
-    @property
-    def keep(self) -> list[list[int]]:
-        """Of each reply, the coefficients that are its logits: as many as the last layer's inputs repeat."""
-        repeats = self.parameters.slots // self.last_period
-        return [list(range(min(repeats, self.classes - a))) for a in range(0, self.classes, repeats)]
+    def logit_places(self) -> list[Sequence[int]]:
+        """As many a reply as the last layer's inputs repeat."""
+        repeats = self.parameters.slots // (self.hidden or self.period)
+        return [range(min(repeats, self.classes - a)) for a in range(0, self.classes, repeats)]
 
     def scales(self, context: Context) -> dict[str, float]:
         """Of weights and of results. Weights are scaled by the prime that rescaling takes away again."""
@@ -327,8 +325,15 @@ class CNNPacking:
         """Which tap lies in a block; from kernel² on: none."""
         return upload * (self.blocks // self.copies) + block // self.copies
 
+    def check_pixels(self, films: np.ndarray) -> None:
+        if not (largest := float(np.abs(films).max())) <= self.most_pixel:
+            raise UserError(
+                f"these pixels reach {largest:.4g}; above {self.most_pixel:g} logits could wrap round unseen: "
+                "normalise them as the network's training films were, see primia_lite.models.prepare"
+            )
+
     def encode(self, context: Context, film: np.ndarray) -> list[sealapi.Plaintext]:
-        check_pixels(film, self.most_pixel)
+        self.check_pixels(film)
         patches, out = self.patches(film), []
         for upload in range(self.uploads):
             slots = np.zeros((self.blocks, self.block))
@@ -339,55 +344,6 @@ class CNNPacking:
         return out
 
 
-def check_norm(features: np.ndarray, most: float) -> None:
-    """Refuse features [films, D] of a norm that the head wasn't compiled for."""
-    if not (norm := float(np.linalg.norm(features, axis=1).max())) <= most:
-        raise UserError(
-            f"these features have norm {norm:.4g}; above {most} logits could wrap round unseen: "
-            "scale them to norm 1, as primia_lite.models.frozen does"
-        )
-
-
-def check_pixels(films: np.ndarray, most: float) -> None:
-    """Refuse pixels that no normalised film has."""
-    if not (largest := float(np.abs(films).max())) <= most:
-        raise UserError(
-            f"these pixels reach {largest:.4g}; above {most:g} logits could wrap round unseen: normalise them as the "
-            "network's training films were, (pixel - mean) / standard deviation, see primia_lite.models.prepare"
-        )
-
-
 def _doublings(start: int, stop: int) -> list[int]:
-    """start, 2 start, 4 start, ... below stop."""
-    return [start << k for k in range(int(math.log2(stop // start)))] if stop > start else []
-
-
-Packing = LinearPacking | CNNPacking
-
-# Of any number in a description: what comes of it stays a number that a computer takes in its stride.
-_MOST_NUMBER = 1 << 20
-
-
-def packing_from(spec: dict) -> Packing:
-    """From what :func:`spec_of` wrote, here or at a stranger's.
-
-    Raises
-    ------
-    UserError
-        Another kind, or numbers that don't make a packing.
-    """
-    from primia_lite.encrypted.batch import BatchCNNPacking, BatchLinearPacking  # they build on these here
-
-    kinds = {each.kind: each for each in (LinearPacking, CNNPacking, BatchLinearPacking, BatchCNNPacking)}
-    try:
-        numbers = {key: value for key, value in spec.items() if key != "kind"}
-        if not all(isinstance(value, int) and 0 <= value <= _MOST_NUMBER for value in numbers.values()):
-            raise ValueError("a number of it isn't whole, or out of range")
-        return kinds[spec["kind"]](**numbers)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError("this isn't the description of a packing: ask the server for its own") from error
-
-
-def spec_of(packing: Packing) -> dict:
-    """For JSON."""
-    return {"kind": packing.kind} | asdict(packing)
+    """start, 2 start, 4 start, ... below stop; both are powers of two."""
+    return [start << k for k in range((stop // start).bit_length() - 1)]

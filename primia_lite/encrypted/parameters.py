@@ -80,12 +80,10 @@ class Parameters:
 
 
 def rescaling_error_bits(poly_modulus_degree: int) -> float:
-    """log2 of a slot's standard deviation after one rescaling, in units of 1 / scale.
-
-    Rescaling rounds both parts of a ciphertext, each coefficient by a uniform error of variance 1/12; the second part
-    is multiplied by the key, of N coefficients of variance 2/3; a slot's real part is the sum of N of the results, each
-    times a cosine of variance 1/2. That is N / 6 for N in the thousands.
-    """
+    """log2 of a slot's standard deviation after one rescaling, in units of 1 / scale. Rescaling rounds both parts of a
+    ciphertext, each coefficient by a uniform error of variance 1/12; the second part is multiplied by the key, of N
+    coefficients of variance 2/3; a slot's real part is the sum of N of the results, each times a cosine of variance
+    1/2. That is N / 6 for N in the thousands."""
     n = poly_modulus_degree
     return 0.5 * math.log2(n * (1 + 2 * n / 3) / 24)
 
@@ -106,11 +104,6 @@ def choose(
     integer_bits : room for the result's integer part and sign
     slots : numbers in one ciphertext
     weight_bits : log2 of the scale of a last product's weights, which isn't rescaled
-
-    Raises
-    ------
-    UserError
-        No N allows for it.
     """
     if min(depth, weight_bits) < 0 or min(precision_bits, integer_bits, slots) < 1:
         raise UserError("depth must be at least 0; precision_bits, integer_bits and slots at least 1")
@@ -138,11 +131,6 @@ def choose_single_product(weight_bits: int, *, integer_bits: int = 8, primes: in
     weight_bits : log2 of the weights' scale
     integer_bits : room for the result's integer part and sign
     primes : that are one modulus together
-
-    Raises
-    ------
-    UserError
-        No N allows for it.
     """
     if weight_bits < 0 or min(integer_bits, primes) < 1:
         raise UserError("weight_bits must be at least 0; integer_bits and primes at least 1")

@@ -71,13 +71,7 @@ class Context:
     # --- encoding -----------------------------------------------------------------------------------------------------
 
     def encode_slots(self, values: np.ndarray, scale: float, level: int = 0) -> sealapi.Plaintext:
-        """Real or complex [up to N / 2].
-
-        Raises
-        ------
-        UserError
-            Too large for the modulus at this level.
-        """
+        """Real or complex [up to N / 2]; a UserError if they are too large for the modulus at this level."""
         out = sealapi.Plaintext()
         with refuse_too_large():
             self.encoder.encode(np.asarray(values).tolist(), self.level_ids[level], scale, out)
@@ -128,24 +122,14 @@ class Context:
         self._check(body, level, scale, ntt=True)
         if len(body) != full and not (seeded and len(body) == self._size(1, primes) + _SEED_BYTES):
             raise CiphertextError(f"this ciphertext has {len(body)} bytes inside instead of {full}: was it cut?")
-        try:
-            out = self.load(_wrap(body), sealapi.Ciphertext)
-        except (RuntimeError, ValueError, IndexError, MemoryError) as error:
-            raise CiphertextError(f"SEAL can't read this ciphertext: {error}") from error
+        out = self._loaded(body, sealapi.Ciphertext)
         if out.is_transparent():
-            raise CiphertextError("this ciphertext isn't encrypted, its second polynomial is 0: send Client.encrypt()")
+            raise CiphertextError("this ciphertext isn't encrypted, its second polynomial is 0")
         return out
 
     def receive_keys(self, data: bytes, kind: type, elements: int = 0):
-        """A stranger's public key, relinearisation keys, or Galois keys for just so many elements.
-
-        SEAL trusts the numbers of keys that such bytes tell, so they are counted here first.
-
-        Raises
-        ------
-        CiphertextError
-            Anything else.
-        """
+        """A stranger's public key, relinearisation keys, or Galois keys for just so many elements; else a
+        CiphertextError. SEAL trusts the numbers of keys that such bytes tell, so they are counted here first."""
         each = self._size(2, len(self.moduli))
         seeded = self._size(1, len(self.moduli)) + _SEED_BYTES
         if kind is sealapi.PublicKey:
@@ -157,20 +141,20 @@ class Context:
             body = _unwrap(data, 40 + 8 * rows + full * digits * (_HEADER.size + each))
             fits = _keys_fit(body, rows, full, digits, {_HEADER.size + each, _HEADER.size + seeded})
         if not fits:
-            raise CiphertextError("these keys were cut, altered, or made with other parameters: send Client.public()")
+            raise CiphertextError(
+                "keys that were cut, altered, or made with other parameters: send CkksClient.public()"
+            )
+        return self._loaded(body, kind)
+
+    def _loaded(self, body: bytes, kind: type):
         try:
             return self.load(_wrap(body), kind)
         except (RuntimeError, ValueError, IndexError, MemoryError) as error:
-            raise CiphertextError(f"SEAL can't read these keys: {error}") from error
+            raise CiphertextError(f"SEAL can't read these bytes: {error}") from error
 
     def integers(self, data: bytes, *, scale: float, level: int, ntt: bool = False) -> np.ndarray:
-        """Coefficients (or NTT values) of a ciphertext's two polynomials, uint64 [2, primes, N], from its bytes.
-
-        Raises
-        ------
-        CiphertextError
-            As :meth:`receive`.
-        """
+        """Coefficients (or NTT values) of a ciphertext's two polynomials, uint64 [2, primes, N], from its bytes, which
+        are checked as :meth:`receive` does."""
         moduli = self.moduli_at(level)
         full = self._size(2, len(moduli))
         body = _unwrap(data, full)
@@ -182,13 +166,6 @@ class Context:
         if (out >= np.array(moduli, np.uint64)[None, :, None]).any():
             raise CiphertextError("coefficients of this ciphertext are beyond their prime: was it altered?")
         return out
-
-    def own_integers(self, ciphertext: sealapi.Ciphertext, level: int) -> np.ndarray:
-        """As :meth:`integers`, of a ciphertext of this process, which needs no checks."""
-        primes = len(self.moduli_at(level))
-        body = _unwrap(dump(ciphertext), self._size(2, primes))
-        start = _FIELDS.size + _HEADER.size + 8
-        return np.frombuffer(body, np.uint64, offset=start).reshape(2, primes, self.n)
 
     def compose(self, integers: np.ndarray, *, scale: float, level: int, ntt: bool = False) -> bytes:
         """The ciphertext of those coefficients (or NTT values), uint64 [2, primes, N], as bytes: :meth:`integers`
@@ -303,7 +280,7 @@ def _unwrap(data: bytes, most: int) -> bytes:
         raise CiphertextError(f"{len(data)} bytes are no ciphertext: was it cut?")
     magic, header, major, _, compression, _, total = _HEADER.unpack_from(data)
     if (magic, header, major) != (_MAGIC, _HEADER.size, _VERSION[0]) or compression not in (_STORED, _ZSTD):
-        raise CiphertextError("these bytes are no ciphertext of SEAL 4: send what Client.encrypt returned")
+        raise CiphertextError("these bytes are no ciphertext of SEAL 4: send what CkksClient.encrypt returned")
     if total != len(data) or total > most + 4096:
         raise CiphertextError(f"the header tells of {total} bytes, {len(data)} came, {most} are the most: was it cut?")
     body = data[_HEADER.size :]

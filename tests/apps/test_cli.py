@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,7 +30,9 @@ def seconds_since(before) -> float:
     return now.children_user - before.children_user + now.children_system - before.children_system
 
 
-@pytest.mark.parametrize("module", ["primia_lite.apps.cli", "primia_lite.apps.doctor"])
+@pytest.mark.parametrize(
+    "module", ["primia_lite", "primia_lite.config", "primia_lite.apps.cli", "primia_lite.apps.doctor"]
+)
 def test_importing_it_imports_nothing_heavy(module):
     assert python(f"import sys, {module}; print([m for m in {HEAVY!r} if m in sys.modules])").strip() == "[]"
 
@@ -210,7 +213,7 @@ def offered(tmp_path, monkeypatch):
     """Models in files, and what a service of some of them would offer: name -> what it was trained on."""
     import torch
 
-    from primia_lite.apps.service import commands as serve
+    from primia_lite.apps.service import commands
     from primia_lite.apps.service import server as service
     from primia_lite.encrypted.card import ModelCard
 
@@ -218,10 +221,11 @@ def offered(tmp_path, monkeypatch):
         ModelCard("litenet", {}, ("x", "y"), 32, (5,), {"weight": torch.zeros(2, 5)}, file).save(tmp_path / file)
     monkeypatch.chdir(tmp_path)
     found = {}
-    monkeypatch.setattr(service, "serve", lambda cards, *_, **__: found.update(cards))
+    quiet = SimpleNamespace(run=lambda: None)
+    monkeypatch.setattr(service, "uvicorn_server", lambda cards, *_, **__: found.update(cards) or quiet)
 
     def offer(*entries):
-        serve.serve(entries, port=0)
+        commands.serve(entries, port=0)
         return {name: card.trained_on for name, card in found.items()}
 
     return offer

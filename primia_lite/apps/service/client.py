@@ -8,32 +8,33 @@ they are shown, and a reply's sizes, level, scale and coefficients are checked; 
 from __future__ import annotations
 
 import contextlib
-import http.cookiejar
-import importlib.util
-import ipaddress
 import json
-import os
 import random
 import re
-import socket
-import ssl
 import threading
 import time
 import urllib.parse
-import urllib.request
-from collections.abc import Callable
 from concurrent.futures import Future
 
 import httpx
 import numpy as np
 
+from primia_lite.apps.service.connection import connector
 from primia_lite.config import UserError, printable
 from primia_lite.encrypted.card import prepare_film
-from primia_lite.encrypted.ckks import MAX_PUBLIC_BYTES, Client
+from primia_lite.encrypted.client import CkksClient
 from primia_lite.encrypted.flooding import Flooding
-from primia_lite.encrypted.packing import Packing, packing_from
+from primia_lite.encrypted.packing import Packing
 from primia_lite.encrypted.seal import CiphertextError
-from primia_lite.encrypted.wire import join, most_key_bytes, most_reply_bytes, most_upload_bytes, split
+from primia_lite.encrypted.wire import (
+    MAX_PUBLIC_BYTES,
+    join,
+    most_key_bytes,
+    most_reply_bytes,
+    most_upload_bytes,
+    packing_from,
+    split,
+)
 
 # Of an answer that isn't a reply: descriptions of all models, or a sentence.
 _MOST_BYTES = 1 << 20
@@ -64,13 +65,15 @@ class RemoteServer:
     timeout_s, retries
         Seconds of silence in one request, and how often it is made again; all of it together has four times as long.
         Waits grow from 0.2 s, doubling, or are what the service asks for; beyond 30 s its answer is raised instead.
-    decimals, flooding : see :class:`~primia_lite.encrypted.ckks.Client`
+    decimals, flooding : see :class:`~primia_lite.encrypted.client.CkksClient`
     transport : of httpx, for tests
 
     Attributes
     ----------
     name, description : of the model, as the service tells them, checked; see
         :meth:`~primia_lite.encrypted.card.ModelCard.describe`
+    client : :class:`~primia_lite.encrypted.client.CkksClient`, with the key
+    token : of the open session, None without
 
     Raises
     ------
@@ -86,9 +89,9 @@ class RemoteServer:
         retries: int = 4, decimals: int = 3, flooding: Flooding | None = None,
         transport: httpx.BaseTransport | None = None,
     ):  # fmt: skip
-        self.timeout_s, self.retries, self._token = timeout_s, retries, None
+        self.timeout_s, self.retries, self.token = timeout_s, retries, None
         self._most_bytes = _MOST_BYTES
-        self._connect, self._where = _line(url, ca_file, timeout_s, transport)
+        self._connect, self._where = connector(url, ca_file, timeout_s, transport)
         self._http = self._connect()
         offered = self._answer("GET", "/models")
         if model is None and len(offered) == 1:
@@ -102,7 +105,7 @@ class RemoteServer:
         except UserError as error:
             raise ServiceError(f"{self._another} ({error})") from error
         self._most_bytes = max(self._most_bytes, most_reply_bytes(packing))
-        self.client = Client(packing, decimals, flooding)
+        self.client = CkksClient(packing, decimals, flooding)
 
     def __enter__(self) -> RemoteServer:
         return self
@@ -112,35 +115,20 @@ class RemoteServer:
 
     def close(self) -> None:
         """End the session; the service forgets the keys."""
-        if self._token is not None:
-            token, self._token = self._token, None
+        if self.token is not None:
+            token, self.token = self.token, None
             with contextlib.suppress(ServiceError, httpx.TransportError):  # else it will expire
                 self._exchange("DELETE", f"/sessions/{token}", None, 5.0)
         self._http.close()
 
     def _exchange(self, method: str, path: str, content: bytes | None, seconds: float) -> httpx.Response:
-        """One request and its whole answer.
-
-        Raises
-        ------
-        httpx.TransportError
-            None came.
-        ServiceError
-            It is too large, compressed, takes too long, or isn't HTTP.
-        """
+        """One request and its whole answer; a ServiceError if that is too large, compressed, takes too long, or isn't
+        HTTP, and httpx's TransportError if none came."""
         answer, line = Future(), self._http
 
         def ask() -> None:
             try:
-                with line.stream(method, path, content=content) as response:
-                    if response.headers.get("Content-Encoding", "identity").strip().lower() != "identity":
-                        raise ServiceError(f"{self._where} sent a compressed answer, which wasn't asked for")
-                    body = bytearray()
-                    for part in response.iter_bytes():
-                        body += part
-                        if len(body) > self._most_bytes:
-                            raise ServiceError(f"{self._where} sent more than the {self._most_bytes} bytes that it may")
-                answer.set_result(httpx.Response(response.status_code, headers=response.headers, content=bytes(body)))
+                answer.set_result(self._read_answer(line, method, path, content))
             except BaseException as error:
                 answer.set_exception(error)
 
@@ -157,32 +145,42 @@ class RemoteServer:
         except Exception as error:  # of what strangers send, libraries make many kinds
             raise ServiceError(self._another) from error
 
+    def _read_answer(self, line: httpx.Client, method: str, path: str, content: bytes | None) -> httpx.Response:
+        with line.stream(method, path, content=content) as response:
+            if response.headers.get("Content-Encoding", "identity").strip().lower() != "identity":
+                raise ServiceError(f"{self._where} sent a compressed answer, which wasn't asked for")
+            body = bytearray()
+            for part in response.iter_bytes():
+                body += part
+                if len(body) > self._most_bytes:
+                    raise ServiceError(f"{self._where} sent more than the {self._most_bytes} bytes that it may")
+        return httpx.Response(response.status_code, headers=response.headers, content=bytes(body))
+
     def _ask(self, method: str, path: str, content: bytes | None = None) -> bytes:
+        """The content of a successful answer. httpx's own retries are for connections only, not for answers."""
         deadline = time.monotonic() + 4 * self.timeout_s
         for attempt in range(self.retries + 1):
             wait = 0.2 * 2**attempt * random.uniform(0.7, 1.3)
             try:
                 response = self._exchange(method, path, content, deadline - time.monotonic())
             except httpx.TransportError as error:
-                status = 0
-                sentence = (
+                refused = ServiceError(
                     f"no service answers at {self._where} ({printable(str(error))}): start one with "
                     "`primia-lite serve`, or check the address"
                 )
             else:
                 if response.is_success:
                     return response.content
-                sentence, status = self._sentence(response), response.status_code
-                if status not in (408, 429, 502, 503, 504):
-                    raise ServiceError(sentence, status)
+                refused = ServiceError(self._sentence(response), response.status_code)
                 asked = response.headers.get("Retry-After", "")
                 wait = max(wait, float(asked)) if asked.isdecimal() else wait
-                if wait > 30:  # for longer, the caller should decide
-                    raise ServiceError(sentence, status)
+                # For longer, the caller should decide.
+                if response.status_code not in (408, 429, 502, 503, 504) or wait > 30:
+                    raise refused
             if attempt == self.retries or time.monotonic() + wait > deadline:
                 break
             time.sleep(wait)
-        raise ServiceError(sentence, status)
+        raise refused
 
     def _sentence(self, response: httpx.Response) -> str:
         try:
@@ -209,13 +207,13 @@ class RemoteServer:
 
     def open(self) -> str:
         """Open a session, unless one is open."""
-        if self._token is None:
+        if self.token is None:
             name = urllib.parse.quote(self.name, safe="")
             token = self._answer("POST", f"/models/{name}/sessions", self.client.public()).get("session")
             if not isinstance(token, str) or not re.fullmatch(r"[\w-]{1,200}", token, re.ASCII):
                 raise ServiceError(self._another)
-            self._token = token
-        return self._token
+            self.token = token
+        return self.token
 
     def diagnose(self, film: np.ndarray) -> np.ndarray:
         """Logits, float64 [classes]; of uint8 pixels [H, W], or of a film as the model takes it.
@@ -237,7 +235,7 @@ class RemoteServer:
         except ServiceError as error:
             if error.status not in (404, 410):
                 raise
-            self._token = None  # it expired, or the service was started anew
+            self.token = None  # it expired, or the service was started anew
             reply = self._ask("POST", f"/sessions/{self.open()}/diagnose", body)
         try:
             return self.client.decrypt(split(reply))
@@ -253,13 +251,8 @@ def _json(content: bytes):
 
 
 def _read(told) -> tuple[dict, Packing]:
-    """A model's description and packing, from what a service tells of it.
-
-    Raises
-    ------
-    UserError
-        Not what :meth:`~primia_lite.encrypted.card.ModelCard.describe` tells, or more than a hospital should do for it.
-    """
+    """A model's description and packing, from what a service tells of it; a UserError if it isn't what
+    :meth:`~primia_lite.encrypted.card.ModelCard.describe` tells, or more than a hospital should do for it."""
     if not isinstance(told, dict):
         raise UserError("no description")
     out = {name: told.get(name) for name in ("model", "class_names", "image_size", "standardise", "trained_on")}
@@ -278,86 +271,3 @@ def _read(told) -> tuple[dict, Packing]:
         raise UserError("its packing isn't for one film, or asks for too much")
     model, trained_on = (printable(text, 200) for text in texts)
     return out | {"model": model, "class_names": names, "trained_on": trained_on}, packing
-
-
-# --- the line ---------------------------------------------------------------------------------------------------------
-
-
-def on_this_machine(host: str) -> bool:
-    """Loopback names and addresses, in all forms that systems read; and 0.0.0.0 and ::, which lead here, too."""
-    name = host.lower().rstrip(".")
-    if name == "localhost" or name.endswith(".localhost"):
-        return True
-    try:
-        address = ipaddress.ip_address(name.partition("%")[0] if ":" in name else socket.inet_aton(name))
-    except (OSError, ValueError):
-        return False
-    address = getattr(address, "ipv4_mapped", None) or address
-    return address.is_loopback or address.is_unspecified
-
-
-def _line(
-    url: str, ca_file: str | None, timeout_s: float, transport: httpx.BaseTransport | None
-) -> tuple[Callable[[], httpx.Client], str]:
-    """What connects to an address, and the address for messages, without passwords."""
-    try:
-        address = httpx.URL(url)
-        if address.scheme not in ("http", "https") or not address.host:
-            raise ValueError("it has no http:// or no host")
-    except (httpx.InvalidURL, ValueError) as error:
-        raise UserError(f"{url!r} isn't an address ({error}): give one such as http://127.0.0.1:8000") from error
-    proxy, variable = _proxy(address)
-    where = f"{address.scheme}://{address.netloc.decode()}{address.path.rstrip('/')}"
-    if proxy is not None:
-        where += f" (by the proxy {proxy.url.scheme}://{proxy.url.netloc.decode()} of {variable})"
-    trusted = _trusted(address.scheme, ca_file)
-
-    def connect() -> httpx.Client:
-        return httpx.Client(
-            base_url=url, timeout=timeout_s, trust_env=False, headers={"Accept-Encoding": "identity"},
-            transport=transport or httpx.HTTPTransport(verify=trusted, proxy=proxy, trust_env=False),
-            # A service has nothing to remember at a hospital.
-            cookies=http.cookiejar.CookieJar(http.cookiejar.DefaultCookiePolicy(allowed_domains=[])),
-        )  # fmt: skip
-
-    return connect, where
-
-
-def _trusted(scheme: str, ca_file: str | None) -> ssl.SSLContext:
-    """Certificates: those of the file, else those that httpx takes, with its variables."""
-    try:
-        if ca_file:
-            return ssl.create_default_context(cafile=ca_file)
-        # Without TLS nobody is to be trusted, and no variable to be read.
-        return httpx.create_ssl_context() if scheme == "https" else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    except (OSError, ValueError) as error:  # SSLError is an OSError
-        named = [name for name in ("SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE") if os.environ.get(name)]
-        raise UserError(
-            f"the certificates of {ca_file or ' or '.join(named)} can't be read ({error}): give a PEM file with the "
-            "one to trust"
-        ) from error
-
-
-def _proxy(address: httpx.URL) -> tuple[httpx.Proxy | None, str]:
-    """The proxy for an address, as the environment or the system says, and the variable that names it."""
-    found = urllib.request.getproxies()
-    kind = address.scheme if found.get(address.scheme) else "all"
-    places = (address.host, address.netloc.decode())
-    if not found.get(kind) or on_this_machine(address.host) or any(map(urllib.request.proxy_bypass, places)):
-        return None, ""
-    # Lower case comes first, as for urllib.
-    variables = [name for name in sorted(os.environ, reverse=True) if name.lower() == f"{kind}_proxy"]
-    variable = variables[0] if variables else "this system's settings"
-    try:
-        proxy = httpx.Proxy(found[kind] if "://" in found[kind] else f"http://{found[kind]}")
-        if not proxy.url.host or proxy.url.raw_path != b"/" or proxy.url.fragment:
-            raise ValueError
-    except (httpx.InvalidURL, ValueError):
-        # Not what it is: there may be a password in it.
-        raise UserError(
-            f"the proxy of {variable} has an address that is none: give one such as http://proxy.example:3128, "
-            f"or name {address.host} in NO_PROXY"
-        ) from None
-    if proxy.url.scheme.startswith("socks") and not importlib.util.find_spec("socksio"):
-        raise UserError(f"the proxy of {variable} is a SOCKS proxy: give one for HTTP, or install socksio")
-    return proxy, variable

@@ -1,18 +1,15 @@
-"""Models offered for encrypted diagnosis: the commands ``serve`` and ``diagnose``, and a service as another process."""
+"""The commands ``serve`` and ``diagnose``, and a service as another process."""
 
 from __future__ import annotations
 
 import contextlib
-import http.client
 import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -32,7 +29,8 @@ def serve(
         or named as its file
     workers : processes that compute; by default one for each core, at most 4
     """
-    from primia_lite.apps.service import server as service
+    from primia_lite.apps.service.limits import NO_LIMITS
+    from primia_lite.apps.service.server import uvicorn_server
     from primia_lite.encrypted.card import ModelCard
 
     workers = min(4, cores()) if workers is None else workers
@@ -52,8 +50,9 @@ def serve(
     if scheme == "http" and host not in ("127.0.0.1", "localhost", "::1"):
         print("warning: without TLS anybody on the way can alter requests and use sessions: give --certfile, --keyfile")
     print(f"offering {', '.join(cards)} at {scheme}://{name}:{port} (Ctrl-C stops); not for clinical use", flush=True)
-    chosen = None if limits else service.NO_LIMITS
-    service.serve(cards, host, port, limits=chosen, certfile=certfile, keyfile=keyfile, workers=workers)
+    chosen = None if limits else NO_LIMITS
+    with contextlib.suppress(KeyboardInterrupt):
+        uvicorn_server(cards, host, port, limits=chosen, certfile=certfile, keyfile=keyfile, workers=workers).run()
     return 0
 
 
@@ -100,13 +99,7 @@ def demo_card(n_films: int = 300, size: int = 64, seed: int = 0):
 
 
 def diagnose(film: str, url: str, model: str | None = None, ca_file: str | None = None) -> str:
-    """A film from a file, encrypted here, diagnosed there: a table.
-
-    Raises
-    ------
-    UserError
-        No such film, an unreadable one, or a service that can't be reached or says no.
-    """
+    """A film from a file, encrypted here, diagnosed there: a table."""
     from primia_lite.apps.service.client import RemoteServer
     from primia_lite.data.pixels import decode, to_square
 
@@ -122,30 +115,15 @@ def diagnose(film: str, url: str, model: str | None = None, ca_file: str | None 
     shares = np.exp(logits - logits.max())
     shares /= shares.sum()
     lines = [f"{name:>12}  {share:6.1%}" for name, share in zip(described["class_names"], shares, strict=True)]
-    return "\n".join(
-        [
-            *lines,
-            f"model {server.name} ({described['model']}, {described['trained_on']})",
-            f"sent: {costs['encrypt'].kib:.0f} KiB of ciphertext",
-            "a demonstration, not for clinical use",
-        ]
-    )
+    lines.append(f"model {server.name} ({described['model']}, {described['trained_on']})")
+    lines.append(f"sent: {costs['encrypt'].kib:.0f} KiB of ciphertext")
+    return "\n".join([*lines, "a demonstration, not for clinical use"])
 
 
 @contextlib.contextmanager
 def running(cards: dict, *, limits: bool = True, wait_s: float = 600.0) -> Iterator[tuple[str, subprocess.Popen]]:
     """The service as another process on a free port of this machine, while the context lasts: its address, and it.
-
-    Parameters
-    ----------
-    cards : ModelCards by name
-    wait_s : for its first answer, on a machine that has much else to do; one that ends is noticed at once
-
-    Raises
-    ------
-    UserError
-        It ended, or didn't answer in time; with what it wrote.
-    """
+    ModelCards by name; ``wait_s`` for its first answer, on a machine that has much else to do."""
     import httpx
 
     with tempfile.TemporaryDirectory() as folder:
@@ -177,76 +155,3 @@ def running(cards: dict, *, limits: bool = True, wait_s: float = 600.0) -> Itera
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-
-
-def load_test(
-    url: str, model: str | None = None, *, clients: int = 8, requests: int = 1000, pid: int | None = None
-) -> dict:
-    """Latencies of a running service without limits, for hospitals that all ask at once.
-
-    Each has keys, a session and a connection of its own, and encrypts one film beforehand, so that encryption isn't
-    timed: the time is from the first byte sent to the last received. Random features or pixels; the last reply of each
-    is decrypted.
-
-    Parameters
-    ----------
-    requests : of all clients together
-    pid : of the service, if it runs here: memory of it and its workers is read in between
-
-    Returns
-    -------
-    dict
-        ``ms``, float64 [requests without an error]; ``errors``, sentences; ``films`` and ``logits`` [clients, ...];
-        ``rss_mib``, before and after each tenth of the requests, empty without ``pid``
-    """
-    from primia_lite.apps.service.client import RemoteServer
-    from primia_lite.encrypted.wire import join, split
-
-    if (address := urlsplit(url)).scheme != "http":
-        raise UserError(f"{url}: a load test takes a service without TLS, at http://")
-    remotes = [RemoteServer(url, model) for _ in range(clients)]
-    films = np.random.default_rng(0).random((clients, *remotes[0].client.packing.in_shape))
-    films /= np.linalg.norm(films.reshape(clients, -1), axis=1).reshape(-1, *[1] * (films.ndim - 1))
-    ms, errors, replies, rss_mib = [], [], {}, [] if pid is None else [_rss_mib(pid)]
-
-    bodies = [join(remote.client.encrypt(film)) for remote, film in zip(remotes, films, strict=True)]
-    paths = [f"/sessions/{remote.open()}/diagnose" for remote in remotes]
-
-    def hospital(number: int) -> None:
-        # Thinner than the client's library, whose own work would be timed.
-        line, path, body = http.client.HTTPConnection(address.netloc), paths[number], bodies[number]
-        for query in range(requests // clients + (number < requests % clients)):
-            try:
-                started = time.perf_counter()
-                line.request("POST", path, body=body)
-                answer = line.getresponse()
-                content = answer.read()
-                passed = 1e3 * (time.perf_counter() - started)
-            except (OSError, http.client.HTTPException) as error:
-                line.close()
-                errors.append(f"{type(error).__name__}: {error}")
-                continue
-            if answer.status != 200:
-                errors.append(f"{answer.status}: {content[:200]!r}")
-                continue
-            ms.append(passed)
-            replies[number] = content
-            if pid is not None and number == 0 and (query + 1) % max(1, requests // (10 * clients)) == 0:
-                rss_mib.append(_rss_mib(pid))
-
-    threads = [threading.Thread(target=hospital, args=(number,)) for number in range(clients)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    logits = [remote.client.decrypt(split(replies[k])) for k, remote in enumerate(remotes) if k in replies]
-    for remote in remotes:
-        remote.close()
-    return {"ms": np.array(ms), "errors": errors, "films": films, "logits": np.array(logits), "rss_mib": rss_mib}
-
-
-def _rss_mib(pid: int) -> float:
-    import psutil
-
-    process = psutil.Process(pid)
-    return sum(each.memory_info().rss for each in [process, *process.children(recursive=True)]) / 2**20

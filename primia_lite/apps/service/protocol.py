@@ -10,7 +10,7 @@ import asyncio
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 
-class Prompt(H11Protocol):
+class HeadDeadlineProtocol(H11Protocol):
     """Closes a connection that hasn't brought a request's whole head after ``head_s`` seconds; between requests
     uvicorn's ``timeout_keep_alive`` comes before that."""
 

@@ -18,7 +18,6 @@ import collections
 import contextlib
 import functools
 import logging
-import math
 import secrets
 import ssl
 import time
@@ -31,85 +30,19 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from primia_lite.apps.service.workers import Here, SessionGone, Worker, WorkerDied
+from primia_lite.apps.service.limits import Limits, Rate, Refused
+from primia_lite.apps.service.workers import InProcess, SessionGone, Worker, WorkerDied
 from primia_lite.config import UserError
 from primia_lite.encrypted.card import ModelCard
-from primia_lite.encrypted.ckks import plan
-from primia_lite.encrypted.packing import spec_of
-from primia_lite.encrypted.wire import most_key_bytes, most_reply_bytes, most_upload_bytes
+from primia_lite.encrypted.server import plan
+from primia_lite.encrypted.wire import most_key_bytes, most_reply_bytes, most_upload_bytes, spec_of
 
 if TYPE_CHECKING:
     import uvicorn
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What one client may cost. None switches a limit off. Addresses aren't accounts: who has many, or keeps opening
-    sessions, can still crowd out others.
-
-    Attributes
-    ----------
-    sessions : kept at a time; opening one more closes the one that wasn't used for longest
-    session_s : seconds without a query after which a session is closed
-    queries : films asked for in a session. A linear head of d features without bias is known after d chosen queries or
-        fewer, in whatever sessions; so this and ``per_minute`` slow extraction down, and do not prevent it
-    per_minute : films from one address in a minute, over all its sessions. Behind a proxy all clients have one address
-    opened_per_minute : sessions opened from one address in a minute
-    timeout_s : seconds that a body may take to come, again those that a request may wait for a worker, and again those
-        that one may compute before it is replaced
-    waiting : requests that one worker has or that wait for it; more are sent away
-    head_s : seconds after which a connection is closed that hasn't brought a request's whole head
-    key_bytes : of the public keys of all sessions; beyond it those are closed that weren't used for longest
-    body_bytes : of the bodies of all requests that are under way; what comes beyond it is sent away
-    """
-
-    sessions: int | None = 64
-    session_s: float | None = 3600.0
-    queries: int | None = 1000
-    per_minute: int | None = 120
-    opened_per_minute: int | None = 12
-    timeout_s: float = 60.0
-    waiting: int | None = 64
-    head_s: float = 10.0
-    key_bytes: int | None = 1 << 30
-    body_bytes: int | None = 1 << 29
-
-
-NO_LIMITS = Limits(None, None, None, None, None, 600.0, None, key_bytes=None, body_bytes=None)
-
-
 _log = logging.getLogger(__name__)
 _ENDED = "this session was closed, or has expired: open a new one"
-
-
-class Refused(Exception):
-    """An answer other than success: status, sentence, seconds to wait."""
-
-    def __init__(self, status: int, sentence: str, wait_s: float | None = None):
-        super().__init__(sentence)
-        self.status, self.sentence, self.wait_s = status, sentence, wait_s
-
-
-class _Rate:
-    """Events in the last minute, by key."""
-
-    def __init__(self, most: int | None):
-        self.most, self.events = most, collections.OrderedDict()
-
-    def check(self, key: str) -> None:
-        if self.most is None:
-            return
-        now = time.monotonic()
-        times = self.events.setdefault(key, collections.deque())
-        self.events.move_to_end(key)
-        while len(self.events) > 4096:  # many addresses: the oldest is forgotten
-            self.events.popitem(last=False)
-        while times and times[0] < now - 60:
-            times.popleft()
-        if len(times) >= self.most:
-            wait = 60 - (now - times[0])
-            raise Refused(429, f"more than {self.most} requests in a minute: wait {wait:.0f} s", wait)
-        times.append(now)
 
 
 class _CutShort(JSONResponse):
@@ -130,11 +63,9 @@ class _CutShort(JSONResponse):
 
 
 @dataclass
-class _Open:
-    """An open session."""
-
+class OpenSession:
     model: str
-    worker: Here | Worker
+    worker: InProcess | Worker
     used: float
     queries: int = 0
 
@@ -148,8 +79,6 @@ class Service:
     workers : processes that compute; 0 computes in this one, which a hostile ciphertext that breaks SEAL would end
     """
 
-    _REMEMBERED = 4096  # tokens of sessions that ended
-
     def __init__(self, cards: dict[str, ModelCard], limits: Limits | None = None, workers: int = 0):
         self.limits = limits or Limits()
         self.cards = cards
@@ -159,16 +88,16 @@ class Service:
         }
         self._key_bytes = {name: most_key_bytes(packing) for name, packing in self.packings.items()}
         most_bytes = max(map(most_reply_bytes, self.packings.values()), default=0)
-        self.workers = [Worker(cards, most_bytes) for _ in range(workers)] or [Here(cards)]
+        self.workers = [Worker(cards, most_bytes) for _ in range(workers)] or [InProcess(cards)]
         # A lane for each, so that one that hangs keeps nobody from another.
         self._lanes = {worker: asyncio.Lock() for worker in self.workers}
-        self._waiting, self._closing = collections.Counter(), set()
+        self.waiting, self._closing = collections.Counter(), set()
         # By last use; those that ended, so that their clients are told that, and not that they never were.
-        self.open: collections.OrderedDict[str, _Open] = collections.OrderedDict()
+        self.open: collections.OrderedDict[str, OpenSession] = collections.OrderedDict()
         self.ended: collections.OrderedDict[str, None] = collections.OrderedDict()
         self.queries, self.body_bytes = 0, 0
         self.started = time.monotonic()
-        self._opened, self._asked = _Rate(self.limits.opened_per_minute), _Rate(self.limits.per_minute)
+        self._opened, self._asked = Rate(self.limits.opened_per_minute), Rate(self.limits.per_minute)
         routes = [
             Route("/health", self._guard(self.health)),
             Route("/models", self._guard(self.models)),
@@ -191,12 +120,10 @@ class Service:
             try:
                 return await handler(request)
             except Refused as refused:
-                headers = {} if refused.wait_s is None else {"Retry-After": str(max(1, round(refused.wait_s)))}
                 if request.method != "POST" or getattr(request.state, "body_is_read", False):
-                    return JSONResponse({"error": refused.sentence}, refused.status, headers=headers)
-                return _CutShort(
-                    {"error": refused.sentence}, refused.status, headers={**headers, "Connection": "close"}
-                )
+                    return JSONResponse({"error": refused.sentence}, refused.status, headers=refused.headers)
+                headers = refused.headers | {"Connection": "close"}
+                return _CutShort({"error": refused.sentence}, refused.status, headers=headers)
             except UserError as error:
                 return JSONResponse({"error": str(error)}, 400)
             except ClientDisconnect:
@@ -221,7 +148,7 @@ class Service:
                 async for part in request.stream():
                     if len(out) + len(part) > most:
                         raise Refused(413, sentence)
-                    if self.limits.body_bytes is not None and self.body_bytes + len(part) > self.limits.body_bytes:
+                    if self.body_bytes + len(part) > self.limits.body_bytes:
                         raise Refused(503, "too many large requests come at once: try again in a moment", 1)
                     out += part
                     self.body_bytes += len(part)
@@ -231,7 +158,7 @@ class Service:
         request.state.body_is_read = True
         return bytes(out)
 
-    async def _call(self, worker: Here | Worker, what: str, *arguments, wait_s: float | None = None):
+    async def _call(self, worker: InProcess | Worker, what: str, *arguments, wait_s: float | None = None):
         """In a worker, when those before it are done."""
         async with asyncio.timeout(wait_s):
             await self._lanes[worker].acquire()
@@ -249,11 +176,11 @@ class Service:
             watch.cancel()
             self._lanes[worker].release()
 
-    async def _compute(self, worker: Here | Worker, what: str, *arguments):
+    async def _compute(self, worker: InProcess | Worker, what: str, *arguments):
         """In a worker, unless too many wait for it."""
-        if self.limits.waiting is not None and self._waiting[worker] >= self.limits.waiting:
+        if self.waiting[worker] >= self.limits.waiting:
             raise Refused(503, "too many requests are waiting: try again in a moment", 1)
-        self._waiting[worker] += 1
+        self.waiting[worker] += 1
         try:
             return await self._call(worker, what, *arguments, wait_s=self.limits.timeout_s)
         except TimeoutError:
@@ -263,9 +190,9 @@ class Service:
                 503, f"the computation failed ({error}), and its sessions with it: open another one"
             ) from error
         finally:
-            self._waiting[worker] -= 1
+            self.waiting[worker] -= 1
 
-    def _session(self, token: str) -> _Open:
+    def _session(self, token: str) -> OpenSession:
         self._expire()
         if token in self.ended:
             raise Refused(410, _ENDED)
@@ -277,22 +204,21 @@ class Service:
 
     def _expire(self) -> None:
         """End sessions that are too old, and the longest unused beyond those allowed; not the last that there is."""
-        limits, latest = self.limits, time.monotonic() - (self.limits.session_s or math.inf)
-        most, most_bytes = (math.inf if each is None else each for each in (limits.sessions, limits.key_bytes))
+        limits, latest = self.limits, time.monotonic() - self.limits.session_s
         held = sum(self._key_bytes[entry.model] for entry in self.open.values())
         for token, entry in list(self.open.items()):
-            many = len(self.open) > 1 and (len(self.open) > most or held > most_bytes)
+            many = len(self.open) > 1 and (len(self.open) > limits.sessions or held > limits.key_bytes)
             if entry.used >= latest and not many:
                 break
             held -= self._key_bytes[entry.model]
             self._end(token)
 
-    def _forget(self, token: str) -> _Open | None:
+    def _forget(self, token: str) -> OpenSession | None:
         """Strike a session off, where its worker has it no more."""
         entry = self.open.pop(token, None)
         if entry is not None:
             self.ended[token] = None
-            if len(self.ended) > self._REMEMBERED:
+            if len(self.ended) > 4096:
                 self.ended.popitem(last=False)
         return entry
 
@@ -310,15 +236,9 @@ class Service:
         task.add_done_callback(self._closing.discard)
 
     async def health(self, request: Request) -> Response:
-        return JSONResponse(
-            {
-                "status": "ok",
-                "uptime_s": round(time.monotonic() - self.started, 1),
-                "sessions": len(self.open),
-                "queries": self.queries,
-                "waiting": self._waiting.total(),
-            }
-        )
+        uptime_s = round(time.monotonic() - self.started, 1)
+        counts = {"sessions": len(self.open), "queries": self.queries, "waiting": self.waiting.total()}
+        return JSONResponse({"status": "ok", "uptime_s": uptime_s} | counts)
 
     async def models(self, request: Request) -> Response:
         return JSONResponse(
@@ -334,14 +254,14 @@ class Service:
         token, held = secrets.token_urlsafe(32), collections.Counter(id(entry.worker) for entry in self.open.values())
         worker = min(self.workers, key=lambda worker: held[id(worker)])
         await self._compute(worker, "open", name, token, body)
-        self.open[token] = _Open(name, worker, time.monotonic())
+        self.open[token] = OpenSession(name, worker, time.monotonic())
         self._expire()
         return JSONResponse({"session": token}, 201)
 
     async def diagnose(self, request: Request) -> Response:
         token = request.path_params["token"]
         entry = self._session(token)
-        if self.limits.queries is not None and entry.queries >= self.limits.queries:
+        if entry.queries >= self.limits.queries:
             # Not ended: films of it may be under way.
             raise Refused(410, f"this session had its {self.limits.queries} films: open a new one")
         self._asked.check(request.client.host if request.client else "")
@@ -364,22 +284,23 @@ class Service:
         return Response(status_code=204)
 
 
-def server(
-    cards: dict[str, ModelCard], host: str = "127.0.0.1", port: int = 8000, *, limits: Limits | None = None,
-    certfile: str | None = None, keyfile: str | None = None, workers: int = 1,
-) -> uvicorn.Server:  # fmt: skip
-    """The service at an address; ``run()`` serves until it is stopped.
+def uvicorn_server(
+    cards: dict[str, ModelCard],
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    *,
+    limits: Limits | None = None,
+    certfile: str | None = None,
+    keyfile: str | None = None,
+    workers: int = 1,
+) -> uvicorn.Server:
+    """The service at an address; its ``run()`` offers it until it is stopped.
 
     Against very many connections, or a client that never reads its answers, put a reverse proxy before it.
-
-    Raises
-    ------
-    UserError
-        One of certificate and key without the other, or a pair that can't be read or doesn't fit.
     """
     import uvicorn
 
-    from primia_lite.apps.service.protocol import Prompt
+    from primia_lite.apps.service.protocol import HeadDeadlineProtocol
 
     if (certfile is None) != (keyfile is None):
         raise UserError("TLS needs both --certfile and --keyfile")
@@ -391,16 +312,18 @@ def server(
                 f"TLS can't use {certfile} with {keyfile} ({error}): give a certificate and its own key, as PEM files"
             ) from error
     service = Service(cards, limits, workers)
-    # Whoever connects is the client: a header that says otherwise would pass the limits by address.
     config = uvicorn.Config(
-        service.app, host=host, port=port, ssl_certfile=certfile, ssl_keyfile=keyfile, log_level="warning",
-        http=functools.partial(Prompt, head_s=service.limits.head_s), ws="none", proxy_headers=False,
-        timeout_keep_alive=30, limit_concurrency=256, server_header=False,
-    )  # fmt: skip
+        service.app,
+        host=host,
+        port=port,
+        ssl_certfile=certfile,
+        ssl_keyfile=keyfile,
+        log_level="warning",
+        http=functools.partial(HeadDeadlineProtocol, head_s=service.limits.head_s),
+        ws="none",
+        proxy_headers=False,  # whoever connects is the client: a header could pass the limits by address
+        timeout_keep_alive=30,
+        limit_concurrency=256,
+        server_header=False,
+    )
     return uvicorn.Server(config)
-
-
-def serve(*arguments, **options) -> None:
-    """Run :func:`server` until it is stopped, by Ctrl-C for instance."""
-    with contextlib.suppress(KeyboardInterrupt):
-        server(*arguments, **options).run()

@@ -1,8 +1,9 @@
-"""Where a service computes: a keeper of models and sessions, in this process or in one of its own.
+"""Where a service computes: a store of models and sessions, in this process or in one of its own.
 
 In one of its own it may be killed: SEAL is C++ that gets strangers' bytes, and holds the interpreter's lock. A worker
 that dies or hangs costs its sessions, not the service; and while it waits, it makes masks for the next films. What it
-says is bytes of a bounded number and nothing that is unpickled, for a stranger's bytes may have taken it over.
+says is bytes of a bounded number and nothing that is unpickled, for a stranger's bytes may have taken it over: so this
+isn't a ProcessPoolExecutor, which unpickles, and whose processes can't be ended one by one.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from multiprocessing.connection import Connection
 
 from primia_lite.config import UserError, printable
 from primia_lite.encrypted.card import ModelCard
-from primia_lite.encrypted.ckks import Server, Session
 from primia_lite.encrypted.seal import CiphertextError
+from primia_lite.encrypted.server import CkksServer, Session
 from primia_lite.encrypted.wire import join, split
 
 # Of each session, made in idle time; for the sessions that were used last.
@@ -44,13 +45,12 @@ _DONE, _REFUSED, _GONE, _FAULT = b"+", b"-", b"?", b"!"
 _RAISED = {_REFUSED: CiphertextError, _GONE: SessionGone, _FAULT: RuntimeError}
 
 
-class Keeper:
+class SessionStore:
     """Models and clients' sessions, by token."""
 
     def __init__(self, cards: dict[str, ModelCard]):
         self.servers = {
-            name: Server(card.network(), tuple(card.in_shape), keep_costs=False, flooded=card.flooded)
-            for name, card in cards.items()
+            name: CkksServer(card.network(), tuple(card.in_shape), flooded=card.flooded) for name, card in cards.items()
         }
         self.sessions: OrderedDict[str, Session] = OrderedDict()
 
@@ -76,16 +76,16 @@ class Keeper:
         return False
 
 
-class Here:
-    """A keeper in this process, behind the interface of :class:`Worker`; it can't be stopped."""
+class InProcess:
+    """A store in this process, behind the interface of :class:`Worker`; it can't be stopped."""
 
     pid = None
 
     def __init__(self, cards: dict[str, ModelCard]):
-        self.keeper = Keeper(cards)
+        self.store = SessionStore(cards)
 
     def call(self, what: str, *arguments: str | bytes) -> bytes:
-        return getattr(self.keeper, what)(*arguments) or b""
+        return getattr(self.store, what)(*arguments) or b""
 
     def kill(self, pid: None, why: str) -> None:
         pass
@@ -95,17 +95,8 @@ class Here:
 
 
 class Worker:
-    """A keeper in a process of its own. One call at a time: the caller sees to that.
-
-    Parameters
-    ----------
-    most_bytes : of a reply; a worker that sends more is replaced
-
-    Raises
-    ------
-    UserError
-        It doesn't start.
-    """
+    """A store in a process of its own. One call at a time: the caller sees to that. A worker whose reply has more than
+    ``most_bytes`` is replaced."""
 
     def __init__(self, cards: dict[str, ModelCard], most_bytes: int):
         self._cards = {name: card.to_bytes() for name, card in cards.items()}
@@ -134,17 +125,14 @@ class Worker:
         return self._process.pid
 
     def call(self, what: str, *arguments: str | bytes) -> bytes:
-        """A method of :class:`Keeper`, there; of its arguments only the last may be bytes.
+        """A method of :class:`SessionStore`, there; of its arguments only the last may be bytes.
 
         Raises
         ------
         WorkerDied
-            It ended, by itself or by :meth:`kill`, or said what no worker says; after a new process was started, where
-            that was possible.
-        CiphertextError, SessionGone
-            As there.
-        RuntimeError
-            A fault of ours, there.
+            It ended, by itself or by :meth:`kill`, or said what no worker says; a new one was started if possible.
+        CiphertextError, SessionGone, RuntimeError
+            As there; the last is a fault of ours.
         """
         if self._stopped:
             raise WorkerDied("the service stops")
@@ -167,8 +155,7 @@ class Worker:
         raise _RAISED[kind](printable(answer[1:].decode(errors="replace"), 500))
 
     def kill(self, pid: int, why: str) -> None:
-        """End the process ``pid``, if it is at work and no other took its place; a call that writes, waits or reads
-        ends with it."""
+        """End the process ``pid``, and the call under way there, if it is at work and no other took its place."""
         if self._busy and self._process.pid == pid:
             self._why = why
             self._process.kill()
@@ -194,13 +181,13 @@ class Worker:
 def work(line: Connection, cards: dict[str, bytes]) -> None:
     """A worker process: answers calls until the line is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the service is told, and stops its workers
-    keeper = Keeper({name: ModelCard.from_bytes(content) for name, content in cards.items()})
+    store = SessionStore({name: ModelCard.from_bytes(content) for name, content in cards.items()})
     line.send_bytes(_DONE)
     idle = True
     while True:
         while idle and not line.poll():
             try:
-                idle = keeper.prepare()
+                idle = store.prepare()
             except Exception:  # a film then gets its masks when it comes, and its client hears of the fault
                 idle = False
         try:
@@ -209,7 +196,7 @@ def work(line: Connection, cards: dict[str, bytes]) -> None:
         except EOFError:
             return
         try:
-            answer = _DONE + (getattr(keeper, what)(*arguments) or b"")
+            answer = _DONE + (getattr(store, what)(*arguments) or b"")
         except Exception as error:  # for the one who asked, and nobody else
             kind = _REFUSED if isinstance(error, UserError) else _GONE if isinstance(error, SessionGone) else _FAULT
             if kind == _FAULT:

@@ -1,4 +1,5 @@
-"""What a worker may say that a stranger took over: targets of processes, in a module that imports little."""
+"""What strangers send: altered bytes; and what a worker says that they took over, targets of processes, so that this
+module imports little."""
 
 import os
 import pickle
@@ -57,3 +58,31 @@ def another_kind(line, cards):
 
 def controls(line, cards):
     answering(line, lambda asked: line.send_bytes(b"-\x1b[31m\xff no\n" + b"x" * 2000))
+
+
+def dies(line, cards):
+    pass
+
+
+def altered(data: bytes, rng, starts=(0,), most: int = 3) -> bytes:
+    """One to ``most`` alterations, more of them near a start."""
+    data = bytearray(data)
+    for _ in range(rng.integers(1, most + 1)):
+        near, kind = rng.random() < 0.6, rng.integers(7)
+        at = int(rng.choice(starts) + rng.integers(200)) if near else int(rng.integers(len(data) + 1))
+        if kind == 0 and at < len(data):
+            data[at] ^= 1 << int(rng.integers(8))
+        elif kind == 1:
+            del data[at:]
+        elif kind == 2:
+            data[at : at + 8] = rng.bytes(8)
+        elif kind == 3:
+            data[at:at] = rng.bytes(int(rng.integers(1, 60)))
+        elif kind == 4:
+            data[at : at + 8] = int(rng.choice([0, 1, 255, 1 << 31, (1 << 32) - 1, 1 << 40])).to_bytes(8, "little")
+        elif kind == 5:
+            data[at:at] = data[: int(rng.integers(300))]
+        else:
+            other = int(rng.integers(len(data) + 1))
+            data[at : at + 64] = data[other : other + 64]
+    return bytes(data)
