@@ -10,7 +10,7 @@ from parties import Round, relayed
 from scipy import stats
 
 from primia_lite import secagg
-from primia_lite.apps.flower.hospital import Site
+from primia_lite.apps.flower.hospital import FlowerHospital
 from primia_lite.data.films import Films
 from primia_lite.federation.aggregation import SecureAggregation
 from primia_lite.federation.hospital import Hospital, Update
@@ -199,7 +199,7 @@ class Sites:
         """New processes, which know what was kept."""
         self.kept = {name: site._kept() for name, site in getattr(self, "sites", {}).items()}
         self.sites = {
-            n: Site(n, k, self.study, lambda _, n=n: self.hospitals[n], self.folder) for n, k in self.keys.items()
+            n: FlowerHospital(n, k, self.study, lambda _, n=n: self.hospitals[n], self.folder) for n, k in self.keys.items()
         }
         for name, kept in self.kept.items():
             self.sites[name]._keep(kept)

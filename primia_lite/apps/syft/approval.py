@@ -22,7 +22,7 @@ DEPENDENCY_FILES = ("pyproject.toml", "requirements.txt", "setup.py", "setup.cfg
 _MOST_LINES = 10_000  # that are compared: the time grows with their square
 
 
-class Refused(UserError):
+class NotApproved(UserError):
     """A job that isn't covered by an approval."""
 
 

@@ -38,7 +38,7 @@ from syft_rds import SyftRDSClient
 from primia_lite import secagg
 from primia_lite.apps.syft.approval import (
     Approval,
-    Refused,
+    NotApproved,
     Review,
     asks_for_packages,
     changes,
@@ -85,7 +85,7 @@ def quiet() -> Iterator[None]:
 # --- the hospital -----------------------------------------------------------------------------------------------------
 
 
-class Site:
+class Datasite:
     """A hospital's datasite.
 
     Parameters
@@ -294,15 +294,17 @@ class Site:
         with quiet():
             job = self._pending_job(review.job)
         if changed := changes(review.files, read_job(job.job_submission_path)):
-            raise Refused(f"job {review.job!r} was changed since it was reviewed: {'; '.join(changed)}. Review it anew")
+            raise NotApproved(
+                f"job {review.job!r} was changed since it was reviewed, review it anew: {'; '.join(changed)}"
+            )
         if review.problems:
-            raise Refused(f"hospital {self.name} can't take part in {review.job!r}: {'; '.join(review.problems)}")
+            raise NotApproved(f"hospital {self.name} can't take part in {review.job!r}: {'; '.join(review.problems)}")
         study = review.study
         rounds = study.rounds if rounds is None else rounds
         if not 1 <= rounds <= study.rounds:
             raise UserError(f"rounds is {rounds}: the study asks for {study.rounds}, approve 1 to so many")
         if study.privacy is None and not without_noise:
-            raise Refused(
+            raise NotApproved(
                 f"study {study.name!r} adds no noise, so that its result may tell of single patients: approve it with "
                 "without_noise=True if that is meant, or ask for a study with Privacy"
             )
@@ -372,7 +374,7 @@ class Site:
     def _answer(self, job: str, files: Files, timeout_s: float) -> bytes:
         """The protocol's reply to a round's job; in step ``mask`` it runs the job first."""
         if why := verdict(files, self.approvals):  # once more: a file may have changed since
-            raise Refused(why)
+            raise NotApproved(why)
         key, request = digest(files), files[REQUEST]
         study = Study.from_bytes(files[STUDY])
         asked = question(files, study) if request_of(files)["step"] == "mask" else None
@@ -461,10 +463,10 @@ def read_job(folder: Path) -> dict[str, bytes]:
 class HospitalRunner(SyftJobRunner):
     """syft's runner, with what is described at the top of this module."""
 
-    site: Site
+    site: Datasite
 
     @classmethod
-    def for_site(cls, site: Site) -> HospitalRunner:
+    def for_site(cls, site: Datasite) -> HospitalRunner:
         with quiet():
             runner = cls(site.client.job_client.config)
         runner.site = site

@@ -7,8 +7,8 @@ code on the private films, in a process of its own. The researcher is the protoc
 A person at a hospital reviews a study once; rounds with the same code and settings need no second review.
 
 :func:`in_memory` sets hospitals and a researcher up on syft's in-memory drive, in one process, for teaching and tests.
-On machines of their own each party makes its client with ``syft_rds``, hospitals run :meth:`Site.fetch`,
-:meth:`Site.process` and :meth:`Site.sync` again and again, and the researcher's ``turn`` waits for them.
+On machines of their own each party makes its client with ``syft_rds``, hospitals run :meth:`Datasite.fetch`,
+:meth:`Datasite.process` and :meth:`Datasite.sync` again and again, and the researcher's ``turn`` waits for them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from syft_rds import SyftRDSClient, SyftRDSClientConfig
 
 from primia_lite import secagg
 from primia_lite.apps.syft.approval import DEPENDENCY_FILES
-from primia_lite.apps.syft.hospital import REPLY, Site, quiet
+from primia_lite.apps.syft.hospital import REPLY, Datasite, quiet
 from primia_lite.apps.syft.process import run_job
 from primia_lite.config import UserError, printable
 from primia_lite.data.films import Films
@@ -373,7 +373,7 @@ class Federation:
     store : all that the drive holds: what left a party's machine
     """
 
-    sites: dict[str, Site]
+    sites: dict[str, Datasite]
     researcher: Researcher
     store: MockDriveBackingStore = field(repr=False)
     workers: int = 4
@@ -436,7 +436,7 @@ def in_memory(
             client.load_peers()
             client.approve_peer_request(asking)
         science.load_peers()
-    sites = {h.name: Site(clients[h.name], h, folder / h.name / "own", timeout_s=timeout_s) for h in hospitals}
+    sites = {h.name: Datasite(clients[h.name], h, folder / h.name / "own", timeout_s=timeout_s) for h in hospitals}
     for site in sites.values():
         site.trust({other.name: other.public_key for other in sites.values()})
         site.add_dataset(dataset, mock, [asking])

@@ -28,7 +28,7 @@ from primia_lite.apps import cli
 from primia_lite.apps.flower import deploy as flower_deploy
 from primia_lite.apps.flower import process as flower_process
 from primia_lite.apps.flower import setup as flower_setup
-from primia_lite.apps.flower.hospital import SiteInFolder, read_identity
+from primia_lite.apps.flower.hospital import FolderHospital, read_identity
 from primia_lite.config import UserError
 from primia_lite.secagg import SecAggServer
 
@@ -305,8 +305,8 @@ def test_a_server_elsewhere_that_isn_t_reached_is_named_and_the_proxy_too(federa
 
 
 def test_a_hospital_s_processes_go_on_where_the_last_one_ended(federation):
-    """Each message is answered by a Site of its own, as by a new process; nothing but the folder is kept."""
-    agreement = SiteInFolder(federation / "A").agreement
+    """Each message is answered by a FlowerHospital of its own, as by a new process; nothing but the folder is kept."""
+    agreement = FolderHospital(federation / "A").agreement
     server, secrets = SecAggServer(agreement, 1), set()
     weights = None
     seen = b""
@@ -318,7 +318,7 @@ def test_a_hospital_s_processes_go_on_where_the_last_one_ended(federation):
             weights = {name: value.numpy() for name, value in build("mlp", 3, (1, 28, 28)).state_dict().items()}
         replies = []
         for name, text in requests.items():
-            site = SiteInFolder(federation / name)
+            site = FolderHospital(federation / name)
             (reply,) = site.answer(site.fingerprint, [text], 1, weights)
             replies.append(reply)
             seen += reply.split()[0]
@@ -448,7 +448,7 @@ def test_the_steps_of_three_machines(tmp_path, capsys, monkeypatch):
         code, said = deploy(capsys, "join", place, *given, "--superlink", "fl.example.org:9377")
         assert code == 2 and "not joined" in said.err and not (place / "study.json").exists()
         code, said = deploy(capsys, "join", place, *given, "--superlink", "fl.example.org:9377", "--yes")
-        assert code == 0 and SiteInFolder(place).agreement.identities[name].hex() in said.out
+        assert code == 0 and FolderHospital(place).agreement.identities[name].hex() in said.out
     studies = {(tmp_path / f"hospital-{n}" / n / "study.json").read_bytes() for n in "AB"}
     assert studies == {(operator / "server" / "study.json").read_bytes()}
 

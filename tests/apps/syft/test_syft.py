@@ -15,8 +15,8 @@ import torch
 from syft.sync.utils.syftbox_utils import uncompress_data
 from syft_job.client import JobClient
 
-from primia_lite.apps.syft.approval import Refused, difference
-from primia_lite.apps.syft.hospital import REPLY, Site, quiet
+from primia_lite.apps.syft.approval import NotApproved, difference
+from primia_lite.apps.syft.hospital import REPLY, Datasite, quiet
 from primia_lite.apps.syft.process import JobError, run_job
 from primia_lite.apps.syft.transport import Federation, federate_with_syft, in_memory
 from primia_lite.config import UserError
@@ -201,7 +201,7 @@ def test_shared_noise_is_summed_by_hospitals_whose_runners_start_anew_between_st
 
     def start_anew():
         for name, site in federation.sites.items():
-            federation.sites[name] = Site(site.client, site.hospital, site.folder)
+            federation.sites[name] = Datasite(site.client, site.hospital, site.folder)
             federation.sites[name].trust(site._trusted)
         turn()
 
@@ -261,7 +261,7 @@ def answered(federation) -> None:
     federation.researcher.sync()
 
 
-def submitted(federation, name: str, files: dict[str, bytes], hospital: str = "A") -> Site:
+def submitted(federation, name: str, files: dict[str, bytes], hospital: str = "A") -> Datasite:
     federation.researcher.submit(hospital, name, files)
     federation.sync()
     return federation.sites[hospital]
@@ -282,7 +282,7 @@ def test_a_job_that_changes_while_a_person_reads_it_isnt_approved(federation):
     site = submitted(federation, "moving", study_of(federation, "moving").files())
     review = site.review("moving")
     change(federation, "moving", CODE, "print('something else')\n")
-    with pytest.raises(Refused, match="'moving' was changed since it was reviewed: code/main.py is another"):
+    with pytest.raises(NotApproved, match="'moving' was changed since it was reviewed: code/main.py is another"):
         site.approve(review)
     assert "+print('something else')" in site.review("moving").difference
 
@@ -330,7 +330,7 @@ def test_a_job_that_asks_for_packages_is_refused_on_both_sides(federation):
     assert review.problems == (
         "run.sh isn't the agreed one: hospitals start main.py with their own Python, and install nothing",
     )
-    with pytest.raises(Refused, match=r"can't take part in 'hungry': run\.sh isn't the agreed one"):
+    with pytest.raises(NotApproved, match=r"can't take part in 'hungry': run\.sh isn't the agreed one"):
         site.approve(review)
     answered(federation)
     assert "run.sh isn't the agreed one" in researcher.status("hungry-90002-advertise")["A"]
@@ -406,7 +406,7 @@ def test_a_study_that_a_hospital_cant_take_part_in_isnt_approved(federation):
     for part in ("no dataset 'elsewhere'", "key of B isn't the one", "declared size is 30, not 70", "mixup",
                  "can't afford 10000000 rounds"):  # fmt: skip
         assert part in words
-    with pytest.raises(Refused, match="can't take part"):
+    with pytest.raises(NotApproved, match="can't take part"):
         site.approve(review)
     site.refuse(review, "no")
     submitted(federation, "film", replace(study_of(federation, "film"), privacy=replace(PRIVACY, unit="film")).files())
@@ -417,14 +417,14 @@ def test_a_study_that_a_hospital_cant_take_part_in_isnt_approved(federation):
     forged["privacy"]["shared"] |= {"threshold": 1000, "declared": [*shared.declared, *[1] * 997]}
     submitted(federation, "forged", {**study.files(), STUDY: json.dumps(forged).encode()})
     assert "1000 hospitals that declare" in site.review("forged").words
-    with pytest.raises(Refused, match="give SharedNoise their numbers"):
+    with pytest.raises(NotApproved, match="give SharedNoise their numbers"):
         site.approve(site.review("forged"))
     submitted(federation, "broken", {**study.files(), STUDY: b"{}"})
     assert site.review("broken").study is None
-    with pytest.raises(Refused, match=r"study\.json can't be read"):
+    with pytest.raises(NotApproved, match=r"study\.json can't be read"):
         site.approve(site.review("broken"))
     submitted(federation, "bare", study_of(federation, "bare", None).files())
-    with pytest.raises(Refused, match="'bare' adds no noise"):
+    with pytest.raises(NotApproved, match="'bare' adds no noise"):
         site.approve(site.review("bare"))
     with pytest.raises(UserError, match="hospital A has no pending job 'nothing'"):
         site.review("nothing")
@@ -437,7 +437,7 @@ def test_a_round_without_noise_is_answered_once_whatever_the_session_and_after_a
     again = federation.researcher.round(study, weights(), 1)  # the same hospitals: the same sum
     assert first.survivors == again.survivors == NAMES and (first.total == again.total).all()
     for name, site in federation.sites.items():
-        federation.sites[name] = Site(site.client, site.hospital, site.folder)
+        federation.sites[name] = Datasite(site.client, site.hospital, site.folder)
         federation.sites[name].trust(site._trusted)
     said = len(federation.sites["A"].journal)
     message = refusal(federation, study, gone="C")
@@ -520,7 +520,7 @@ def test_a_person_sees_that_a_proposal_cant_be_read(federation, content):
     submitted(federation, name, {**study_of(federation, "unread").files(), STUDY: content}, "B")
     review = site.review(name)
     assert review.study is None and "study.json" in review.problems[0] and review.problems[0].isprintable()
-    with pytest.raises(Refused, match="can't take part"):
+    with pytest.raises(NotApproved, match="can't take part"):
         site.approve(review)
     site.refuse(review, "it can't be read")
     assert name not in site.pending()
@@ -593,7 +593,7 @@ def test_a_reply_that_cant_be_read_is_left_out(federation, folder, monkeypatch):
 def test_folders_that_would_leave_or_hold_something_else_are_refused(federation, tmp_path):
     site = federation.sites["A"]
     with pytest.raises(UserError, match="lies where syft syncs"):
-        Site(site.client, site.hospital, site.client.syftbox_folder / "own")
+        Datasite(site.client, site.hospital, site.client.syftbox_folder / "own")
     (tmp_path / "thesis.txt").touch()
     with pytest.raises(UserError, match="holds something else than a federation"):
         in_memory(tmp_path, [site.hospital], films("mock", 30, 9))
