@@ -58,7 +58,7 @@ def _launch(folder: Path, name: str, arguments: Sequence[str]) -> psutil.Process
     run.mkdir(mode=0o700, exist_ok=True)
     with (run / f"{name}.log").open("ab") as output:
         started = subprocess.Popen(
-            _command(arguments), cwd=folder, env=environment(folder), stdin=subprocess.DEVNULL, stdout=output,
+            process_command(arguments), cwd=folder, env=environment(folder), stdin=subprocess.DEVNULL, stdout=output,
             stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
     process = psutil.Process(started.pid)
@@ -66,7 +66,7 @@ def _launch(folder: Path, name: str, arguments: Sequence[str]) -> psutil.Process
     return process
 
 
-def _command(arguments: Sequence[str]) -> list[str]:
+def process_command(arguments: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", "primia_lite.apps.flower.process", *arguments]
 
 
