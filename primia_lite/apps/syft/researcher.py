@@ -25,14 +25,9 @@ from primia_lite.federation.study import CODE, REQUEST, ROUND, RUN, RUN_SH, File
 
 
 class AgreedJobClient(JobClient):
-    """The researcher's side of the agreement on how jobs start."""
+    """The researcher's side of the agreement on how jobs start; :meth:`Researcher.submit` lets no packages in."""
 
     def _generate_python_run_script(self, entrypoint_path, dependencies, has_pyproject, install_source) -> str:
-        if dependencies or has_pyproject:
-            raise UserError(
-                "hospitals run jobs in an environment of their own: leave dependencies and pyproject.toml out, and use "
-                "what primia_lite brings"
-            )
         return RUN_SH
 
 
