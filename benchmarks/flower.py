@@ -101,11 +101,12 @@ def federation(folder: Path, port: int, rounds: int) -> Path:
 def tls_rounds_s(folder: Path, rounds: int = TLS_ROUNDS) -> list[float]:
     """Seconds of each round after the first."""
     from primia_lite.apps.flower import deploy as flower_deploy
+    from primia_lite.apps.flower import runs as flower_runs
 
     flower_deploy.start(folder)
     try:
         # So that asking for the run's status, a process of seconds, disturbs no round.
-        ended = flower_deploy.run(folder, rounds, ask_s=3600.0, show=lambda line: print(line, flush=True))["ended_s"]
+        ended = flower_runs.run(folder, rounds, ask_s=3600.0, show=lambda line: print(line, flush=True))["ended_s"]
     finally:
         flower_deploy.stop(folder)
     return [after - before for before, after in itertools.pairwise(ended)]
@@ -114,6 +115,7 @@ def tls_rounds_s(folder: Path, rounds: int = TLS_ROUNDS) -> list[float]:
 def flower_s(folder: Path, rounds: int = TLS_ROUNDS) -> dict[str, list[float]]:
     """Seconds of as many exchanges as a round has, of an app that does nothing: waiting ``ours`` and ``theirs``."""
     from primia_lite.apps.flower import deploy as flower_deploy
+    from primia_lite.apps.flower import runs as flower_runs
 
     app, out = folder / "empty-app", folder / "empty.json"
     for name, text in EMPTY.items():
@@ -125,15 +127,15 @@ def flower_s(folder: Path, rounds: int = TLS_ROUNDS) -> dict[str, list[float]]:
         others = others[module == "supernode" :]  # the hospital's folder
         return [sys.executable, "-c", f"from flwr.{module}.cli import flower_{module} as f; f()", *others]
 
-    with mock.patch.object(flower_deploy, "_command", stock):
+    with mock.patch.object(flower_deploy, "process_command", stock):
         flower_deploy.start(folder)
     try:
         settings = {"rounds": rounds - 1, "exchanges": EXCHANGES, "out": str(out.resolve())}
-        run = flower_deploy.submit(folder, settings, app)
+        run = flower_runs.submit(folder, settings, app)
         deadline = time.monotonic() + 1800
         while not out.exists():
             if time.monotonic() > deadline:
-                raise UserError(f"the empty app hasn't ended: {flower_deploy.run_status(folder, run)}")
+                raise UserError(f"the empty app hasn't ended: {flower_runs.run_status(folder, run)}")
             time.sleep(1)
         time.sleep(1)
         return json.loads(out.read_text("utf-8"))
@@ -146,7 +148,9 @@ def inline_s(runs: int = INLINE_RUNS, rounds: int = 10) -> tuple[list[float], li
     import numpy as np
     import torch
 
-    from primia_lite.apps.flower.grid import run_inline
+    sys.path.append(str(repo_root() / "tests" / "apps" / "flower"))
+    from flower_inline import run_inline
+
     from primia_lite.data.films import Films
     from primia_lite.federation.hospital import Hospital
     from primia_lite.federation.rounds import Schedule, federate
@@ -161,9 +165,9 @@ def inline_s(runs: int = INLINE_RUNS, rounds: int = 10) -> tuple[list[float], li
     training = Training(sample_rate=0.25, learning_rate=1.0, local_steps=None, local_epochs=1)
     found = ([], [])
     for _ in range(runs + 1):
-        for times, way in zip(found, (run_inline, federate), strict=True):
+        for times, way, options in zip(found, (run_inline, federate), ({}, {"progress": None}), strict=True):
             started = time.perf_counter()
-            result = way(hospitals, training, Schedule(rounds), progress=None)
+            result = way(hospitals, training, Schedule(rounds), **options)
             times.append(time.perf_counter() - started)
             assert len(result.history) == rounds
     return found[0][1:], found[1][1:]  # the first ones import

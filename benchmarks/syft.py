@@ -20,15 +20,15 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from primia_lite import runtime  # noqa: E402
-from primia_lite.apps.bench import Options
-from primia_lite.apps.syft.transport import in_memory
-from primia_lite.data.films import Films
+from primia_lite.apps.bench import Options  # noqa: E402
+from primia_lite.apps.syft.memory import in_memory  # noqa: E402
+from primia_lite.data.films import Films  # noqa: E402
 from primia_lite.federation.hospital import Hospital  # noqa: E402
 from primia_lite.federation.rounds import Schedule, ServerOptimizer  # noqa: E402
 from primia_lite.federation.study import Study  # noqa: E402
 from primia_lite.privacy.dpsgd import Privacy  # noqa: E402
 from primia_lite.privacy.ledger import Ledger  # noqa: E402
-from primia_lite.secagg import Agreement
+from primia_lite.secagg import Agreement  # noqa: E402
 from primia_lite.training import Training  # noqa: E402
 
 FEATURES, FILMS, ROUNDS = 2369, 300, 3

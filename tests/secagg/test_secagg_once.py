@@ -1,6 +1,8 @@
 """Without DP a hospital answers a round once, whatever the session: sums with other survivors would be subtracted."""
 
 import json
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +12,8 @@ from parties import Round, relayed
 from scipy import stats
 
 from primia_lite import secagg
-from primia_lite.apps.flower.hospital import Site
+from primia_lite.apps.flower.hospital import FlowerHospital
+from primia_lite.apps.hospital import HospitalRounds
 from primia_lite.data.films import Films
 from primia_lite.federation.aggregation import SecureAggregation
 from primia_lite.federation.hospital import Hospital, Update
@@ -191,18 +194,17 @@ class Sites:
         sizes = {name: h.declared(privacy) for name, h in self.hospitals.items()}
         self.agreement = secagg.Agreement(public, sizes, 24)
         self.study = Study("trial", "films", TRAINING, privacy, rounds, self.agreement).to_bytes()
-        self.folder, self.kept = folder, {}
+        self.folder, self.kept = folder, tempfile.TemporaryDirectory()
         self.weights = {k: v.numpy() for k, v in ServerOptimizer.start(TRAINING, Schedule(1), (8,), 0).state.items()}
         self.restart()
 
     def restart(self):
         """New processes, which know what was kept."""
-        self.kept = {name: site._kept() for name, site in getattr(self, "sites", {}).items()}
-        self.sites = {
-            n: Site(n, k, self.study, lambda _, n=n: self.hospitals[n], self.folder) for n, k in self.keys.items()
-        }
-        for name, kept in self.kept.items():
-            self.sites[name]._keep(kept)
+        self.sites = {}
+        for name, key in self.keys.items():
+            site = FlowerHospital(name, key, self.study, lambda _, n=name: self.hospitals[n], self.folder)
+            site.rounds = HospitalRounds(name, key, Path(self.kept.name) / name)
+            self.sites[name] = site
 
     def round(self, session, without="", number=1, weights=None, until=None):
         server = secagg.SecAggServer(self.agreement, session)

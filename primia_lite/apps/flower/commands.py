@@ -5,6 +5,8 @@ from __future__ import annotations
 import tomllib
 from pathlib import Path
 
+from primia_lite.apps.flower import deploy, runs
+from primia_lite.apps.flower.folder import LINK, SERVER, require_flower, unreached
 from primia_lite.config import UserError
 
 
@@ -56,24 +58,15 @@ def add_arguments(parser) -> None:
     join.add_argument("--yes", action="store_true", help="don't ask")
 
     action("start", "start what the folder holds", _start)
-    for name, what, function in (
-        ("run", "train", _train),
-        ("simulate", "train on Flower's simulation (Ray): no processes to start", _simulate),
+    for name, what in (
+        ("run", "train"),
+        ("simulate", "train on Flower's simulation (Ray): no processes to start"),
     ):
-        begin = action(name, what, function)
+        begin = action(name, what, _train)
         begin.add_argument("--rounds", type=int, help="in all (those of the study)")
         begin.add_argument("--fresh", action="store_true", help="start anew; what was charged to ledgers stays charged")
     action("status", "what runs", _status)
     action("stop", "end what runs", _stop)
-
-
-def _setup():
-    from primia_lite.apps.flower.deploy import require_flower
-
-    require_flower()
-    from primia_lite.apps.flower import setup as flower_setup
-
-    return flower_setup
 
 
 def _films(args) -> dict:
@@ -93,78 +86,67 @@ def _study_options(args) -> dict:
 
 
 def _init(args) -> None:
-    flower_setup = _setup()
+    require_flower()
+    from primia_lite.apps.flower.setup import make_all
+    from primia_lite.federation.study import describe
 
     names = [name.strip() for name in args.hospitals.split(",")]
-    study = flower_setup.make_all(args.folder, names, _films(args), **_study_options(args))
-    print(flower_setup.describe(study))
+    print(describe(make_all(args.folder, names, _films(args), **_study_options(args))))
     print(f"next: primia-lite deploy start {args.folder}")
 
 
 def _hospital(args) -> None:
-    flower_setup = _setup()
+    require_flower()
+    from primia_lite.apps.flower.card import make_hospital
 
-    card = flower_setup.make_hospital(args.folder, _films(args), args.unit, args.declared)
+    card = make_hospital(args.folder, _films(args), args.unit, args.declared)
     print(f"hospital {card['name']} declares {card['declared']} {card['unit']}s, key {card['identity']}")
     print(f"next: give {args.folder / 'card.json'} to the server's operator; all else in the folder stays there")
 
 
 def _server(args) -> None:
-    flower_setup = _setup()
+    require_flower()
+    from primia_lite.apps.flower.card import read_card
+    from primia_lite.apps.flower.setup import make_server
+    from primia_lite.federation.study import describe
 
-    cards = [flower_setup.read_card(path) for path in args.cards]
-    study = flower_setup.make_server(args.folder / "server", cards, hosts=args.host, **_study_options(args))
-    print(flower_setup.describe(study))
+    cards = [read_card(path) for path in args.cards]
+    print(describe(make_server(args.folder / SERVER, cards, hosts=args.host, **_study_options(args))))
     print(f"next: give {args.folder}/server/study.json and ca.crt to each hospital")
 
 
 def _join(args) -> None:
-    flower_setup = _setup()
-    from primia_lite.federation.study import Study
+    require_flower()
+    from primia_lite.apps.flower.setup import join
+    from primia_lite.federation.study import Study, describe
 
     try:
         study, ca = args.study.read_bytes(), args.ca.read_bytes()
     except OSError as error:
         raise UserError(f"{error.filename} can't be read: {error.strerror}") from error
-    print(flower_setup.describe(Study.from_bytes(study)))
+    print(describe(Study.from_bytes(study)))
     if not args.yes and input("Compare the keys with the hospitals by telephone. Join? [y/N] ").strip().lower() != "y":
         raise UserError("not joined")
-    flower_setup.join(args.folder, study, ca, args.superlink)
+    join(args.folder, study, ca, args.superlink)
     print(f"next: primia-lite deploy start {args.folder.parent}")
 
 
 def _start(args) -> None:
-    from primia_lite.apps.flower import deploy as flower_deploy
-
-    started = flower_deploy.start(args.folder)
+    started = deploy.start(args.folder)
     print(f"started: {', '.join(started)}")
-    for line in flower_deploy.unreached(args.folder, [name for name in started if name != flower_deploy.LINK]):
+    for line in unreached(args.folder, [name for name in started if name != LINK]):
         print(line)
 
 
 def _status(args) -> None:
-    from primia_lite.apps.flower import deploy as flower_deploy
-
-    print(flower_deploy.status(args.folder))
+    print(deploy.status(args.folder))
 
 
 def _stop(args) -> None:
-    from primia_lite.apps.flower import deploy as flower_deploy
-
-    print(f"stopped: {', '.join(flower_deploy.stop(args.folder)) or 'nothing ran'}")
+    print(f"stopped: {', '.join(deploy.stop(args.folder)) or 'nothing ran'}")
 
 
 def _train(args) -> None:
-    from primia_lite.apps.flower import deploy as flower_deploy
-
-    _done(args, flower_deploy.run(args.folder, args.rounds, fresh=args.fresh))
-
-
-def _simulate(args) -> None:
-    from primia_lite.apps.flower import deploy as flower_deploy
-
-    _done(args, flower_deploy.simulate(args.folder, args.rounds, fresh=args.fresh))
-
-
-def _done(args, found: dict) -> None:
-    print(f"{found['done']} rounds are done: the model is {args.folder / 'server' / 'run' / 'model.pt'}")
+    train = runs.run if args.action == "run" else runs.simulate
+    done = train(args.folder, args.rounds, fresh=args.fresh)["done"]
+    print(f"{done} rounds are done: the model is {args.folder / SERVER / 'run' / 'model.pt'}")

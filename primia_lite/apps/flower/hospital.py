@@ -25,10 +25,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from filelock import FileLock
 
-from primia_lite import __version__, secagg
+from primia_lite import __version__
+from primia_lite.apps.hospital import HospitalRounds, ask_question
 from primia_lite.config import UserError, printable
 from primia_lite.federation.claims import MOST_REQUEST_BYTES, read_json
 from primia_lite.runtime import write_atomic
+from primia_lite.secagg import Agreement, Reply
 
 if TYPE_CHECKING:
     from primia_lite.data.films import Films
@@ -70,7 +72,7 @@ def fingerprint(study: bytes) -> str:
     return hashlib.sha256(study).hexdigest()
 
 
-class Site:
+class FlowerHospital:
     """What a hospital does with messages.
 
     Parameters
@@ -95,13 +97,13 @@ class Site:
     ):
         self.name, self.folder = name, folder
         self.fingerprint = fingerprint(study)
-        self._identity, self._study_text, self._make = identity, study, hospital
-        self._rounds: bytes | None = None
+        self.rounds = HospitalRounds(name, identity)
+        self._study_text, self._make = study, hospital
 
     @cached_property
-    def agreement(self) -> secagg.Agreement:
+    def agreement(self) -> Agreement:
         try:
-            return secagg.Agreement.from_dict(read_json(self._study_text, STUDY)["agreement"])
+            return Agreement.from_dict(read_json(self._study_text, STUDY)["agreement"])
         except KeyError as error:
             raise UserError(f"hospital {self.name}'s {STUDY} has no agreement: copy it again") from error
 
@@ -117,11 +119,9 @@ class Site:
 
     def answer(
         self, study: str, requests: Sequence[bytes], number: int = 0, weights: Mapping[str, np.ndarray] | None = None
-    ) -> list[secagg.Reply]:
-        """Replies to a message's requests; those that are refused have none, and the hospital's log tells why.
-
-        A message may hold a request of one round and one of the next: even and odd rounds are kept apart, each by a
-        client that takes part in later rounds only.
+    ) -> list[Reply]:
+        """Replies to a message's requests: one of a round and one of the next. Those that are refused have none, and
+        the hospital's log tells why.
 
         Parameters
         ----------
@@ -145,42 +145,30 @@ class Site:
                 f"need the same {STUDY}"
             )
         replies, behind = [], None
-        clients = self._clients()
-        last = max(client.last_session for client in clients)
+        last = self.rounds.last_sessions()
         for request in requests:
             try:
                 head = read_json(request, "the request", MOST_REQUEST_BYTES)
                 session = head["session"]
                 if session > now_ms() + FARTHEST_MS:
                     raise UserError(f"round {session} lies more than 200 years ahead of this machine's clock")
-                client = clients[session % 2]
-                if head["step"] == "advertise" and session <= client.last_session:
-                    raise (behind := Behind(self.name, session, last))
-                question = self._question(number, weights) if head["step"] == "mask" else None
-                replies.append(client.answer(request, lambda: self._update(number, weights), question))
+                if head["step"] == "advertise" and session <= last[session % 2]:
+                    raise (behind := Behind(self.name, session, max(last)))
+                replies.append(
+                    self.rounds.answer(
+                        self.fingerprint, self.agreement, request, lambda: self.compute_update(number, weights),
+                        lambda: ask_question(self.fingerprint, self.study, number, weights),
+                    )
+                )  # fmt: skip
                 log.info("round %d: answered %s (session %d)", number, replies[-1].step, session)
             except Exception as error:  # the others mustn't learn why: it may tell of films
                 log.warning("hospital %s refuses a request: %s: %s", self.name, type(error).__name__, error)
         if behind and not replies:
             raise behind
-        # Before a reply leaves: what is kept never says less than what others have been told.
-        self._keep(json.dumps([client.save().decode() for client in clients]).encode())
         return replies
 
-    def _clients(self) -> list[secagg.SecAggClient]:
-        kept, answered = self._kept(), {}
-        clients = [secagg.SecAggClient(self.name, self._identity, self.agreement, answered=answered) for _ in range(2)]
-        for client, content in zip(clients, json.loads(kept) if kept else (), strict=False):
-            client.restore(content.encode())
-        return clients
-
-    def _question(self, number: int, weights: Mapping[str, np.ndarray] | None) -> secagg.Question | None:
-        rounds = self.study.rounds
-        if weights is None or type(number) is not int or not 1 <= number <= rounds:
-            raise UserError(f"the server asks for round {number!r} of {rounds}, or sends no weights")
-        return None if self.study.privacy else secagg.Question.of(f"{self.fingerprint}:{number}", weights)
-
-    def _update(self, number: int, weights: Mapping[str, np.ndarray] | None) -> np.ndarray:
+    def compute_update(self, number: int, weights: Mapping[str, np.ndarray]) -> np.ndarray:
+        """A round's update as one vector; with DP the ledger is charged first."""
         import torch
 
         from primia_lite.federation.aggregation import flat
@@ -198,15 +186,9 @@ class Site:
             (folder / f"update-{self.name}-{number:05d}.pt").unlink(missing_ok=True)
         return vector
 
-    def _kept(self) -> bytes | None:
-        return self._rounds
 
-    def _keep(self, rounds: bytes) -> None:
-        self._rounds = rounds
-
-
-class SiteInFolder(Site):
-    """A hospital's :class:`Site` as its folder describes it; what a round needs lies there too.
+class FolderHospital(FlowerHospital):
+    """A hospital's :class:`FlowerHospital` as its folder describes it; what a round needs lies there too.
 
     ``hospital.toml`` says who it is and where its films are::
 
@@ -229,8 +211,8 @@ class SiteInFolder(Site):
     def __init__(self, folder: str | Path):
         folder = Path(folder)
         try:
-            self._config = tomllib.loads((folder / CONFIG).read_text("utf-8"))
-            name, self._films = self._config["name"], dict(self._config["films"])
+            config = tomllib.loads((folder / CONFIG).read_text("utf-8"))
+            name, self._films = config["name"], dict(config["films"])
             identity = read_identity(folder / IDENTITY)
             study = (folder / STUDY).read_bytes()
         except FileNotFoundError as error:
@@ -240,8 +222,9 @@ class SiteInFolder(Site):
         except (tomllib.TOMLDecodeError, KeyError, ValueError) as error:
             raise UserError(f"{folder / CONFIG} can't be read ({error}): it needs name and [films]") from error
         super().__init__(name, identity, study, self._hospital, folder)
+        self.rounds = HospitalRounds(name, identity, folder / ROUNDS)
 
-    def answer(self, *args, **options) -> list[secagg.Reply]:
+    def answer(self, *args, **options) -> list[Reply]:
         # Two processes that answered at once would both go by what was kept before.
         with FileLock(self.folder / "lock"):
             for left in self.folder.glob(f".{ROUNDS}.*"):  # by a process that was killed while it wrote: secrets
@@ -252,14 +235,12 @@ class SiteInFolder(Site):
         from primia_lite.federation.hospital import Hospital
         from primia_lite.privacy.ledger import Ledger
 
-        declared, privacy = self.agreement.sizes[self.name], study.privacy
-        options = {"declared_size": declared}
+        declared, privacy, ledger = self.agreement.sizes[self.name], study.privacy, None
         if privacy:
-            plan = (self.folder / LEDGER, privacy.target_epsilon, privacy.target_delta, privacy.unit, privacy.plan)
-            options["lasting_ledger"] = Ledger(*plan)
-            if privacy.unit == "patient":
-                options = {"declared_patients": declared, "lasting_ledger": options["lasting_ledger"]}
-        return Hospital(self.name, self._prepared(study), **options)
+            plan = (privacy.target_epsilon, privacy.target_delta, privacy.unit, privacy.plan)
+            ledger = Ledger(self.folder / LEDGER, *plan)
+        what = "declared_patients" if privacy and privacy.unit == "patient" else "declared_size"
+        return Hospital(self.name, self._prepared(study), lasting_ledger=ledger, **{what: declared})
 
     def _prepared(self, study: Study) -> Films:
         """The films as the model takes them, kept from the first round on: a cohort doesn't change in a study."""
@@ -278,13 +259,6 @@ class SiteInFolder(Site):
             }  # fmt: skip
             write_atomic(path, lambda file: np.savez(file, **parts), private=True)
         return films_from(path)
-
-    def _kept(self) -> bytes | None:
-        path = self.folder / ROUNDS
-        return path.read_bytes() if path.exists() else None
-
-    def _keep(self, rounds: bytes) -> None:
-        write_atomic(self.folder / ROUNDS, rounds, private=True)
 
 
 def load_films(options: Mapping[str, object]):

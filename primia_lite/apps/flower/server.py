@@ -24,8 +24,8 @@ from flwr.app import Array, ArrayRecord, Message, MessageType
 from flwr.serverapp import Grid
 
 from primia_lite import secagg
-from primia_lite.apps.flower import app as flower_app
 from primia_lite.apps.flower.hospital import FARTHEST_MS, STUDY, fingerprint, now_ms
+from primia_lite.apps.flower.messages import replies, request
 from primia_lite.config import UserError, printable
 from primia_lite.federation import checkpoints
 from primia_lite.federation.aggregation import Aggregate, check, unflat
@@ -160,7 +160,7 @@ class FlowerAggregation:
             self._note(f"node {message.metadata.src_node_id}: {message.error.reason}")
             return
         try:
-            found = flower_app.replies(message)
+            found = replies(message)
             if not found:
                 self._behind(message)
         except Exception as error:  # of any kind: it is a hospital's, and the others' count
@@ -217,7 +217,7 @@ class FlowerAggregation:
         timeout_s = self._timeout_s.get(step, self._step_timeout_s)
         messages = [
             Message(
-                flower_app.request(self.fingerprint, texts, number, weights), node, MessageType.TRAIN,
+                request(self.fingerprint, texts, number, weights), node, MessageType.TRAIN,
                 ttl=timeout_s, group_id=str(number),
             )
             for node, texts in contents.items()

@@ -1,15 +1,14 @@
 """A hospital's own process, which stays: it has torch imported and films loaded.
 
 Flower starts a new process for each message. Were that one to import torch and load films, each round would take
-seconds longer. So the SuperNode's process (:mod:`~primia_lite.apps.flower.process`) starts this one, which
-answers as :class:`~primia_lite.apps.flower.hospital.SiteInFolder`, and Flower's only passes messages on: over a
-Unix socket in a folder that none but the owner may enter, no pickles. It ends with the SuperNode. While there is none,
-as when it has just been killed, Flower's process answers by itself: all that counts is in the hospital's folder.
+seconds longer. So the SuperNode's process (:mod:`~primia_lite.apps.flower.process`) starts this one, and Flower's only
+passes messages on: over a Unix socket in a folder that none but the owner may enter, in Flower's own bytes, no pickles.
+It ends with the SuperNode. While there is none, as when it has just been killed, Flower's process answers by itself:
+all that counts is in the hospital's folder.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -17,121 +16,79 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 
-import numpy as np
+from flwr.app import RecordDict
 
-from primia_lite.apps.flower.hospital import CONFIG, IDENTITY, STUDY, Behind, OtherStudy, SiteInFolder, log_to
+# Not public: how Flower itself writes a message's content.
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
+
+from primia_lite.apps.flower.hospital import CONFIG, IDENTITY, STUDY, FlowerHospital, FolderHospital, log_to
+from primia_lite.apps.flower.messages import answer, refusal
 from primia_lite.runtime import write_atomic
-from primia_lite.secagg import Reply
 
 SOCKET = "worker"  # in the hospital's folder: where the socket is
 log = logging.getLogger("primia_lite")
 
 
-class Relay:
-    """Has the hospital's own process answer; used like a :class:`~primia_lite.apps.flower.hospital.Site`."""
-
-    def __init__(self, connection: Connection, name: str):
-        self._connection, self.name = connection, name
-
-    @classmethod
-    def to(cls, folder: Path) -> Relay | None:
-        """None where there is no such process."""
-        try:
-            address = (folder / SOCKET).read_text("utf-8")
-            place = Path(address).parent.stat()
-            # What a killed one left names a folder that, once gone, anybody may make anew.
-            if place.st_uid != os.getuid() or place.st_mode & 0o077:
-                return None
-            return cls(Client(address, "AF_UNIX"), folder.name)
-        except (OSError, ValueError):
-            return None
-
-    def answer(
-        self, study: str, requests: Sequence[bytes], number: int = 0, weights: Mapping[str, np.ndarray] | None = None
-    ) -> list[Reply]:
-        """See :meth:`primia_lite.apps.flower.hospital.Site.answer`."""
-        arrays = weights and {name: np.asarray(value) for name, value in weights.items()}
-        head = {
-            "study": study, "round": number, "requests": len(requests),
-            "weights": arrays and [[name, str(a.dtype), list(a.shape)] for name, a in arrays.items()],
-        }  # fmt: skip
-        _send(self._connection, [json.dumps(head).encode(), *requests, *(a.tobytes() for a in (arrays or {}).values())])
-        first, *parts = _receive(self._connection)
-        found = json.loads(first)
-        if "other" in found:
-            raise OtherStudy(found["other"])
-        if "behind" in found:
-            raise Behind(self.name, *found["behind"])
-        if "error" in found:
-            raise RuntimeError("the hospital's process refused")
-        return [Reply.from_bytes(part) for part in parts]
-
-
-def _send(connection: Connection, parts: Iterable[bytes]) -> None:
-    parts = list(parts)
-    connection.send_bytes(len(parts).to_bytes(4, "little"))
-    for part in parts:
-        connection.send_bytes(part)
-
-
-def _receive(connection: Connection) -> list[bytes]:
-    return [connection.recv_bytes() for _ in range(int.from_bytes(connection.recv_bytes(4), "little"))]
-
-
-def _answer(site: SiteInFolder, parts: list[bytes]) -> list[bytes]:
-    head = json.loads(parts[0])
-    requests, buffers = parts[1 : 1 + head["requests"]], parts[1 + head["requests"] :]
-    weights = None
-    if head["weights"] is not None:
-        weights = {
-            name: np.frombuffer(buffer, dtype).reshape(shape)
-            for (name, dtype, shape), buffer in zip(head["weights"], buffers, strict=True)
-        }
+def connect(folder: Path) -> Connection | None:
+    """To the hospital's own process; None where there is none."""
     try:
-        replies = site.answer(head["study"], requests, head["round"], weights)
-    except OtherStudy as error:  # Flower's process writes it to the log
-        return [json.dumps({"other": str(error)}).encode()]
-    except Behind as error:
-        return [json.dumps({"behind": [error.session, error.last]}).encode()]
-    except Exception as error:  # nothing of it may reach the server
-        log.warning("this hospital can't answer: %s: %s", type(error).__name__, error)
-        return [json.dumps({"error": True}).encode()]
-    return [b"{}", *(reply.to_bytes() for reply in replies)]
+        address = (folder / SOCKET).read_text("utf-8")
+        place = Path(address).parent.stat()
+        # What a killed one left names a folder that, once gone, anybody may make anew.
+        if place.st_uid != os.getuid() or place.st_mode & 0o077:
+            return None
+        return Client(address, "AF_UNIX")
+    except (OSError, ValueError):
+        return None
 
 
-def _films(folder: Path) -> list[tuple[str, int]]:
-    return sorted((path.name, path.stat().st_ctime_ns) for path in folder.glob("films-*.npz"))
+def relay(connection: Connection, content: RecordDict) -> RecordDict:
+    """What the hospital's own process replies; the connection is closed. EOFError where it ends meanwhile."""
+    with connection:
+        _send(connection, content)
+        return _receive(connection)
+
+
+def _send(connection: Connection, content: RecordDict) -> None:
+    connection.send_bytes(recorddict_to_proto(content).SerializeToString())
+
+
+def _receive(connection: Connection) -> RecordDict:
+    return recorddict_from_proto(ProtoRecordDict.FromString(connection.recv_bytes()))
 
 
 class Held:
     """A hospital that keeps its films in memory, as long as its folder is as it was when they were read."""
 
-    def __init__(self, folder: Path):
-        self._folder, self._site, self._read = folder, None, None
+    def __init__(self, folder: Path, make: Callable[[Path], FlowerHospital] = FolderHospital):
+        self._folder, self._make = folder, make
+        self._hospital, self._read = None, None
 
-    def answer(self, parts: list[bytes]) -> list[bytes]:
-        """The parts of a message, as :class:`Relay` sends them, to those of its reply.
-
-        Raises
-        ------
-        UserError
-            The folder can't be read.
-        """
-        # A study that the hospital has joined since then counts, and films that it has deleted.
-        now = [(self._folder / name).stat().st_ctime_ns for name in (CONFIG, STUDY, IDENTITY)]
-        before = _films(self._folder)
-        if self._read != (now, before):
-            self._site, self._read = SiteInFolder(self._folder), None
-        reply = _answer(self._site, parts)
-        after = _films(self._folder)
-        # Written meanwhile: it is what the site holds. Deleted meanwhile: what it holds is out of date.
+    def answer(self, content: RecordDict) -> RecordDict:
+        """As :func:`primia_lite.apps.flower.messages.answer`; also where the folder can't be read."""
+        try:
+            # A study that the hospital has joined since then counts, and films that it has deleted.
+            now = [(self._folder / name).stat().st_ctime_ns for name in (CONFIG, STUDY, IDENTITY)]
+            before = self._films()
+            if self._read != (now, before):
+                self._hospital, self._read = self._make(self._folder), None
+        except Exception as error:
+            log.warning("this hospital can't answer: %s: %s", type(error).__name__, error)
+            return refusal()
+        reply = answer(self._hospital, content)
+        after = self._films()
+        # Written meanwhile: it is what the hospital holds. Deleted meanwhile: what it holds is out of date.
         self._read = (now, after) if after == before or not before else None
         return reply
+
+    def _films(self) -> list[tuple[str, int]]:
+        return sorted((path.name, path.stat().st_ctime_ns) for path in self._folder.glob("films-*.npz"))
 
 
 def serve(folder: Path) -> None:

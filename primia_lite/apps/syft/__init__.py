@@ -6,6 +6,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "approval": ["DEPENDENCY_FILES", "difference", "digest", "verdict"],
-        "transport": ["federate_with_syft", "in_memory"],
+        "memory": ["in_memory"],
+        "transport": ["federate_with_syft"],
     },
 )

@@ -10,10 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from primia_lite.apps.hospital import ask_question
 from primia_lite.config import UserError, printable
 from primia_lite.federation.claims import MOST_REQUEST_BYTES, read_json
+from primia_lite.federation.hospital import Hospital
 from primia_lite.federation.study import MOST_ROUND_BYTES, REQUEST, ROUND, RUN, RUN_SH, STUDY, Files, Study, describe
 from primia_lite.secagg import Question
+from primia_lite.training import check_options
 
 # What asks for packages, by name.
 DEPENDENCY_FILES = ("pyproject.toml", "requirements.txt", "setup.py", "setup.cfg", "uv.lock", "environment.yml")
@@ -22,7 +25,7 @@ DEPENDENCY_FILES = ("pyproject.toml", "requirements.txt", "setup.py", "setup.cfg
 _MOST_LINES = 10_000  # that are compared: the time grows with their square
 
 
-class Refused(UserError):
+class NotApproved(UserError):
     """A job that isn't covered by an approval."""
 
 
@@ -32,8 +35,8 @@ def digest(files: Files) -> str:
     return hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()
 
 
-def question(files: Files, study: Study) -> Question | None:
-    """What a round's job asks, where no noise protects the answer.
+def question(key: str, files: Files, study: Study) -> Question | None:
+    """What a round's job asks, where no noise protects the answer. ``key`` is the job's :func:`digest`.
 
     Raises
     ------
@@ -44,9 +47,7 @@ def question(files: Files, study: Study) -> Question | None:
         number = read_json(files[ROUND], ROUND, MOST_ROUND_BYTES)["round"]
     except (KeyError, UserError) as error:
         raise UserError("the job holds no round that can be read") from error
-    if type(number) is not int or not 1 <= number <= study.rounds:
-        raise UserError(f"the job asks for round {number!r} of {study.rounds}")
-    return None if study.privacy else Question(f"{digest(files)}:{number}", hashlib.sha256(files[ROUND]).hexdigest())
+    return ask_question(key, study, number, hashlib.sha256(files[ROUND]).hexdigest())
 
 
 def asks_for_packages(files: Files) -> str:
@@ -174,6 +175,34 @@ def study_name(files: Files) -> str:
         return str(read_json(files[STUDY], STUDY)["name"])
     except (KeyError, UserError):
         return "(without a name)"
+
+
+def study_problems(study: Study, hospital: Hospital, trusted: Mapping[str, bytes], has_dataset: bool) -> list[str]:
+    """Why a hospital can't take part in a study; ``trusted`` are the keys that it has pinned, its own among them."""
+    found, agreement, privacy = [], study.agreement, study.privacy
+    if not has_dataset:
+        found.append(f"there is no dataset {study.dataset!r} here")
+    if agreement.identities.get(hospital.name) != trusted[hospital.name]:
+        found.append(f"the agreement has another key for {hospital.name}")
+    for other in sorted(agreement.identities.keys() - {hospital.name}):
+        if trusted.get(other) != agreement.identities[other]:
+            found.append(f"the agreement's key of {other} isn't the one that was pinned")
+    if (size := agreement.sizes.get(hospital.name)) != (declared := hospital.declared(privacy)):
+        found.append(f"the declared size is {declared}, not {size}")
+    try:
+        check_options(study.training, privacy)
+    except UserError as error:
+        found.append(str(error))
+    ledger = hospital.lasting_ledger
+    if privacy and not ledger:
+        found.append("there is no lasting ledger to charge")
+    elif privacy and ledger.unit != privacy.unit:
+        found.append(f"the ledger counts by {ledger.unit}, the study by {privacy.unit}")
+    elif privacy:
+        steps = study.training.steps_per_round * study.rounds
+        if not ledger.affords(privacy.release(study.training.sample_rate, steps)):
+            found.append(f"the ledger can't afford {study.rounds} rounds of this")
+    return found
 
 
 @dataclass(frozen=True)

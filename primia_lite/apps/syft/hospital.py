@@ -1,91 +1,47 @@
-"""A hospital on PySyft: its datasite, what it has approved, and the runner that does no more than that.
-
-syft-job 0.1 runs whatever lies in a job's folder when it gets there, in that folder, which the researcher can write
-to and read from, and puts what the job prints where the researcher reads it. The runner here
-
-- runs exactly the bytes that a person approved, from a copy: a file that was changed since is refused;
-- runs them outside the synced folder, so that neither what they print nor what they write beside themselves leaves;
-- keeps the secure aggregation's state, outside the job's process: what it releases is the masked update.
-
-This is a workflow for people who decide, not a sandbox: approved code runs with the hospital's rights, and could send
-films away by itself. Somebody has to have read it. What also shows to the researcher: that a job failed, and when each
-one ended.
-"""
+"""A hospital on PySyft: its datasite, and what its people have approved. :mod:`~primia_lite.apps.syft.runner` does no
+more than that."""
 
 from __future__ import annotations
 
-import base64
-import contextlib
-import io
 import json
-import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from syft_job.job import JobInfo
-from syft_job.job_runner import SyftJobRunner
 from syft_job.job_storage import JobRef
 from syft_job.models import JobStatus
 from syft_rds import SyftRDSClient
 
-from primia_lite import secagg
+from primia_lite.apps.hospital import HospitalRounds
 from primia_lite.apps.syft.approval import (
     Approval,
-    Refused,
+    NotApproved,
     Review,
     asks_for_packages,
     changes,
     difference,
     digest,
     question,
-    request_of,
     study_name,
+    study_problems,
     verdict,
 )
 from primia_lite.apps.syft.process import run_job
+from primia_lite.apps.syft.runner import HospitalRunner, is_round, quiet, read_job, round_of
 from primia_lite.config import UserError, printable
 from primia_lite.data.films import Films
-from primia_lite.federation.claims import MOST_BYTES, MOST_REQUEST_BYTES, read_file
 from primia_lite.federation.hospital import Hospital
-from primia_lite.federation.study import (
-    MOST_ROUND_BYTES,
-    REQUEST,
-    ROUND,
-    STUDY,
-    Files,
-    Study,
-    films_to_bytes,
-)
+from primia_lite.federation.study import REQUEST, STUDY, Files, Study, films_to_bytes
 from primia_lite.runtime import write_atomic
-from primia_lite.training import check_options
-
-REPLY = "reply.txt"
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without syft's own words: they name folders of this machine. For one thread at a time."""
-    logger = logging.getLogger("syft")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-# --- the hospital -----------------------------------------------------------------------------------------------------
-
-
-class Site:
+class Datasite:
     """A hospital's datasite.
 
     Parameters
@@ -117,11 +73,9 @@ class Site:
         self.timeout_s, self.memory_gib = timeout_s, memory_gib
         self.folder.mkdir(parents=True, exist_ok=True)
         os.chmod(self.folder, 0o700)
-        self._identity = self._own_identity()
-        self._trusted = {self.name: self.public_key}
+        self._rounds = HospitalRounds(self.name, self._own_identity(), self.folder / "round.json")
+        self.trusted = {self.name: self.public_key}
         self.approvals = {key: Approval.from_dict(value) for key, value in self._kept("approvals", {}).items()}
-        self._round = self._kept("round", {"digest": "", "client": ""})  # the protocol's state
-        self._secagg: secagg.SecAggClient | None = None
         self._names: list[str] = self._kept("names", [])  # of rounds' jobs; each comes once
         self.journal: list[str] = []
         self.seconds: dict[str, float] = {}
@@ -138,7 +92,7 @@ class Site:
     @property
     def public_key(self) -> bytes:
         """Ed25519, 32 bytes: what others pin."""
-        return self._identity.public_key().public_bytes_raw()
+        return self._rounds.identity.public_key().public_bytes_raw()
 
     def _own_identity(self) -> Ed25519PrivateKey:
         path = self.folder / "identity.key"
@@ -162,7 +116,7 @@ class Site:
 
     def trust(self, keys: Mapping[str, bytes]) -> None:
         """Pin other hospitals' public keys, which came on another way than through the researcher."""
-        self._trusted |= dict(keys)
+        self.trusted |= dict(keys)
 
     # Data
 
@@ -174,7 +128,7 @@ class Site:
         UserError
             There is one of this name.
         """
-        if self._films(name):
+        if self.films(name):
             raise UserError(f"hospital {self.name} has a dataset {name!r} already: choose another name")
         draft = self.folder / "dataset"
         paths = {"mock": draft / "mock" / "films.npz", "private": draft / "private" / "films.npz"}
@@ -189,7 +143,8 @@ class Site:
         finally:
             shutil.rmtree(draft, ignore_errors=True)
 
-    def _films(self, dataset: str) -> Path | None:
+    def films(self, dataset: str) -> Path | None:
+        """The file of a dataset's private half."""
         try:
             return self.client.dataset_manager.get(dataset, datasite=self.email).private_files[0]
         except (FileNotFoundError, IndexError, ValueError):
@@ -212,7 +167,7 @@ class Site:
     def pending(self) -> list[str]:
         """Names of the proposals that wait for a person."""
         with quiet():
-            return sorted(j.name for j in self._jobs("pending") if not _is_round(j.job_submission_path))
+            return sorted(j.name for j in self._jobs("pending") if not is_round(j.job_submission_path))
 
     def _jobs(self, status: str) -> list[JobInfo]:
         return [j for j in self.client.job_client.jobs if j.datasite_owner_email == self.email and j.status == status]
@@ -239,40 +194,14 @@ class Site:
         if why := asks_for_packages(files):
             problems.append(why)
         try:
-            problems += self._problems(study) if study else []
+            problems += (
+                study_problems(study, self.hospital, self.trusted, bool(self.films(study.dataset))) if study else []
+            )
         except Exception as error:  # of any kind: the values are somebody else's
             problems.append(printable(f"the study can't be judged ({type(error).__name__}: {error})", 200))
         return Review(
             name, job.submitted_by, files, study, tuple(problems), difference(before[-1] if before else {}, files)
         )
-
-    def _problems(self, study: Study) -> list[str]:
-        found, agreement, privacy = [], study.agreement, study.privacy
-        if not self._films(study.dataset):
-            found.append(f"there is no dataset {study.dataset!r} here")
-        if agreement.identities.get(self.name) != self.public_key:
-            found.append(f"the agreement has another key for {self.name}")
-        for other in sorted(agreement.identities.keys() - {self.name}):
-            if self._trusted.get(other) != agreement.identities[other]:
-                found.append(f"the agreement's key of {other} isn't the one that was pinned")
-        if agreement.sizes.get(self.name) != self.hospital.declared(privacy):
-            found.append(
-                f"the declared size is {self.hospital.declared(privacy)}, not {agreement.sizes.get(self.name)}"
-            )
-        try:
-            check_options(study.training, privacy)
-        except UserError as error:
-            found.append(str(error))
-        ledger = self.hospital.lasting_ledger
-        if privacy and not ledger:
-            found.append("there is no lasting ledger to charge")
-        elif privacy and ledger.unit != privacy.unit:
-            found.append(f"the ledger counts by {ledger.unit}, the study by {privacy.unit}")
-        elif privacy:
-            steps = study.training.steps_per_round * study.rounds
-            if not ledger.affords(privacy.release(study.training.sample_rate, steps)):
-                found.append(f"the ledger can't afford {study.rounds} rounds of this")
-        return found
 
     def approve(
         self, review: Review, *, rounds: int | None = None, reason: str = "", without_noise: bool = False
@@ -294,15 +223,17 @@ class Site:
         with quiet():
             job = self._pending_job(review.job)
         if changed := changes(review.files, read_job(job.job_submission_path)):
-            raise Refused(f"job {review.job!r} was changed since it was reviewed: {'; '.join(changed)}. Review it anew")
+            raise NotApproved(
+                f"job {review.job!r} was changed since it was reviewed, review it anew: {'; '.join(changed)}"
+            )
         if review.problems:
-            raise Refused(f"hospital {self.name} can't take part in {review.job!r}: {'; '.join(review.problems)}")
+            raise NotApproved(f"hospital {self.name} can't take part in {review.job!r}: {'; '.join(review.problems)}")
         study = review.study
         rounds = study.rounds if rounds is None else rounds
         if not 1 <= rounds <= study.rounds:
             raise UserError(f"rounds is {rounds}: the study asks for {study.rounds}, approve 1 to so many")
         if study.privacy is None and not without_noise:
-            raise Refused(
+            raise NotApproved(
                 f"study {study.name!r} adds no noise, so that its result may tell of single patients: approve it with "
                 "without_noise=True if that is meant, or ask for a study with Privacy"
             )
@@ -336,7 +267,7 @@ class Site:
         self.client.job_client.scan_inbox()
         for ref in runner._get_pending_jobs():
             folder = runner.manager.submission_dir(ref)
-            if not _is_round(folder):
+            if not is_round(folder):
                 continue  # a proposal: for a person
             why = self._why_not(ref, folder)
             if why:
@@ -365,38 +296,20 @@ class Site:
         manager = self.client.job_runner.manager
         for old in list(manager.iter_submission_refs(self.email)):
             over = old.ds_email == ref.ds_email and old.job_name in self._names
-            if over and _round_of(old.job_name) != _round_of(ref.job_name):
+            if over and round_of(old.job_name) != round_of(ref.job_name):
                 shutil.rmtree(manager.submission_dir(old))
                 shutil.rmtree(manager.review_dir(old))
 
-    def _answer(self, job: str, files: Files, timeout_s: float) -> bytes:
+    def answer(self, job: str, files: Files, timeout_s: float) -> bytes:
         """The protocol's reply to a round's job; in step ``mask`` it runs the job first."""
         if why := verdict(files, self.approvals):  # once more: a file may have changed since
-            raise Refused(why)
-        key, request = digest(files), files[REQUEST]
-        study = Study.from_bytes(files[STUDY])
-        asked = question(files, study) if request_of(files)["step"] == "mask" else None
-        client = self._client(key, study)
-        try:
-            reply = client.answer(request, lambda: self._update(job, key, study, files, timeout_s), asked)
-        finally:
-            # Before the reply leaves: a state that comes back after a crash would answer twice.
-            self._secagg, self._round = client, {"digest": key, "client": client.save().decode()}
-            self._keep("round", self._round)
+            raise NotApproved(why)
+        key, study = digest(files), Study.from_bytes(files[STUDY])
+        reply = self._rounds.answer(
+            key, study.agreement, files[REQUEST], lambda: self._update(job, key, study, files, timeout_s),
+            lambda: question(key, files, study),
+        )  # fmt: skip
         return reply.to_bytes()
-
-    def _client(self, key: str, study: Study) -> secagg.SecAggClient:
-        if self._round["digest"] == key and self._secagg is not None:
-            return self._secagg
-        if self._round["digest"] == key:
-            return secagg.SecAggClient(self.name, self._identity, study.agreement).restore(
-                self._round["client"].encode()
-            )
-        # Another study: its rounds go on counting where the last one's stopped, and none is answered anew.
-        last = json.loads(self._round["client"] or '{"last_session": 0}')
-        return secagg.SecAggClient(
-            self.name, self._identity, study.agreement, last["last_session"], last.get("answered")
-        )
 
     def _update(self, job: str, key: str, study: Study, files: Files, timeout_s: float) -> np.ndarray:
         """The job's update, after the round is counted and charged."""
@@ -406,7 +319,7 @@ class Site:
         if privacy:
             release = privacy.release(training.sample_rate, training.steps_per_round)
             self.hospital.lasting_ledger.charge(f"{study.name}: round {approval.used + 1}", release)
-        films = self._films(study.dataset)
+        films = self.films(study.dataset)
         if not films:
             raise UserError(f"dataset {study.dataset!r} is gone")
         syft = {
@@ -422,87 +335,3 @@ class Site:
             )  # fmt: skip
         finally:
             self.seconds[job] = time.perf_counter() - started
-
-
-def _round_of(job: str) -> str:
-    return job.rsplit("-", 1)[0]
-
-
-def _is_round(folder: Path) -> bool:
-    return (Path(folder) / REQUEST).is_file()
-
-
-_MOST_FILES = 100
-_MOST_BYTES = {ROUND: MOST_ROUND_BYTES, REQUEST: MOST_REQUEST_BYTES}
-
-
-def read_job(folder: Path) -> dict[str, bytes]:
-    """A submission's files by path, but for syft's own (its receipt, permissions); links aren't followed.
-
-    Raises
-    ------
-    UserError
-        There are more than 100, or they are larger than a study of ours needs.
-    """
-    folder, files, size = Path(folder), {}, 0
-    for path in folder.rglob("*"):
-        name = path.relative_to(folder).as_posix()
-        if name == "config.yaml" or path.name == "syft.pub.yaml" or path.is_symlink() or not path.is_file():
-            continue
-        if len(files) == _MOST_FILES:
-            raise UserError(f"the job has more than {_MOST_FILES} files")
-        files[name] = read_file(path, printable(name, 200), _MOST_BYTES.get(name, MOST_BYTES))
-        size += 0 if name in _MOST_BYTES else len(files[name])
-        if size > MOST_BYTES:
-            raise UserError(f"the job has more than {MOST_BYTES:,} bytes besides the round's own")
-    return dict(sorted(files.items()))
-
-
-class HospitalRunner(SyftJobRunner):
-    """syft's runner, with what is described at the top of this module."""
-
-    site: Site
-
-    @classmethod
-    def for_site(cls, site: Site) -> HospitalRunner:
-        with quiet():
-            runner = cls(site.client.job_client.config)
-        runner.site = site
-        return runner
-
-    def _get_jobs_in_approved(self) -> list[JobRef]:
-        # A proposal is never run: rounds are, under its approval.
-        return [ref for ref in super()._get_jobs_in_approved() if _is_round(self.manager.submission_dir(ref))]
-
-    def decide(self, ref: JobRef, status: JobStatus, reason: str) -> None:
-        """What syft's JobInfo does, which can't be had where the submission's own ``config.yaml`` can't be read."""
-        state, now = self.manager.read_state(ref), datetime.now(UTC)
-        state.status, state.review_reason = status, printable(reason)
-        if status == JobStatus.APPROVED:
-            state.approved_by, state.approved_at, state.approval_method = self.site.email, now, "auto"
-        else:
-            state.rejected_by, state.rejected_at = self.site.email, now
-        self.manager.write_state(ref, state)
-
-    def _execute_job(self, ref: JobRef, stream_output: bool = True, timeout: float | None = None) -> bool:
-        state = self.manager.read_state(ref)
-        state.status = JobStatus.RUNNING
-        self.manager.write_state(ref, state)
-        try:
-            files = read_job(self.manager.submission_dir(ref))
-            reply = self.site._answer(ref.job_name, files, timeout or self.site.timeout_s)
-            self._release(ref, reply)
-        except Exception as error:  # the researcher learns that it failed, and no more
-            self.site.note(f"{ref.job_name} failed: {type(error).__name__}: {error}")
-            self._set_finalized_job_state(ref, -1)
-            return False
-        self._set_finalized_job_state(ref, 0)
-        self.site.note(f"{ref.job_name}: released {len(reply):,} bytes, masked" if ref.job_name.endswith("-mask") else
-                       f"{ref.job_name}: answered")  # fmt: skip
-        return True
-
-    def _release(self, ref: JobRef, reply: bytes) -> None:
-        """Put one file where the researcher reads; the runner puts nothing else there but the job's state."""
-        outputs = self.manager.review_dir(ref) / "outputs"
-        outputs.mkdir(parents=True, exist_ok=True)
-        (outputs / REPLY).write_bytes(base64.b64encode(reply))

@@ -66,37 +66,13 @@ def run_job(
         It failed, took too long, needed more memory or left no vector.
     """
     memory_gib = psutil.virtual_memory().total / 2**31 if memory_gib is None else memory_gib
-    shutil.rmtree(folder, ignore_errors=True)
-    for path, content in files.items():
-        target = (folder / path).resolve()
-        if not target.is_relative_to(folder.resolve()):
-            raise JobError(f"the job has a file {path} outside its folder")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(content)
-    output = folder / OUTPUT
-    output.parent.mkdir(exist_ok=True)
+    output = _lay_out(files, folder)
     variables = {
         "PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": str(folder), "OMP_NUM_THREADS": "1",
         "HOSPITAL_PYTHON": sys.executable, "PYTHONPATH": str(Path(primia_lite.__file__).parent.parent),
         FILMS_VARIABLE: str(films), NAME_VARIABLE: hospital, **(environment or {}),
     }  # fmt: skip
-    with open(folder / "stdout.txt", "wb") as out, open(folder / "stderr.txt", "wb") as err:
-        # A session of its own, so that what it starts ends with it.
-        # Set by the shell: code between fork and exec isn't safe where threads run.
-        limited = f"ulimit -d {int(memory_gib * 2**20)} 2>/dev/null; exec bash {RUN}"
-        process = subprocess.Popen(
-            ["bash", "-c", limited], cwd=folder, env=variables, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
-            start_new_session=True,
-        )  # fmt: skip
-        try:
-            status = process.wait(timeout_s)
-        except subprocess.TimeoutExpired as error:
-            raise JobError(f"the job took longer than {timeout_s:g} s") from error
-        finally:
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    if status:
+    if status := _run(folder, variables, timeout_s, memory_gib):
         words = _end_of(folder / "stderr.txt").strip()
         if any(sign in words for sign in _OUT_OF_MEMORY):
             raise JobError(f"the job needed more than the {memory_gib:.3g} GiB of memory that it may take (memory_gib)")
@@ -105,12 +81,44 @@ def run_job(
     try:
         if output.stat().st_size > memory_gib * 2**30:
             raise ValueError("more than fits into memory")
-        vector = np.load(output, allow_pickle=False)
+        return np.load(output, allow_pickle=False)
     except (OSError, ValueError, EOFError, BadZipFile) as error:
         raise JobError(f"the job left no update in outputs/{output.name} ({type(error).__name__})") from error
     finally:
         shutil.rmtree(output.parent, ignore_errors=True)  # a file of films is of no more use
-    return vector
+
+
+def _lay_out(files: Files, folder: Path) -> Path:
+    """Write a job's files; where its update is to be."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for path, content in files.items():
+        target = (folder / path).resolve()
+        if not target.is_relative_to(folder.resolve()):
+            raise JobError(f"the job has a file {path} outside its folder")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)
+    (folder / OUTPUT).parent.mkdir(exist_ok=True)
+    return folder / OUTPUT
+
+
+def _run(folder: Path, variables: Mapping[str, str], timeout_s: float, memory_gib: float) -> int:
+    """The status with which a job that was laid out ends."""
+    with open(folder / "stdout.txt", "wb") as out, open(folder / "stderr.txt", "wb") as err:
+        # Set by the shell: code between fork and exec isn't safe where threads run.
+        limited = f"ulimit -d {int(memory_gib * 2**20)} 2>/dev/null; exec bash {RUN}"
+        # A session of its own, so that what it starts ends with it.
+        process = subprocess.Popen(
+            ["bash", "-c", limited], cwd=folder, env=variables, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            return process.wait(timeout_s)
+        except subprocess.TimeoutExpired as error:
+            raise JobError(f"the job took longer than {timeout_s:g} s") from error
+        finally:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def _end_of(path: Path, size: int = 2**14) -> str:

@@ -11,12 +11,14 @@ import pytest
 import torch
 
 from primia_lite.apps.flower import deploy as flower_deploy
+from primia_lite.apps.flower import runs as flower_runs
 from primia_lite.apps.flower import setup as flower_setup
 from primia_lite.apps.flower.hospital import load_films
 from primia_lite.apps.flower.worker import SOCKET
 from primia_lite.federation.aggregation import SecureAggregation
 from primia_lite.federation.hospital import Hospital
 from primia_lite.federation.rounds import Schedule, federate
+from primia_lite.federation.study import Study
 from primia_lite.models import prepare
 
 pytestmark = [pytest.mark.flower, pytest.mark.slow]
@@ -110,7 +112,7 @@ def test_a_supernode_killed_in_a_round_leaves_the_sum_of_the_others(federation, 
 
     def train():
         try:
-            found.update(flower_deploy.run(federation, None, show=lambda line: None))
+            found.update(flower_runs.run(federation, None, show=lambda line: None))
         except Exception as error:
             errors.append(error)
 
@@ -127,13 +129,13 @@ def test_a_supernode_killed_in_a_round_leaves_the_sum_of_the_others(federation, 
     assert all(says(federation, name, "answered unmask") for name in "AB")
     # It was the hospital's own process that trained and masked, and none of Flower's, which end with their message.
     (worker,) = [
-        p for p in flower_deploy.running(federation)["A"].children() if "flower_worker" in " ".join(p.cmdline())
+        p for p in flower_deploy.running(federation)["A"].children() if "flower.worker" in " ".join(p.cmdline())
     ]
     masked = [line for line in (federation / "A" / "hospital.log").read_text().splitlines() if "answered mask" in line]
     assert len(masked) == 2 and all(f"[{worker.pid}]" in line for line in masked)
 
     # What came out is what two hospitals give in one process: the sum of exactly their updates, all masks gone.
-    study = flower_setup.Study.from_bytes((federation / "server" / "study.json").read_bytes())
+    study = Study.from_bytes((federation / "server" / "study.json").read_bytes())
     group = []
     for i, name in enumerate("ABC"):
         films = prepare("mlp", load_films({**FILMS, "part": [i, 3]}))
@@ -150,8 +152,8 @@ def test_a_supernode_killed_in_a_round_leaves_the_sum_of_the_others(federation, 
     for name, text in THEIRS.items():
         (app / name).parent.mkdir(parents=True, exist_ok=True)
         (app / name).write_text(text)
-    number = flower_deploy.submit(federation, {"mark": str(mark)}, app)
-    wait_for(lambda: flower_deploy.run_status(federation, number)[0].startswith("finished"), 600, "end of their run")
+    number = flower_runs.submit(federation, {"mark": str(mark)}, app)
+    wait_for(lambda: flower_runs.run_status(federation, number)[0].startswith("finished"), 600, "end of their run")
     assert (tmp_path / "mark-asked").exists() and not mark.exists()
     log = (federation / ".run" / "A.log").read_text()
     assert "another app than the one that this hospital has installed" in log

@@ -12,27 +12,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from flwr.app import Message
-from flwr.clientapp import ClientApp
+import torch
+from flower_inline import InlineGrid
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
 from primia_lite import secagg
-from primia_lite.apps.flower import (
-    app as flower_app,
-)
-from primia_lite.apps.flower import (
-    grid as flower_grid,
-)
-from primia_lite.apps.flower import (
-    process as flower_process,
-)
-from primia_lite.apps.flower import (
-    setup as flower_setup,
-)
-from primia_lite.apps.flower import (
-    worker as flower_worker,
-)
-from primia_lite.apps.flower.hospital import CONFIG, IDENTITY, STUDY, Behind, OtherStudy, SiteInFolder
-from primia_lite.apps.flower.worker import SOCKET, Relay
+from primia_lite.apps.flower import process as flower_process
+from primia_lite.apps.flower import setup as flower_setup
+from primia_lite.apps.flower.app import answer_in
+from primia_lite.apps.flower.hospital import CONFIG, IDENTITY, LOG, STUDY, FolderHospital
+from primia_lite.apps.flower.messages import replies, request
+from primia_lite.apps.flower.worker import SOCKET, Held, connect
 from primia_lite.federation.rounds import Schedule, ServerOptimizer
 from primia_lite.federation.study import Study
 
@@ -73,39 +63,58 @@ def wait_for(condition, seconds=600):
         time.sleep(0.05)
 
 
+REFUSED = "refused: the hospital's log tells why"
+
+
+def asked(folder: Path, content: RecordDict) -> Message:
+    """What Flower's process at a hospital replies."""
+    (reply,) = InlineGrid([lambda message: answer_in(folder, message)]).send_and_receive([Message(content, 1, "train")])
+    return reply
+
+
+def nothing(study: str) -> RecordDict:
+    return request(study, [], 1, None)
+
+
 def weights_of(folder: Path, agreed: Study) -> dict[str, np.ndarray]:
     config = tomllib.loads((folder / "server" / "server.toml").read_text())
     state = ServerOptimizer.start(agreed.training, Schedule(2), tuple(config["in_shape"]), agreed.seed).state
     return {name: value.numpy() for name, value in state.items()}
 
 
-def test_a_round_through_it_ends_with_the_sum(worker):
-    folder, _ = worker
+def a_round(folder: Path, session: int) -> secagg.SecAggServer:
+    """Its hospital A is asked through its process."""
     agreed = Study.from_bytes((folder / "server" / "study.json").read_bytes())
-    sites = {name: SiteInFolder(folder / name) for name in "ABC"}
-    weights = weights_of(folder, agreed)
-    server = secagg.SecAggServer(agreed.agreement, 2)
+    others = {name: FolderHospital(folder / name) for name in "BC"}
+    weights, server = weights_of(folder, agreed), secagg.SecAggServer(agreed.agreement, session)
 
     def exchange(step, requests):
-        for name, request in requests.items():
-            site = Relay.to(folder / "A") if name == "A" else sites[name]
-            (reply,) = site.answer(sites[name].fingerprint, [request], 1, weights if step == "mask" else None)
-            assert (reply.sender, reply.step) == (name, step)
-            yield reply
+        given = weights if step == "mask" else None
+        for name, text in requests.items():
+            if name != "A":
+                yield from others[name].answer(others[name].fingerprint, [text], 1, given)
+                continue
+            record = given and ArrayRecord({key: torch.from_numpy(value) for key, value in given.items()})
+            yield from replies(asked(folder / "A", request(others["B"].fingerprint, [text], 1, record)))
 
     assert secagg.run_round(server, exchange) == []
+    return server
+
+
+def test_a_round_through_it_ends_with_the_sum(worker):
+    folder, _ = worker
+    server, agreed = a_round(folder, 2), FolderHospital(folder / "A").agreement
     assert list(server.survivors) == ["A", "B", "C"]
-    expected = np.zeros(agreed.agreement.length, np.uint32)
-    for name, site in sites.items():  # without DP a round's update is drawn from the study's seed
-        update = site._update(1, weights)
-        expected += agreed.agreement.fixed_point.quantise(update, agreed.agreement.weight(name))
+    expected = np.zeros(agreed.length, np.uint32)
+    for name in "ABC":  # without DP a round's update is drawn from the study's seed
+        site = FolderHospital(folder / name)
+        update = site.compute_update(1, weights_of(folder, site.study))
+        expected += agreed.fixed_point.quantise(update, agreed.weight(name))
     assert np.array_equal(server.total, expected.view(np.int32))
     # Its memory holds nothing that the folder doesn't: another process goes on where it was.
-    request = secagg.SecAggServer(agreed.agreement, 2).requests()["A"]
-    for site in (sites["A"], Relay.to(folder / "A")):
-        with pytest.raises(Behind) as caught:
-            site.answer(sites["A"].fingerprint, [request])
-        assert caught.value.last == 2
+    again = request(site.fingerprint, [secagg.SecAggServer(agreed, 2).requests()["A"]], 0, None)
+    assert asked(folder / "A", again).content["reply"] == ConfigRecord({"heads": [], "last": 2})
+    assert FolderHospital(folder / "A").rounds.last_sessions() == (2, 0)
 
 
 def test_nobody_else_can_reach_it(worker):
@@ -117,69 +126,59 @@ def test_nobody_else_can_reach_it(worker):
 
 def test_why_it_refuses_stays_in_the_hospitals_log(worker):
     folder, _ = worker
-    relay = lambda: Relay.to(folder / "A")  # noqa: E731
-    with pytest.raises(OtherStudy, match="need the same study.json"):
-        relay().answer("0" * 64, [])
-    own = SiteInFolder(folder / "A").fingerprint
-    assert relay().answer(own, [b"not a request"]) == []
-    identity = folder / "A" / "identity.pem"
+    own, identity = FolderHospital(folder / "A").fingerprint, folder / "A" / IDENTITY
+    assert "study" in asked(folder / "A", nothing("0" * 64)).error.reason
+    assert asked(folder / "A", request(own, [b"not a request"], 1, None)).error.reason == REFUSED
     identity.chmod(0o644)
-    with pytest.raises(EOFError) as caught:
-        relay().answer(own, [])
-    assert str(caught.value) == ""
-    assert "can be read by others" in (folder / "A" / "hospital.log").read_text()
+    assert asked(folder / "A", nothing(own)).error.reason == REFUSED
     identity.chmod(0o600)
-    assert relay().answer(own, []) == []
+    assert "can be read by others" in (folder / "A" / LOG).read_text()
 
 
 def test_a_study_joined_meanwhile_counts(mortal):
     folder, _ = mortal
-    own = SiteInFolder(folder / "A").fingerprint
-    assert Relay.to(folder / "A").answer(own, []) == []
-    study = folder / "A" / "study.json"
+    own, study = FolderHospital(folder / "A").fingerprint, folder / "A" / STUDY
+    assert asked(folder / "A", nothing(own)).error.reason == REFUSED
     study.write_bytes(study.read_bytes() + b"\n")
-    with pytest.raises(OtherStudy):
-        Relay.to(folder / "A").answer(own, [])
+    assert "agreed to study" in asked(folder / "A", nothing(own)).error.reason
 
 
 def test_films_that_the_hospital_deletes_are_read_again(worker):
     folder, _ = worker
-    agreed = Study.from_bytes((folder / "server" / "study.json").read_bytes())
-    weights = weights_of(folder, agreed)
-    sites = {name: SiteInFolder(folder / name) for name in "BC"}
-
-    def a_round(session):
-        server = secagg.SecAggServer(agreed.agreement, session)
-
-        def exchange(step, requests):
-            for name, request in requests.items():
-                site = Relay.to(folder / "A") if name == "A" else sites[name]
-                yield from site.answer(sites["B"].fingerprint, [request], 1, weights if step == "mask" else None)
-
-        assert secagg.run_round(server, exchange) == []
-        return server.total
-
-    first, again = a_round(12), a_round(14)
+    first, again = a_round(folder, 12).total, a_round(folder, 14).total
     assert np.array_equal(first, again)
     (kept,) = (folder / "A").glob("films-*.npz")
     kept.unlink()
-    assert np.array_equal(first, a_round(16)) and kept.exists(), "films that stay in memory write no file"
+    assert np.array_equal(first, a_round(folder, 16).total)
+    assert kept.exists(), "films that stay in memory write no file"
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "again"), [(["f"], ["f"], False), ([], ["f"], False), (["f"], [], True), (["f"], ["g"], True)]
+    ("before", "after", "again"), [("f", "f", False), ("", "f", False), ("f", "", True), ("f", "g", True)]
 )
-def test_films_deleted_while_a_message_is_answered_are_read_again(monkeypatch, tmp_path, before, after, again):
-    made, seen = [], iter([before, after, after, after])
-    folder = tmp_path
+def test_films_deleted_while_a_message_is_answered_are_read_again(tmp_path, before, after, again):
+    def films(names):
+        for path in tmp_path.glob("films-*.npz"):
+            if path.stem[-1] not in names:
+                path.unlink()
+        for name in names:
+            (tmp_path / f"films-{name}.npz").touch(exist_ok=True)
+
+    class Asked:
+        name = "A"
+
+        def answer(self, *_):
+            kept = {path.name: path.stat().st_ctime_ns for path in tmp_path.glob("films-*.npz")}
+            if {f"films-{name}.npz" for name in after} != kept.keys():
+                films(after)
+
     for name in (CONFIG, STUDY, IDENTITY):
-        (folder / name).touch()
-    monkeypatch.setattr(flower_worker, "_films", lambda _: next(seen))
-    monkeypatch.setattr(flower_worker, "SiteInFolder", lambda _: made.append(1))
-    monkeypatch.setattr(flower_worker, "_answer", lambda site, parts: [b"{}"])
-    state = flower_worker.Held(folder)
-    state.answer([])
-    state.answer([])
+        (tmp_path / name).touch()
+    films(before)
+    made = []
+    held = Held(tmp_path, lambda folder: made.append(1) or Asked())
+    for _ in range(2):
+        held.answer(nothing("0"))
     assert len(made) == (2 if again else 1)
 
 
@@ -187,26 +186,24 @@ def test_a_socket_s_name_in_a_folder_of_others_is_not_trusted(worker, monkeypatc
     folder, _ = worker
     place = Path((folder / "A" / SOCKET).read_text()).parent
     place.chmod(0o755)
-    assert Relay.to(folder / "A") is None
+    assert connect(folder / "A") is None
     place.chmod(0o700)
     own = os.getuid()
     monkeypatch.setattr(os, "getuid", lambda: own + 1)
-    assert Relay.to(folder / "A") is None
+    assert connect(folder / "A") is None
 
 
 def test_one_that_dies_in_the_middle_of_a_message_leaves_a_refusal(mortal):
     folder, process = mortal
-    own = SiteInFolder(folder / "A").fingerprint
+    own, found = FolderHospital(folder / "A").fingerprint, []
     process.send_signal(signal.SIGSTOP)
-    content, replies = flower_app.request(own, [b"{}"], 1, None), []
-    thread = threading.Thread(target=lambda: replies.extend(ask(folder / "A", content)))
+    thread = threading.Thread(target=lambda: found.append(asked(folder / "A", nothing(own))))
     thread.start()
     time.sleep(0.5)
-    assert replies == []
+    assert found == []
     process.kill()
     thread.join(600)
-    (reply,) = replies
-    assert reply.has_error() and reply.error.reason == "refused: the hospital's log tells why"
+    assert found[0].error.reason == REFUSED
 
 
 def test_it_is_started_again_when_it_dies(tmp_path):
@@ -217,25 +214,17 @@ def test_it_is_started_again_when_it_dies(tmp_path):
     wait_for(lambda: mark.exists() and len(mark.read_text()) >= 3)
 
 
-@pytest.mark.parametrize("how", ["kill", "terminate", "closed"])
+@pytest.mark.parametrize("how", ["terminate", "closed"])
 def test_when_it_ends_flowers_process_answers_by_itself(mortal, how):
     folder, process = mortal
     process.stdin.close() if how == "closed" else getattr(process, how)()
     process.wait(600)
-    assert Relay.to(folder / "A") is None
-    if how != "kill":
-        assert not (folder / "A" / SOCKET).exists()
-    site = SiteInFolder(folder / "A")
-    request = secagg.SecAggServer(site.agreement, 2).requests()["A"]
-    (reply,) = ask(folder / "A", flower_app.request(site.fingerprint, [request], 1, None))
-    assert [r.step for r in flower_app.replies(reply)] == ["advertise"]
-
-
-def ask(folder, content):
-    """What Flower's process at a hospital replies."""
-    app = ClientApp()
-    app.train()(lambda message, context: flower_app.answer_in(folder, message))
-    return flower_grid.InlineGrid([app]).send_and_receive([Message(content, 1, "train")])
+    assert connect(folder / "A") is None
+    assert not (folder / "A" / SOCKET).exists()
+    site = FolderHospital(folder / "A")
+    text = secagg.SecAggServer(site.agreement, 2).requests()["A"]
+    reply = asked(folder / "A", request(site.fingerprint, [text], 1, None))
+    assert [r.step for r in replies(reply)] == ["advertise"]
 
 
 def test_flowers_process_imports_no_torch():
