@@ -14,7 +14,6 @@ from torch import nn
 
 from primia_lite import models
 from primia_lite.config import UserError
-from primia_lite.data import load
 from primia_lite.encrypted.client import CkksClient
 from primia_lite.encrypted.flooding import Flooding
 from primia_lite.encrypted.kernels import packing_for

@@ -88,7 +88,7 @@ class InlineGrid(Grid):
 def parties(hospitals: Sequence[Hospital], training, privacy=None, rounds=1, *, folder=None, threshold=None, seed=0):
     """``study.json`` for some hospitals, and each of them behind Flower."""
     in_shape = tuple(hospitals[0].films.inputs.shape[2:])
-    like = ServerOptimizer.start(training, Schedule(1), in_shape, seed).parameters(training, in_shape)
+    like = ServerOptimizer.start(training, Schedule(1), in_shape, seed).parameters()
     identities = {h.name: Ed25519PrivateKey.generate() for h in hospitals}
     agreement = Agreement(
         {name: key.public_key().public_bytes_raw() for name, key in identities.items()},
