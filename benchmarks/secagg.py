@@ -121,7 +121,7 @@ class Ours:
     """Rounds of :mod:`primia_lite.secagg`."""
 
     def __init__(self, sizes: dict[str, int], length: int, threshold: int | None = None):
-        identities = {name: Ed25519PrivateKey.generate() for name in sizes}
+        self.identities = identities = {name: Ed25519PrivateKey.generate() for name in sizes}
         public = {name: key.public_key().public_bytes_raw() for name, key in identities.items()}
         self.agreement = secagg.Agreement(public, sizes, length, CLIP, threshold)
         self.clients = {name: secagg.SecAggClient(name, key, self.agreement) for name, key in identities.items()}
@@ -416,7 +416,7 @@ class Law:
         client = ours.clients["h0000"]
         client.secrets.advertised = advertised
         reply = replies["h0001"]
-        self.client, self.text = client, reply.split()[0].decode()
+        self.identity, self.text = ours.identities["h0000"], reply.split()[0].decode()
         masked = secagg.Reply("h0000", 1, "mask", {}, b"", vector)
         point = FixedPoint(CLIP, n)
         self.mask = usual(lambda: add_masks(vector, seeds)) / (10 * length)
@@ -434,7 +434,7 @@ class Law:
         """Seconds to take a message of k sealed shares."""
         sealed = {f"h{i:04}": secagg.messages.encode(bytes(secagg.keys.SEALED)) for i in range(k)}
         reply = secagg.Reply("h0000", 1, "share", {"shares": sealed, "commitment": ""})
-        signature = self.client._identity.sign(reply.signed(self.agreement))
+        signature = self.identity.sign(reply.signed(self.agreement))
         signed = secagg.Reply(reply.sender, 1, "share", reply.body, signature)
         return usual(lambda: signed.check(self.agreement, 1, "share"))
 

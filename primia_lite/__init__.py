@@ -14,8 +14,8 @@ pictures              ``film_grid``, ``show_films``, ``save_figure``, ``source_n
 the session           ``setup``, ``runs_dir``, ``UserError``
 ====================  ==================================================================================
 
-Each chapter has a subpackage or module of its own: ``data``, ``phantom``, ``models``, ``metrics``, ``plotting``, ``privacy``,
-``federation``, ``secagg``, ``encrypted``, ``attacks``, ``widgets``; programs that use them are in ``apps``.
+Each chapter has a subpackage or module of its own: ``data``, ``phantom``, ``models``, ``metrics``, ``plotting``,
+``privacy``, ``federation``, ``secagg``, ``encrypted``, ``attacks``, ``widgets``. Programs that use them: ``apps``.
 A name is loaded when it is first used, so that importing this costs nothing.
 """
 

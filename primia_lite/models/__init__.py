@@ -6,7 +6,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submodules=["catalogue", "frozen", "networks"],
     submod_attrs={
-        "catalogue": ["build", "check_options", "prepare", "spec", "standardised"],
+        "catalogue": ["build", "check_options", "prepare", "spec"],
         "frozen": ["BIAS_INPUT", "changed_views", "differentiable_features", "features"],
     },
 )

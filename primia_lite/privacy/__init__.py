@@ -2,7 +2,7 @@
 
 import lazy_loader
 
-_ACCOUNTING = ["ACCOUNTANTS", "Bracket", "Release", "calibrate_noise_multiplier", "epsilon", "epsilon_bracket", "merge"]
+_ACCOUNTING = ["ACCOUNTANTS", "Release", "calibrate_noise_multiplier", "epsilon", "epsilon_bracket", "merge"]
 _GUARANTEES = ["federation_epsilon", "group_epsilon", "group_privacy", "selection_epsilon", "tpr_upper_bound"]
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(

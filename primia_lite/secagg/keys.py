@@ -27,11 +27,12 @@ def mask_seed(
     agreement: Agreement, session: int, a: str, b: str, secret: X25519PrivateKey, public: bytes,
     question: Iterable[str] = (),
 ) -> bytes:  # fmt: skip
+    """Seed of the mask that hospitals ``a`` and ``b`` share in a round: 32 bytes, the same at both ends."""
     return derive(secret, public, "mask", agreement.digest, session, *sorted((a, b)), *question)
 
 
 def mask_sign(mine: str, other: str) -> int:
-    """Of the mask that two share, at the first: the second has the other sign, so that they cancel."""
+    """Sign of the mask that two hospitals share: the other one takes the opposite, so that the masks cancel."""
     return 1 if mine < other else -1
 
 

@@ -98,6 +98,7 @@ def _texts(values: Iterable) -> bool:
 
 
 def request(step: str, session: int, **body) -> bytes:
+    """What the server asks of a hospital in a step, as bytes."""
     return json.dumps({"step": step, "session": session, **body}).encode()
 
 
