@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tenseal
 import torch
-from parties import cnn, diagnosed, head, holds_key, pair
+from ckks_parties import cnn, diagnosed, head, holds_key, pair
 from torch import nn
 
 from primia_lite import models

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import ckks_parties as parties
 import numpy as np
-import parties
 import pytest
 import tenseal.sealapi as sealapi
 import torch
-from parties import cnn, pair
+from ckks_parties import cnn, pair
 from torch import nn
 
 from primia_lite.attacks.ciphertexts import key_from_decryption

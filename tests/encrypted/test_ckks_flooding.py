@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 
+import ckks_parties as parties
 import numpy as np
-import parties
 import pytest
 import tenseal.sealapi as sealapi
-from parties import unit
+from ckks_parties import unit
 from scipy.stats import chisquare, kstest
 
 from primia_lite.attacks.ciphertexts import SENT, recover_key, weights_from_replies

@@ -6,13 +6,13 @@ import contextlib
 import json
 import struct
 
+import ckks_parties as networks
 import numpy as np
-import parties as networks
 import pytest
 import zstandard
+from ckks_parties import pair
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from parties import pair
 
 from primia_lite.config import UserError
 from primia_lite.encrypted.packing import CNNPacking

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from parties import head, pair
+from ckks_parties import head, pair
 from scipy.stats import binomtest, chisquare
 
 from primia_lite.config import UserError

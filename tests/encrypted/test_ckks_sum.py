@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from parties import holds_key
+from ckks_parties import holds_key
 from scipy.stats import kstest
 
 from primia_lite.config import UserError
