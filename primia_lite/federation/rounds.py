@@ -20,7 +20,7 @@ from primia_lite.federation.aggregation import Aggregator, ComputeUpdate, Secure
 from primia_lite.federation.hospital import Hospital, State
 from primia_lite.federation.optimizer import Schedule, ServerOptimizer
 from primia_lite.federation.progress import shown
-from primia_lite.federation.shared_noise import shared_step
+from primia_lite.federation.shared_step import shared_step
 from primia_lite.metrics import scores
 from primia_lite.privacy.accounting import epsilon
 from primia_lite.privacy.dpsgd import Privacy

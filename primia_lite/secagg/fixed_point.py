@@ -33,6 +33,8 @@ class FixedPoint:
         limits = np.finfo(np.float32)
         if not float(limits.tiny) <= self.clip <= float(limits.max):
             raise UserError(f"clip is {self.clip}: it must be above 0 and finite in float32")
+        if not 1 <= self.hospitals < 2**20:
+            raise UserError(f"hospitals is {self.hospitals}: it must be at least 1, and below 2^20")
 
     @property
     def scale(self) -> float:
@@ -46,6 +48,8 @@ class FixedPoint:
 
     def quantise(self, values: np.ndarray, weight: float) -> np.ndarray:
         """uint32 [L] (two's complement): float32 [L] times weight times scale, rounded; see :func:`check_clip`."""
+        if not 0 < weight <= 1:
+            raise UserError(f"weight is {weight}: it must be in (0, 1], or the sum could wrap around")
         out = np.empty(len(values), np.int32)
         for start in range(0, len(values), _CHUNK):
             part = values[start : start + _CHUNK].astype(np.float64)

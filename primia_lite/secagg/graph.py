@@ -13,6 +13,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from primia_lite.config import UserError
+
 COMPLETE_UP_TO = 100  # so few hospitals share a mask with every other
 # A server may draw many graphs and keep the worst: it chooses which advertisements to relay, and its own hospitals'
 # keys. So many may it try, each of them a hash for every hospital (with 1,000 hospitals 2^50 hashes, a day of a
@@ -72,6 +74,8 @@ def choose_degree(
     -------
     degree and threshold of shares: all others, and ``threshold``, where no graph serves
     """
+    if not (corrupt >= 0 and gone >= 0 and corrupt + gone < 1):
+        raise UserError(f"corrupt is {corrupt}, gone {gone}: together they must be below 1")
     from scipy.stats import hypergeom  # takes longer to import than a step of the protocol, and few hospitals need none
 
     others, least = hospitals - 1, threshold or default_threshold(hospitals)

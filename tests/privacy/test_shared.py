@@ -12,7 +12,7 @@ from scipy import stats
 from primia_lite.config import BudgetError, TrainingError, UserError
 from primia_lite.data.films import Films
 from primia_lite.federation.hospital import Hospital, Update, local_update
-from primia_lite.federation.shared_noise import shared_step
+from primia_lite.federation.shared_step import shared_step
 from primia_lite.models import build
 from primia_lite.privacy.accounting import Release, epsilon
 from primia_lite.privacy.dpsgd import ClippedSum, PoissonBatch, Privacy

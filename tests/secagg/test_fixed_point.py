@@ -100,3 +100,15 @@ def test_a_longer_mask_begins_like_a_shorter_one_and_never_repeats():
 def test_seeds_have_256_bits(seed):
     with pytest.raises(ValueError, match="bytes"):
         add_masks(np.zeros(4, np.uint32), [(seed, 1)])
+
+
+def test_the_error_is_half_a_unit_for_each_hospital():
+    point = FixedPoint(32.0, 3)
+    assert point.error == pytest.approx(1.5 * 32 / 2**31, rel=1e-6)
+    assert point.mean(np.array([2**30], np.int32), 0.5).dtype == np.float32
+
+
+@pytest.mark.parametrize("weight", [0.0, -0.1, 1.1, float("nan")])
+def test_weights_are_shares(weight):
+    with pytest.raises(UserError, match="weight is"):
+        FixedPoint(1.0, 3).quantise(np.zeros(1, np.float32), weight)

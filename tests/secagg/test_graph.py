@@ -10,6 +10,7 @@ from parties import Round, agree, altered, fork, identities, is_update, names, r
 from scipy import stats
 
 from primia_lite import secagg
+from primia_lite.config import UserError
 from primia_lite.secagg import STEPS, ProtocolError, TooFewSurvivors
 from primia_lite.secagg.graph import choose_degree, default_threshold, neighbours, withstands
 
@@ -219,3 +220,16 @@ def test_a_lying_server_needs_twice_the_threshold_less_degree_and_one_of_the_nei
     left = strip(party, secrets)[victim]
     assert is_update(party, victim, left) == bool(helpers)
     assert (stats.kstest(left / 2**32, "uniform").pvalue > 1e-9) != bool(helpers)
+
+
+@pytest.mark.parametrize(("corrupt", "gone"), [(-0.1, 0.1), (0.5, 0.5), (0.1, 1.0)])
+def test_shares_that_leave_nobody_are_refused(corrupt, gone):
+    with pytest.raises(UserError, match="together they must be below 1"):
+        choose_degree(1000, corrupt, gone)
+
+
+@pytest.mark.parametrize("shares", [None, 1, 2, 6])
+def test_shares_of_half_the_neighbours_are_refused(shares):
+    with pytest.raises(UserError, match=f"share_threshold {shares}: take .* more than half .* up to 5"):
+        agree(identities(9), degree=4, share_threshold=shares)
+    assert agree(identities(9), degree=4, share_threshold=3).share_threshold == 3

@@ -394,3 +394,22 @@ def test_requests_with_other_values_are_refused_in_one_way(step, data):
     # A share that doesn't open is as good as none, and said to be so.
     same = content == json.loads(STATES[step][2])
     assert reply is None or (step, field) == ("advertise", "session") or same or reply.body["unopened"]
+
+
+@pytest.mark.parametrize("step", STEPS[1:])
+def test_a_request_of_another_round_is_refused(step):
+    party = Round(3).until(step)
+    refuses(party, "A", party.request("A", session=2), f"asked for {step} of round 2, but .* of round 1 was last")
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(STEPS), st.integers(0, 5000), st.binary(min_size=1, max_size=3), st.booleans())
+def test_requests_with_other_bytes_are_refused_in_one_way(step, where, noise, insert):
+    request = STATES[step][2]
+    where %= len(request)
+    changed = request[:where] + noise + request[where if insert else where + len(noise) :]
+    reply = answers(step, changed)
+    if reply and step != "advertise":
+        # The same content written otherwise, or a list of fewer that are still enough.
+        party = STATES[step][0]
+        reply.check(party.agreement, 1, step)

@@ -343,3 +343,9 @@ def test_counts_of_films_do_not_travel():
         for seen in (first, second)
     ]
     assert sizes[0] == sizes[1]
+
+
+def test_control_no_mask_is_seen(monkeypatch):
+    party = masking(big(), without("all"), monkeypatch)
+    assert not is_noise(party.masked()["A"], party.updates["A"]) and is_update(party, "A", party.masked()["A"])
+    assert is_noise(party.masked()["B"], party.updates["B"])

@@ -93,3 +93,19 @@ def test_fewer_shares_fit_every_secret_once(monkeypatch):
         shares = split(bytes([secret]), 3, [1, 2, 4])
         seen.setdefault((shares[1], shares[2]), []).append(secret)
     assert len(seen) == 49 and all(sorted(secrets) == list(range(7)) for secrets in seen.values())
+
+
+@pytest.mark.parametrize("threshold", [0, -1, 3])
+def test_a_threshold_outside_the_shares_is_refused(threshold):
+    with pytest.raises(ValueError, match="are needed"):
+        combine(split(SECRET, 2, [1, 2]), threshold)
+
+
+def test_two_sharings_of_a_secret_have_nothing_in_common():
+    first, second = split(SECRET, 3, range(1, 6)), split(SECRET, 3, range(1, 6))
+    assert not set(first.values()) & set(second.values())
+
+
+def test_real_shares_look_uniform():
+    words = np.concatenate([np.frombuffer(split(bytes(32), 2, [1, 2])[1][2:], "u1") for _ in range(1500)])
+    assert stats.chisquare(np.bincount(words, minlength=256)).pvalue > 1e-10
