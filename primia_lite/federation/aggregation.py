@@ -6,6 +6,7 @@ result. In this process all parties run side by side; each sees only what its ow
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -92,7 +93,7 @@ class WeightedMean:
         return Aggregate(value, tuple(names))
 
 
-class SecAggOver:
+class SecAggOver(ABC):
     """Secure aggregation (:mod:`primia_lite.secagg`), whatever carries its messages.
 
     A transport gives ``name``, ``agreement`` and :meth:`round`; hospitals elsewhere compute their updates themselves.
@@ -100,6 +101,7 @@ class SecAggOver:
 
     agreement: secagg.Agreement | None = None
 
+    @abstractmethod
     def round(
         self, number: int, updates: Mapping[str, Callable[[], np.ndarray]], question: secagg.Question | None
     ) -> secagg.SecAggServer:
@@ -109,7 +111,6 @@ class SecAggOver:
         ----------
         updates : by hospital: computes its update's entries, for hospitals in this process
         """
-        raise NotImplementedError
 
     def agree(self, sizes: Mapping[str, int], length: int, weighted: bool) -> None:
         """Have an agreement on these values, or refuse them."""

@@ -427,3 +427,28 @@ def test_replies_of_another_kind_are_refused(small):
     for bad in ([], [reply, reply], [reply[:-1]], [reply[:16]], [bytes(len(reply))]):
         with pytest.raises(CiphertextError):
             client.decrypt(bad)
+
+
+@pytest.mark.parametrize("kind", ["linear", "cnn"])
+def test_the_decision_is_the_same(kind):
+    """50 films: the same class, but where the two largest logits are closer than the error."""
+    shape, model = ((40,), head(40)) if kind == "linear" else ((1, 12, 12), cnn(12, 5, 3, 2, 0, 3))
+    client, _, session = pair(model, shape)
+    compared = 0
+    for seed in range(50):
+        x = film(shape, seed)
+        plain = model(x[None])[0].detach().numpy()
+        if np.diff(np.sort(plain))[-1] > 1e-3:
+            compared += 1
+            assert encrypted(client, session, x).argmax() == plain.argmax()
+    assert compared > 40
+
+
+def test_bad_films_are_refused(small):
+    client, _, _ = small
+    for bad, message in ((np.ones(41), "the model takes"), (np.ones((40, 1)), "the model takes")):
+        with pytest.raises(UserError, match=message):
+            client.encrypt(bad)
+    for value in (np.nan, np.inf):
+        with pytest.raises(UserError, match="aren't finite"):
+            client.encrypt(np.full(40, value))

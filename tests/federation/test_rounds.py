@@ -18,7 +18,7 @@ from primia_lite.config import BudgetError, TrainingError, UserError
 from primia_lite.data import phantom
 from primia_lite.data.films import Films
 from primia_lite.federation.aggregation import SecureAggregation, WeightedMean
-from primia_lite.federation.hospital import Hospital, local_update
+from primia_lite.federation.hospital import Hospital, Update, declare_size, local_update
 from primia_lite.federation.normalisation import mean_and_std_under_dp
 from primia_lite.federation.rounds import Schedule, federate, pool
 from primia_lite.models import build
@@ -524,3 +524,34 @@ def test_an_exploding_loss_names_hospital_and_round():
 def test_bad_values_are_named(call, message):
     with pytest.raises(UserError, match=message):
         call()
+
+
+@pytest.mark.parametrize("aggregator", [WeightedMean(), SecureAggregation()], ids=["clear", "secure"])
+def test_mean_is_weighted_by_declared_sizes_whatever_the_order(aggregator):
+    ask = {
+        h: lambda value=value: Update({"w": torch.tensor([value])}, 1, False) for h, value in (("A", 1.0), ("B", 4.0))
+    }
+    like = {"w": torch.zeros(1)}
+    mean = aggregator.aggregate(ask, {"B": 30, "A": 10}, like, 1)
+    assert mean.value["w"].item() == pytest.approx(3.25, abs=1e-7) and mean.survivors == ("A", "B")
+    with pytest.raises(UserError, match="they must name the same"):
+        aggregator.aggregate(ask, {"A": 1}, like, 2)
+    with pytest.raises(UserError, match="hospital A's update holds"):
+        aggregator.aggregate(ask, {"B": 30, "A": 10}, {"w": torch.zeros(2)}, 3)
+    assert declare_size(1234) == 1230 and declare_size(3) == 10
+
+
+def test_a_stored_update_answers_only_the_same_weights_and_settings(tmp_path):
+    hospital, state = hospitals()[0], build("litenet", 3, (8,)).state_dict()
+    first = hospital.update(1, state, TRAINING, PRIVACY, SecureGenerator(), tmp_path)
+    other = {name: value + 1.0 for name, value in state.items()}
+    second = hospital.update(1, other, TRAINING, PRIVACY, SecureGenerator(), tmp_path)
+    assert not same(first.delta, second.delta)
+    assert len(hospital.ledger(tmp_path, PRIVACY).charges()) == 2
+
+
+def test_films_that_are_not_finite_never_reach_a_step():
+    films = tabular(20)
+    films.inputs[3] = float("nan")
+    with pytest.raises(UserError, match="hospital A: film 3 has values that aren't finite"):
+        Hospital("A", films)

@@ -422,3 +422,28 @@ def test_no_test_on_samples_beats_the_stated_rate():
 def test_bad_values_are_named(call, word):
     with pytest.raises(UserError, match=word):
         call()
+
+
+@pytest.mark.parametrize("sigma", [0.8, 2.0, 5.0])
+@pytest.mark.parametrize("steps", [1, 9])
+def test_full_batches_match_the_exact_gaussian(sigma, steps):
+    exact = exact_gaussian_epsilon(sigma / math.sqrt(steps), 1e-4)
+    ours = epsilon(Release(sigma, 1.0, steps), 1e-4)
+    assert exact - 1e-6 <= ours <= exact * 1.01  # an upper bound, and a tight one
+
+
+def test_rdp_bounds_from_above():
+    release = Release(1.0, 0.2, 40)
+    pld, rdp = epsilon(release, 1e-4), epsilon(release, 1e-4, "rdp")
+    assert pld < rdp < 1.6 * pld
+
+
+def test_a_child_in_full_batches_is_the_exact_gaussian():
+    exact = exact_gaussian_epsilon(6.0 / 3 / math.sqrt(10), 1e-4)
+    assert group_epsilon(Release(6.0, 1.0, 10), 3, 1e-4) == pytest.approx(exact, rel=0.001)
+
+
+def test_group_privacy_is_the_stated_formula():
+    assert group_privacy(1.0, 1e-5, 1) == (1.0, 1e-5)
+    assert group_privacy(0.5, 1e-5, 3) == (1.5, pytest.approx(3e-5 * math.e))
+    assert group_privacy(8.0, 1e-4, 200)[1] == math.inf
