@@ -146,7 +146,9 @@ def test_what_was_confirmed_before_a_kill_is_charged(path):
     process = start(code, path)
     process.stdout.readline()
     process.send_signal(signal.SIGKILL)
-    confirmed = 1 + len(process.communicate()[0].split())
+    # Not communicate(): it reads past the lines that readline() has taken into its buffer already.
+    confirmed = 1 + len(process.stdout.read().split())
+    process.wait()
     assert len(Ledger(path, 1000.0, 1e-4).charges()) in (confirmed, confirmed + 1)
 
 
