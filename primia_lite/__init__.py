@@ -11,7 +11,7 @@ privacy               ``Privacy``, ``epsilon``, ``calibrate_noise_multiplier``, 
 secure sums           ``SecureAggregation``
 encrypted diagnosis   ``ModelCard``, ``prepare_film``
 pictures              ``film_grid``, ``show_films``, ``save_figure``, ``source_note``, ``explore``
-the session           ``setup``, ``runs_dir``, ``UserError``
+the session           ``setup``, ``runs_dir``, ``UserError``; ``stored`` results, ``check`` of an exercise
 ====================  ==================================================================================
 
 Each chapter has a subpackage or module of its own: ``data``, ``phantom``, ``models``, ``metrics``, ``plotting``,
@@ -26,13 +26,14 @@ __version__ = "0.1.0"
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submodules=[
-        "apps", "attacks", "config", "data", "encrypted", "federation", "metrics", "models", "phantom", "plotting",
-        "privacy", "runtime", "secagg", "training", "widgets",
+        "apps", "attacks", "config", "data", "encrypted", "exercises", "federation", "metrics", "models", "phantom",
+        "plotting", "privacy", "runtime", "secagg", "training", "widgets",
     ],
     submod_attrs={
         "config": ["UserError", "runs_dir"],
         "data": ["assign_hospitals", "load", "partition", "split_by_patient"],
         "encrypted.card": ["ModelCard", "prepare_film"],
+        "exercises": ["check"],
         "federation.aggregation": ["SecureAggregation"],
         "federation.hospital": ["Hospital", "local_update"],
         "federation.rounds": ["Schedule", "federate"],
@@ -42,6 +43,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "privacy.dpsgd": ["Privacy"],
         "privacy.ledger": ["Ledger"],
         "privacy.rng": ["SecureGenerator"],
+        "runtime": ["stored"],
         "session": ["setup"],
         "training": ["Training", "predict"],
         "widgets": ["explore"],

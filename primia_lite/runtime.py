@@ -19,7 +19,7 @@ from numbers import Real
 from pathlib import Path
 from typing import IO
 
-from primia_lite.config import UserError, cache_dir, elsewhere, results_dir, set_variable
+from primia_lite.config import UserError, cache_dir, elsewhere, repo_root, results_dir, set_variable
 
 _STARTED = time.time()
 os.umask(_UMASK := os.umask(0o022))
@@ -213,3 +213,16 @@ def write_results(name: str, origin: dict, metrics: dict[str, dict]) -> Path:
 
     text = json.dumps({"origin": origin, "metrics": metrics}, indent=1, allow_nan=False, default=plain) + "\n"
     return write_atomic(results_dir() / f"{name}.json", text.encode())
+
+
+def stored(name: str, profile: str = "paper") -> dict:
+    """A committed results file: ``origin`` (where its numbers come from) and ``metrics`` (``mean`` or ``median``, ...).
+
+    A chapter shows by it what real films gave, beside what it has just computed on phantoms.
+    """
+    path = repo_root() / "results" / profile / f"{name}.json"
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        there = ", ".join(sorted(found.stem for found in path.parent.glob("*.json"))) or "none"
+        raise UserError(f"no stored results {name!r} of profile {profile!r}: there are {there}") from None

@@ -17,7 +17,7 @@ LAYERS = (
     {"data", "models", "metrics", "plotting"},
     {"training", "privacy"},
     {"secagg", "federation", "encrypted", "attacks"},
-    {"session", "widgets"},
+    {"session", "widgets", "exercises"},
     {"apps", "__main__"},
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -259,7 +259,7 @@ def plan(
     if source is not None and source not in DATA_SOURCES:
         raise UserError(f"unknown data source {source!r}: choose one of {', '.join(DATA_SOURCES)}")
     plans = []
-    for path in choose(notebooks or repo_root() / "notebooks", only):
+    for path in choose(notebooks or repo_root() / "notebooks", only, settings):
         parameters = dict(settings.get(path.stem, {}))
         known = parameter_names(path)
         unknown = sorted(set(parameters) - known)
@@ -278,9 +278,14 @@ def plan(
     return plans
 
 
-def choose(folder: Path, only: str | None) -> list[Path]:
-    """The notebooks in ``folder``, or those that ``only`` names by number, start of name or name."""
-    paths = sorted(folder.glob("*.ipynb"))
+def choose(folder: Path, only: str | None, settings: Container[str] = ()) -> list[Path]:
+    """The notebooks in ``folder``, or those that ``only`` names by number, start of name or name.
+
+    A study (``folder/studies``) is among them where the profile's ``settings`` name it, or ``only`` by its whole name.
+    """
+    names = {part.strip() for part in (only or "").split(",")}
+    studies = [p for p in folder.glob("studies/*.ipynb") if p.stem in settings or p.stem in names]
+    paths = sorted([*folder.glob("*.ipynb"), *studies], key=lambda path: path.stem)
     if not paths:
         raise UserError(f"no notebooks in {folder}")
     if only is None:
