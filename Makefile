@@ -66,7 +66,7 @@ test-unit: setup
 test-notebooks: setup
 	@rm -rf "$(TEST_RUNS)" && PRIMIA_LITE_RUNS="$(TEST_RUNS)" PRIMIA_LITE_FIGURES="$(TEST_RUNS)/figures" \
 	PRIMIA_LITE_RESULTS="$(TEST_RUNS)/results" $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile \
-	--nbval-lax --nbval-current-env --nbval-cell-timeout 1800 --nbval-kernel-startup-timeout 600 -p no:cacheprovider notebooks
+	--nbval-lax --nbval-cell-timeout 1800 --nbval-kernel-startup-timeout 600 -p no:cacheprovider notebooks
 
 test-browser: setup chromium
 	@$(TEST_ENV) $(BIN)/python -m pytest -m browser -n 2 --dist worksteal $(if $(filter tests,$(TESTS)),tests/browser,$(TESTS))

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Container, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -163,20 +163,26 @@ def _one_by_one(tasks: list[Task], progress: Progress, jobs: int) -> Iterator[tu
 
 
 def _side_by_side(tasks: list[Task], progress: Progress, jobs: int) -> Iterator[tuple[int, Outcome]]:
-    """Outcomes as they come, each from a process of its own."""
+    """Outcomes as they come, from ``jobs`` processes: each keeps a warm server of kernels for its next notebook."""
     context = multiprocessing.get_context("spawn")
     waiting = list(enumerate(tasks, 1))
     running: dict[Connection, tuple[int, multiprocessing.Process]] = {}
+
+    def next_for(pipe: Connection, process: multiprocessing.Process) -> None:
+        number, task = waiting.pop(0)
+        progress.start(number, task.plan.path.stem)
+        running[pipe] = number, process
+        with suppress(OSError):  # the process has just died: its pipe says so
+            pipe.send(task)
+
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
-                number, task = waiting.pop(0)
-                ours, theirs = context.Pipe(duplex=False)
-                process = context.Process(target=_in_own_process, args=(task, theirs), daemon=True)
-                progress.start(number, task.plan.path.stem)
+                ours, theirs = context.Pipe()
+                process = context.Process(target=_in_own_process, args=(theirs,))
                 with _without_ctrl_c():  # the new process, too, from its first moment on
                     process.start()
-                    running[ours] = number, process
+                    next_for(ours, process)
                 theirs.close()  # so that the end of the process ends the pipe
             for pipe in wait(list(running), timeout=1):
                 number, process = running[pipe]
@@ -189,8 +195,11 @@ def _side_by_side(tasks: list[Task], progress: Progress, jobs: int) -> Iterator[
                 if not isinstance(found, Outcome):
                     progress.cell(number, *found)
                     continue
-                process.join()
                 del running[pipe]
+                if waiting and process.is_alive():
+                    next_for(pipe, process)
+                else:
+                    pipe.close()
                 yield number, found
             progress.tick()
     finally:
@@ -217,8 +226,8 @@ def _without_ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _in_own_process(task: Task, pipe: Connection) -> None:
-    """In a process of its own, which only the run's process stops: Ctrl-C reaches both."""
+def _in_own_process(pipe: Connection) -> None:
+    """Run the tasks that come, in a process of its own, which only the run's process stops: Ctrl-C reaches both."""
 
     def stop(*_) -> None:
         raise KeyboardInterrupt
@@ -234,7 +243,10 @@ def _in_own_process(task: Task, pipe: Connection) -> None:
     signal.signal(signal.SIGTERM, stop)
     threading.Thread(target=end_with_the_run, daemon=True).start()
     try:
-        pipe.send(task.run(lambda cell, n_cells: pipe.send((cell, n_cells))))
+        while True:
+            pipe.send(pipe.recv().run(lambda cell, n_cells: pipe.send((cell, n_cells))))
+    except EOFError:  # no task is left
+        return
     except KeyboardInterrupt:
         sys.exit(130)
 
