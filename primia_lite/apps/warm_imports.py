@@ -7,9 +7,7 @@ from importlib import import_module
 
 from primia_lite.apps.warm import IMPORTS
 
-os.environ["MPLBACKEND"] = (
-    "module://matplotlib_inline.backend_inline"  # as ipykernel does; read at import
-)
+os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"  # what ipykernel sets; read at import
 for name in IMPORTS:
     with suppress(ImportError):  # the kernel says so, where it is needed
         import_module(name)
