@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from pathlib import Path
 
-from primia_lite.apps.flower import deploy, runs
+from primia_lite.apps.flower import deploy
 from primia_lite.apps.flower.folder import LINK, SERVER, require_flower, unreached
 from primia_lite.config import UserError
 
@@ -70,8 +70,9 @@ def add_arguments(parser) -> None:
 
 
 def _films(args) -> dict:
-    films = {"source": args.data, "size": args.size, "root": args.root and str(Path(args.root).resolve())}
-    return {key: value for key, value in {**films, "n_films": args.n_films}.items() if value is not None}
+    root = args.root and str(Path(args.root).resolve())
+    films = {"source": args.data, "size": args.size, "root": root, "n_films": args.n_films}
+    return {key: value for key, value in films.items() if value is not None}
 
 
 def _study_options(args) -> dict:
@@ -147,6 +148,6 @@ def _stop(args) -> None:
 
 
 def _train(args) -> None:
-    train = runs.run if args.action == "run" else runs.simulate
+    train = deploy.run if args.action == "run" else deploy.simulate
     done = train(args.folder, args.rounds, fresh=args.fresh)["done"]
     print(f"{done} rounds are done: the model is {args.folder / SERVER / 'run' / 'model.pt'}")

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from primia_lite import secagg
 from primia_lite.apps.flower import messages as flower_messages
 from primia_lite.apps.flower import server as flower_server
-from primia_lite.apps.flower.hospital import LOG, Behind, OtherStudy, fingerprint, log, log_to, now_ms
+from primia_lite.apps.flower.folder import LOG, log, log_to
+from primia_lite.apps.flower.hospital import Behind, OtherStudy, fingerprint, now_ms
 from primia_lite.config import UserError
 from primia_lite.data.films import Films
 from primia_lite.federation.aggregation import SecureAggregation

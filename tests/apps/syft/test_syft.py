@@ -19,8 +19,8 @@ from primia_lite.apps.syft.approval import NotApproved, difference
 from primia_lite.apps.syft.hospital import Datasite
 from primia_lite.apps.syft.memory import Federation, in_memory
 from primia_lite.apps.syft.process import JobError, run_job
+from primia_lite.apps.syft.researcher import federate_with_syft
 from primia_lite.apps.syft.runner import REPLY, quiet
-from primia_lite.apps.syft.transport import federate_with_syft
 from primia_lite.config import UserError
 from primia_lite.data.films import Films
 from primia_lite.federation.hospital import Hospital
