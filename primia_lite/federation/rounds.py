@@ -23,7 +23,6 @@ from primia_lite.federation.optimizer import Schedule, ServerOptimizer, shared_s
 from primia_lite.federation.progress import shown
 from primia_lite.federation.study import Study
 from primia_lite.metrics import scores
-from primia_lite.privacy.accounting import epsilon
 from primia_lite.privacy.dpsgd import Privacy
 from primia_lite.privacy.rng import SecureGenerator
 from primia_lite.secagg import Question
@@ -267,8 +266,7 @@ def _rounds(
 
 def planned_epsilon(training: Training, schedule: Schedule, privacy: Privacy) -> float:
     """ε of the whole run at each hospital, before a step is taken."""
-    release = privacy.release(training.sample_rate, training.steps_per_round * schedule.rounds)
-    return epsilon(release, privacy.target_delta)
+    return privacy.epsilon(training.sample_rate, training.steps_per_round * schedule.rounds)
 
 
 def pool(hospitals: Sequence[Hospital], name: str = "pooled") -> Hospital:

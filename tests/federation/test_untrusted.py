@@ -41,8 +41,9 @@ def test_what_cant_be_meant_cant_be_read(content):
     with pytest.raises(UserError, match="letter") as error:
         read_json(content, "the letter")
     assert str(error.value).isprintable() and len(str(error.value)) < 300
-    with pytest.raises(UserError, match=r"study\.json"):
-        Study.from_bytes(content)
+    for study in (content, b"{}", b'{"name": "x"}'):
+        with pytest.raises(UserError, match=r"study\.json"):
+            Study.from_bytes(study)
 
 
 def test_what_can_be_meant_is_read_as_json_reads_it():

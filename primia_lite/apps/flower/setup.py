@@ -129,7 +129,7 @@ def make_server(
 ) -> Study:
     """The server's folder: certificates, ``study.json`` and ``server.toml``. See :func:`settle`.
 
-    ``hosts`` are where the SuperLink listens, and further names or addresses by which hospitals reach it.
+    The SuperLink listens at the first of ``hosts``; hospitals reach it by the others.
     """
     if (folder / STUDY).exists():
         raise UserError(f"{folder} holds a server already: choose another folder, or delete it")

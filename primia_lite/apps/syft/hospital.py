@@ -49,14 +49,12 @@ class Datasite:
     client : its syft-rds client, in the role of a data owner
     hospital : its films, declared sizes and lasting ledger
     folder : the hospital's own: identity, approvals, the protocol's state, what jobs printed. Outside what syft syncs
-    timeout_s, memory_gib : of a job: how long it may run, and what each of its processes may take; see
-        :func:`~primia_lite.apps.syft.process.run_job`
+    timeout_s, memory_gib : of a job (:func:`~primia_lite.apps.syft.process.run_job`)
 
     Attributes
     ----------
-    approvals : by digest
+    approvals, seconds : by digest, and of each job's process by job
     journal : what happened, for the hospital's eyes; also in ``journal.txt``
-    seconds : of each job's process, by job
     """
 
     def __init__(
