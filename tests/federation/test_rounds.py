@@ -356,10 +356,13 @@ def test_a_stored_update_is_sent_again_and_not_charged_again(tmp_path):
     moved = hospital.update(1, {k: v + 1.0 for k, v in state.items()}, TRAINING, PRIVACY, SecureGenerator(), tmp_path)
     assert not same(first.delta, moved.delta)  # of other weights it is another release
     assert len(hospital.ledger(tmp_path, PRIVACY).charges()) == 2
+    slower = TRAINING.changed(learning_rate=0.1)
+    hospital.update(1, {k: v + 1.0 for k, v in state.items()}, slower, PRIVACY, SecureGenerator(), tmp_path)
+    assert len(hospital.ledger(tmp_path, PRIVACY).charges()) == 3  # and so is one of other settings
     (tmp_path / "update-A-00001.pt").unlink()
     fresh = hospital.update(1, state, TRAINING, PRIVACY, SecureGenerator(), tmp_path)
     assert not same(first.delta, fresh.delta)
-    assert len(hospital.ledger(tmp_path, PRIVACY).charges()) == 3
+    assert len(hospital.ledger(tmp_path, PRIVACY).charges()) == 4
 
 
 def test_no_state_of_a_generator_is_on_the_disk(tmp_path):

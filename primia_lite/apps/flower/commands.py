@@ -58,10 +58,7 @@ def add_arguments(parser) -> None:
     join.add_argument("--yes", action="store_true", help="don't ask")
 
     action("start", "start what the folder holds", _start)
-    for name, what in (
-        ("run", "train"),
-        ("simulate", "train on Flower's simulation (Ray): no processes to start"),
-    ):
+    for name, what in {"run": "train", "simulate": "train on Flower's simulation (Ray): no processes to start"}.items():
         begin = action(name, what, _train)
         begin.add_argument("--rounds", type=int, help="in all (those of the study)")
         begin.add_argument("--fresh", action="store_true", help="start anew; what was charged to ledgers stays charged")
@@ -120,11 +117,9 @@ def _join(args) -> None:
     require_flower()
     from primia_lite.apps.flower.setup import join
     from primia_lite.federation.study import Study, describe
+    from primia_lite.federation.untrusted import read_file
 
-    try:
-        study, ca = args.study.read_bytes(), args.ca.read_bytes()
-    except OSError as error:
-        raise UserError(f"{error.filename} can't be read: {error.strerror}") from error
+    study, ca = read_file(args.study, str(args.study)), read_file(args.ca, str(args.ca))
     print(describe(Study.from_bytes(study)))
     if not args.yes and input("Compare the keys with the hospitals by telephone. Join? [y/N] ").strip().lower() != "y":
         raise UserError("not joined")
