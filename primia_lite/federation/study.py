@@ -114,8 +114,8 @@ class Study:
         """The inverse of :meth:`to_bytes`; UserError for what is no study, or one that contradicts itself."""
         c = read_json(content, "study.json")
         try:
-            agreement = Agreement.from_dict(c["agreement"])
             training, privacy = _training(c["training"]), _privacy(c["privacy"])
+            agreement = Agreement.from_dict(c["agreement"])
             return cls(**c | {"training": training, "privacy": privacy, "agreement": agreement})
         except UserError:
             raise
