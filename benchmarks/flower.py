@@ -101,12 +101,11 @@ def federation(folder: Path, port: int, rounds: int) -> Path:
 def tls_rounds_s(folder: Path, rounds: int = TLS_ROUNDS) -> list[float]:
     """Seconds of each round after the first."""
     from primia_lite.apps.flower import deploy as flower_deploy
-    from primia_lite.apps.flower import runs as flower_runs
 
     flower_deploy.start(folder)
     try:
         # So that asking for the run's status, a process of seconds, disturbs no round.
-        ended = flower_runs.run(folder, rounds, ask_s=3600.0, show=lambda line: print(line, flush=True))["ended_s"]
+        ended = flower_deploy.run(folder, rounds, ask_s=3600.0, show=lambda line: print(line, flush=True))["ended_s"]
     finally:
         flower_deploy.stop(folder)
     return [after - before for before, after in itertools.pairwise(ended)]
@@ -115,7 +114,6 @@ def tls_rounds_s(folder: Path, rounds: int = TLS_ROUNDS) -> list[float]:
 def flower_s(folder: Path, rounds: int = TLS_ROUNDS) -> dict[str, list[float]]:
     """Seconds of as many exchanges as a round has, of an app that does nothing: waiting ``ours`` and ``theirs``."""
     from primia_lite.apps.flower import deploy as flower_deploy
-    from primia_lite.apps.flower import runs as flower_runs
 
     app, out = folder / "empty-app", folder / "empty.json"
     for name, text in EMPTY.items():
@@ -131,11 +129,11 @@ def flower_s(folder: Path, rounds: int = TLS_ROUNDS) -> dict[str, list[float]]:
         flower_deploy.start(folder)
     try:
         settings = {"rounds": rounds - 1, "exchanges": EXCHANGES, "out": str(out.resolve())}
-        run = flower_runs.submit(folder, settings, app)
+        run = flower_deploy.submit(folder, settings, app)
         deadline = time.monotonic() + 1800
         while not out.exists():
             if time.monotonic() > deadline:
-                raise UserError(f"the empty app hasn't ended: {flower_runs.run_status(folder, run)}")
+                raise UserError(f"the empty app hasn't ended: {flower_deploy.run_status(folder, run)}")
             time.sleep(1)
         time.sleep(1)
         return json.loads(out.read_text("utf-8"))

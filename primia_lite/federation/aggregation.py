@@ -27,10 +27,8 @@ ComputeUpdate = Callable[[], Update]
 class Aggregate:
     """What the server has after a round.
 
-    Attributes
-    ----------
-    value : the mean update, float32, weighted by declared sizes; where noise is shared the sum, int64; by parameter
-    survivors : the hospitals whose updates are in it
+    ``value`` is the mean update, float32, weighted by declared sizes, or where noise is shared the sum, int64; of the
+    ``survivors``.
     """
 
     value: State
@@ -96,20 +94,20 @@ class WeightedMean:
 class SecAggOver(ABC):
     """Secure aggregation (:mod:`primia_lite.secagg`), whatever carries its messages.
 
-    A transport gives ``name``, ``agreement`` and :meth:`round`; hospitals elsewhere compute their updates themselves.
+    A transport gives ``name``, ``agreement`` and :meth:`round`: one is here, PySyft's and Flower's are in
+    ``primia_lite.apps``.
     """
 
+    name: str
     agreement: secagg.Agreement | None = None
 
     @abstractmethod
     def round(
         self, number: int, updates: Mapping[str, Callable[[], np.ndarray]], question: secagg.Question | None
     ) -> secagg.SecAggServer:
-        """Take a round to its end, by :func:`primia_lite.secagg.run_round` and an exchange of this transport's.
+        """Take a round to its end by :func:`primia_lite.secagg.run_round`.
 
-        Parameters
-        ----------
-        updates : by hospital: computes its update's entries, for hospitals in this process
+        ``updates`` compute the entries, for hospitals in this process; those elsewhere do it themselves.
         """
 
     def agree(self, sizes: Mapping[str, int], length: int, weighted: bool) -> None:
@@ -139,15 +137,11 @@ class SecureAggregation(SecAggOver):
 
     Parameters
     ----------
-    threshold
-        Fewest hospitals whose sum is revealed; left out, two thirds, rounded up.
-    clip
-        The largest absolute value of an update's entry. Entries are rounded to about 5e-10 of it.
-    absent
-        Simulates drop-outs: called with round and step, gives those who are gone from there on in this round.
-    listen
-        Called with each message: round, step, ``request`` or ``reply``, the hospital, and the bytes (or, of a reply,
-        the :class:`~primia_lite.secagg.Reply`). All that a server sees goes through here.
+    threshold : fewest hospitals whose sum is revealed; left out, two thirds, rounded up
+    clip : the largest absolute value of an update's entry. Entries are rounded to about 5e-10 of it
+    absent : simulates drop-outs: called with round and step, gives those who are gone from there on in this round
+    listen : called with each message: round, step, ``request`` or ``reply``, the hospital, and the bytes (or, of a
+        reply, the :class:`~primia_lite.secagg.Reply`). All that a server sees goes through here
 
     Attributes
     ----------
@@ -163,6 +157,7 @@ class SecureAggregation(SecAggOver):
         listen: Callable[[int, str, str, str, bytes | secagg.Reply], None] = lambda *message: None,
     ):
         self.threshold, self.clip, self.absent, self.listen = threshold, clip, absent, listen
+        self.name = f"secure aggregation, threshold {threshold or 'two thirds'}, clip {clip:g}"
         self.clients: dict[str, secagg.SecAggClient] = {}
         self._identities: dict[str, Ed25519PrivateKey] = defaultdict(Ed25519PrivateKey.generate)
         self._answered: dict[str, dict] = defaultdict(dict)  # by hospital
@@ -170,10 +165,6 @@ class SecureAggregation(SecAggOver):
 
     def min_revealed(self, hospitals: int) -> int:
         return secagg.default_threshold(hospitals) if self.threshold is None else self.threshold
-
-    @property
-    def name(self) -> str:
-        return f"secure aggregation, threshold {self.threshold or 'two thirds'}, clip {self.clip:g}"
 
     def agree(self, sizes: Mapping[str, int], length: int, weighted: bool) -> None:
         keys = {name: self._identities[name].public_key().public_bytes_raw() for name in sizes}

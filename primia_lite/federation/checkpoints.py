@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -35,13 +35,7 @@ _FILES = (
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """A run's folder, made if need be, for this process alone.
-
-    Raises
-    ------
-    UserError
-        Another process has it, or it can't be written.
-    """
+    """A run's folder, made if need be, for this process alone; UserError where another has it or nothing is written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / "run.lock", timeout=0):  # the system lets go of it when a process is killed
@@ -68,42 +62,35 @@ def forget(folder: Path) -> None:
 
 
 def save(server: ServerOptimizer, folder: Path) -> None:
-    write_atomic(folder / "checkpoint.pt", lambda file: torch.save(server.kept(), file))
+    write_atomic(folder / "checkpoint.pt", lambda file: torch.save(server.state_dict(), file))
 
 
-def resume(server: ServerOptimizer, folder: Path, salt: str, key: str) -> None:
-    """Take up the run of a folder, or begin one there.
+def resume(server: ServerOptimizer, folder: Path, key_of: Callable[[str], str]) -> str:
+    """Take up the run of a folder, or begin one there; UserError for a folder that holds another run.
 
-    Raises
-    ------
-    UserError
-        The folder holds another run.
+    Gives the run's key, made by ``key_of`` from a salt: without it, a hash of private films would confirm a guess at
+    them.
     """
     checkpoint, named = folder / "checkpoint.pt", folder / "run.json"
     # The key is written before the first update is stored: a folder never holds updates of an unknown run.
     if not named.exists():
         if checkpoint.exists():
             raise UserError(f"{folder} has a checkpoint but no run.json that says of which run: start anew, fresh=True")
-        write_atomic(named, json.dumps({"salt": salt, "key": key}).encode())
-    if json.loads(named.read_text("utf-8"))["key"] != key:
+        salt = os.urandom(16).hex()
+        write_atomic(named, json.dumps({"salt": salt, "key": key_of(salt)}).encode())
+    run = json.loads(named.read_text("utf-8"))
+    if run["key"] != (key := key_of(run.get("salt", ""))):
         raise UserError(
             f"{folder} holds a run with other films, hospitals, training or privacy: choose another folder, go back to "
             "the old settings, or start anew with fresh=True or `primia-lite run --fresh` (which delete it, ledgers "
             "included)"
         )
     if checkpoint.exists():
-        server.restore(torch.load(checkpoint, weights_only=True))
+        server.load_state_dict(torch.load(checkpoint, weights_only=True))
+    return key
 
 
-def salt(folder: Path) -> str:
-    """Of the run's key: without it, a hash of private films would confirm a guess at them."""
-    try:
-        return json.loads((folder / "run.json").read_text("utf-8")).get("salt", "")
-    except FileNotFoundError:
-        return os.urandom(16).hex()
-
-
-def fingerprint(salt: str, hospitals: Iterable[Hospital], settings: list) -> str:
+def fingerprint(hospitals: Iterable[Hospital], settings: list, salt: str = "") -> str:
     """What a run is of; ``settings`` as JSON takes them."""
     digest = hashlib.sha256(salt.encode())
     for h in hospitals:

@@ -44,15 +44,6 @@ class Update:
     steps: int
     seeded: bool
 
-    def to_bytes(self) -> bytes:
-        buffer = io.BytesIO()
-        torch.save({"delta": self.delta, "steps": self.steps, "seeded": self.seeded}, buffer)
-        return buffer.getvalue()
-
-    @classmethod
-    def from_bytes(cls, content: bytes) -> Update:
-        return cls(**torch.load(io.BytesIO(content), weights_only=True))
-
 
 def local_update(
     global_state: State,
@@ -62,23 +53,16 @@ def local_update(
     rng: SecureGenerator,
     *,
     declared_size: int | None = None,
-    observe=None,
 ) -> Update:
-    """Train on a hospital's films from the global weights. Pure: the result depends on the arguments alone.
-
-    The caller charges the ledger first.
+    """Train on a hospital's films from the global weights. The result depends on the arguments alone; the caller
+    charges the ledger first.
 
     Parameters
     ----------
-    global_state
-        Weights by parameter name; not changed.
-    rng
-        Makes one release: with DP, an unseeded one that was used before is refused, because its noise would come again.
-    declared_size
-        The public number of units (:func:`declare_size`); sample rate times this is the denominator of a private step.
-        Required with DP, which hides whether a unit is there or empty, not how many there are (zero-out adjacency).
-    observe
-        Called with the step losses, which are private: a simulation may plot them. Not called with shared noise.
+    global_state : weights by parameter name; not changed
+    rng : makes one release: with DP, an unseeded one that was used before is refused, as its noise would come again
+    declared_size : the public number of units (:func:`declare_size`): with DP required, and times the sample rate the
+        denominator of a step
     """
     model = _checked_model(global_state, films, training, privacy, declared_size)
     if privacy:
@@ -86,17 +70,19 @@ def local_update(
     with torch_threads(1 if models.spec(training.model).extract else cores()):
         if privacy and privacy.shared:
             return Update(private_share(model, films, training, privacy, rng, declared_size), 1, rng.seeded)
-        expected_batch = training.sample_rate * (declared_size or len(films))
-        losses = train(model, films, training, privacy, rng, expected_batch)
+        train(model, films, training, privacy, rng, training.sample_rate * (declared_size or len(films)))
     # Parameters only: constants of norms stay as they are.
     delta = {name: value.detach() - global_state[name] for name, value in model.named_parameters()}
     if not all(torch.isfinite(value).all() for value in delta.values()):
         raise TrainingError(
             f"the update has values that aren't finite: lower learning_rate (now {training.learning_rate})"
         )
-    if observe:
-        observe(losses)
     return Update(delta, training.steps_per_round, rng.seeded)
+
+
+def network(training: Training, in_shape: tuple[int, ...], seed: int = 0) -> torch.nn.Module:
+    """What a recipe trains, on films of a shape, with initial weights from a seed."""
+    return models.build(training.model, training.n_classes, in_shape, seed=seed, **training.model_options)
 
 
 def _checked_model(global_state: State, films: Films, training: Training, privacy, declared_size) -> torch.nn.Module:
@@ -105,7 +91,7 @@ def _checked_model(global_state: State, films: Films, training: Training, privac
         raise UserError("with DP a step's denominator must be public: give the hospital's declared_size")
     if declared_size is not None and declared_size < 1:
         raise UserError(f"declared_size is {declared_size}: it must be at least 1")
-    model = models.build(training.model, training.n_classes, films.inputs.shape[2:], **training.model_options)
+    model = network(training, films.inputs.shape[2:])
     try:
         model.load_state_dict(global_state)
     except RuntimeError as error:
@@ -134,6 +120,25 @@ def declare_size(n: int, to: int = 10) -> int:
     return max(to, to * round(n / to))
 
 
+def ledger_of(
+    name: str, folder: Path | None, privacy: Privacy, lasting: Ledger | None = None, *, seeded: bool = False
+) -> Ledger:
+    """What a hospital charges: its lasting ledger if it has one, which no seeded release may use, else the folder's."""
+    if not lasting:
+        if folder is None:
+            raise UserError("with DP a hospital keeps a ledger: give a folder")
+        budget = (privacy.target_epsilon, privacy.target_delta, privacy.unit, privacy.plan)
+        return Ledger(folder / f"ledger-{name}.sqlite", *budget)
+    if seeded:
+        raise UserError(
+            f"hospital {name} has a lasting ledger, but the noise comes from a seed and protects nobody: leave "
+            "noise_seed out"
+        )
+    if lasting.unit != privacy.unit:
+        raise UserError(f"hospital {name}'s ledger counts by {lasting.unit}, privacy by {privacy.unit}: give one unit")
+    return lasting
+
+
 @dataclass
 class Hospital:
     """A data owner.
@@ -148,7 +153,6 @@ class Hospital:
     declared_patients : the public number of its patients, likewise
     lasting_ledger : a ledger for all its releases, whatever the run; None where each run's folder has one of its own,
         which is right for simulations only
-    simulated_losses : step losses by round. Simulation only: private in a deployment
     """
 
     name: str
@@ -156,8 +160,7 @@ class Hospital:
     declared_size: int = 0
     declared_patients: int = 0
     lasting_ledger: Ledger | None = None
-    simulated_losses: dict[int, list[float]] = field(default_factory=dict)
-    _ledgers: dict[tuple, Ledger] = field(default_factory=dict, repr=False)
+    _ledgers: dict[tuple, Ledger] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self):
         if len(self.films) == 0:
@@ -192,28 +195,23 @@ class Hospital:
         """A hospital from its films, prepared for a model (see :func:`primia_lite.models.prepare`)."""
         return cls(name, models.prepare(model, films, augmentation=augmentation, **options))
 
-    def ledger(self, folder: Path, privacy: Privacy) -> Ledger:
-        """Its lasting ledger if it has one, else that of the run's folder."""
-        if self.lasting_ledger:
-            if self.lasting_ledger.unit != privacy.unit:
-                raise UserError(
-                    f"hospital {self.name}'s ledger counts by {self.lasting_ledger.unit}, the run by {privacy.unit}: "
-                    "give both one unit"
-                )
-            return self.lasting_ledger
-        path = folder / f"ledger-{self.name}.sqlite"
-        budget = (privacy.target_epsilon, privacy.target_delta, privacy.unit, privacy.plan)
-        if (path, budget) not in self._ledgers:
-            self._ledgers[path, budget] = Ledger(path, *budget)
-        if not path.exists():
-            raise UserError(
-                f"hospital {self.name}'s ledger {path} is gone: restore it from a backup, or start anew with fresh=True"
-            )
-        return self._ledgers[path, budget]
+    def ledger(self, folder: Path | None, privacy: Privacy, *, seeded: bool = False) -> Ledger:
+        """See :func:`ledger_of`. A folder's stays open: one that vanishes in a run must not come back empty."""
+        key = folder, privacy
+        if self.lasting_ledger or key not in self._ledgers:
+            self._ledgers[key] = ledger_of(self.name, folder, privacy, self.lasting_ledger, seeded=seeded)
+        return self._ledgers[key]
 
     def forget_ledgers(self, folder: Path) -> None:
         """Let go of the ledgers of a run's folder, which was deleted."""
-        self._ledgers = {key: ledger for key, ledger in self._ledgers.items() if key[0].parent != folder}
+        self._ledgers = {key: ledger for key, ledger in self._ledgers.items() if key[0] != folder}
+
+    def charge(
+        self, what: str, training: Training, privacy: Privacy, folder: Path | None = None, *, seeded: bool = False
+    ) -> None:
+        """Charge a round's release before it is computed: in this process, in PySyft's job or in Flower's."""
+        release = privacy.release(training.sample_rate, training.steps_per_round)
+        self.ledger(folder, privacy, seeded=seeded).charge(what, release, repeatable=seeded)
 
     def _stored(self, folder: Path, round_number: int) -> Path:
         return folder / f"update-{self.name}-{round_number:05d}.pt"
@@ -236,7 +234,7 @@ class Hospital:
         What was stored is sent again only for the same weights, training and privacy: anything else is another release.
         With shared noise nothing is stored, and each call is charged and computed anew: two sums that differ by one
         hospital would give its message away if the others' were the same in both, and its own share of the noise is
-        less than its patients were promised. Raises BudgetError before anything is computed.
+        less than its patients were promised.
 
         Parameters
         ----------
@@ -248,30 +246,20 @@ class Hospital:
         stored = self._stored(folder, round_number) if storing else None
         question = _question(global_state, training, privacy) if stored else b""
         if stored and stored.exists() and (content := stored.read_bytes()).startswith(question):
-            return Update.from_bytes(content[len(question) :])
+            return Update(**torch.load(io.BytesIO(content[len(question) :]), weights_only=True))
         check_options(training, privacy)
         if privacy:
-            if folder is None:
-                raise UserError("with DP a hospital keeps a ledger: give a folder")
-            if self.lasting_ledger and rng.seeded:
-                raise UserError(
-                    f"hospital {self.name} has a lasting ledger, but the noise comes from a seed and protects nobody: "
-                    "leave noise_seed out"
-                )
             if privacy.shared:  # a contradiction is found before it costs anything
                 _checked_model(global_state, self.films, training, privacy, self.declared(privacy))
-            release = privacy.release(training.sample_rate, training.steps_per_round)
-            what = f"{folder.name}: round {round_number}" if self.lasting_ledger else f"round {round_number}"
-            self.ledger(folder, privacy).charge(what, release, repeatable=rng.seeded)
+            run = f"{folder.name}: " if folder and self.lasting_ledger else ""
+            self.charge(f"{run}round {round_number}", training, privacy, folder, seeded=rng.seeded)
+        declared, noise = self.declared(privacy), own_noise(rng)
         try:
-            update = local_update(
-                global_state, self.films, training, privacy, own_noise(rng), declared_size=self.declared(privacy),
-                observe=lambda losses: self.simulated_losses.__setitem__(round_number, losses),
-            )  # fmt: skip
+            update = local_update(global_state, self.films, training, privacy, noise, declared_size=declared)
         except TrainingError as error:
             raise TrainingError(f"hospital {self.name}, round {round_number}: {error}") from error
         if stored:
-            write_atomic(stored, question + update.to_bytes())
+            write_atomic(stored, lambda file: (file.write(question), torch.save(vars(update), file)))
         return update
 
 

@@ -11,7 +11,7 @@ import torch
 
 from primia_lite.config import UserError
 from primia_lite.data import ChestXrays
-from primia_lite.federation.hospital import declare_size, own_noise
+from primia_lite.federation.hospital import declare_size, ledger_of, own_noise
 from primia_lite.privacy.accounting import Release
 from primia_lite.privacy.dpsgd import Privacy
 from primia_lite.privacy.ledger import Ledger, charged_for
@@ -44,14 +44,6 @@ def mean_and_std_under_dp(
     fresh : start new ledgers: for simulations, before a run begins in the folder
     lasting_ledgers : by name, of hospitals that keep one whatever the run; charged in place of the folder's
     declared : by name, of hospitals that declare a number of units of their own (:func:`~.hospital.declare_size`)
-
-    Raises
-    ------
-    BudgetError
-        A budget doesn't allow it; nothing was computed for that hospital.
-    UserError
-        ``fresh`` would delete charges for more than a normalisation, or a seeded release would go into a lasting
-        ledger, or that counts another unit.
     """
     if wrong := {name: number for name, number in (declared or {}).items() if number < 1}:
         raise UserError(f"declared is {wrong}: numbers of units are at least 1")
@@ -59,7 +51,9 @@ def mean_and_std_under_dp(
         raise UserError(f"{folder} holds a run, whose ledger can't be deleted: choose another folder")
     sums, count = np.zeros(2), 0
     for name, films in hospitals:
-        ledger = _ledger(name, folder, privacy, fresh, rng.seeded, (lasting_ledgers or {}).get(name))
+        if fresh and not (lasting_ledgers or {}).get(name):
+            _forget(folder / f"ledger-{name}.sqlite")
+        ledger = ledger_of(name, folder, privacy, (lasting_ledgers or {}).get(name), seeded=rng.seeded)
         ledger.charge("normalisation", Release(noise_multiplier, 1.0, 1), repeatable=rng.seeded)
         moments = _moments(films, privacy.unit)
         noise = own_noise(rng.child("normalisation", name))
@@ -81,16 +75,8 @@ def _moments(films: ChestXrays, unit: str) -> np.ndarray:
     return moments
 
 
-def _ledger(name: str, folder: Path, privacy: Privacy, fresh: bool, seeded: bool, lasting: Ledger | None) -> Ledger:
-    if lasting:
-        if seeded:
-            raise UserError(f"hospital {name} has a lasting ledger, but the noise comes from a seed")
-        if lasting.unit != privacy.unit:
-            raise UserError(f"hospital {name}'s ledger counts by {lasting.unit}, privacy by {privacy.unit}")
-        return lasting
-    path = folder / f"ledger-{name}.sqlite"
-    if fresh and path.exists():
-        if others := [what for what in charged_for(path) if not what.startswith("normalisation")]:
-            raise UserError(f"{path} is charged for {others[0]}: fresh=True would forget that; choose another folder")
-        path.unlink()
-    return Ledger(path, privacy.target_epsilon, privacy.target_delta, privacy.unit, privacy.plan)
+def _forget(ledger: Path) -> None:
+    if ledger.exists():
+        if others := [what for what in charged_for(ledger) if not what.startswith("normalisation")]:
+            raise UserError(f"{ledger} is charged for {others[0]}: fresh=True would forget that; choose another folder")
+        ledger.unlink()

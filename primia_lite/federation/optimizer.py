@@ -1,14 +1,15 @@
-"""The server's step from the mean update to the next global weights."""
+"""The server's step to the next global weights, from the mean update, or from a sum with shared noise."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
-from primia_lite import models
 from primia_lite.config import UserError
-from primia_lite.federation.hospital import State
+from primia_lite.federation.hospital import State, network
+from primia_lite.privacy.dpsgd import Privacy
 from primia_lite.runtime import seed_for
 from primia_lite.training import Training
 
@@ -52,11 +53,8 @@ class ServerOptimizer:
     @classmethod
     def start(cls, training: Training, schedule: Schedule, in_shape: tuple[int, ...], seed: int) -> ServerOptimizer:
         """With initial weights from a seed."""
-        model = models.build(
-            training.model, training.n_classes, in_shape, seed=seed_for(seed, "weights"), **training.model_options
-        )
-        state = {name: value.clone() for name, value in model.state_dict().items()}
-        return cls(training, schedule, in_shape, state)
+        state = network(training, in_shape, seed_for(seed, "weights")).state_dict()
+        return cls(training, schedule, in_shape, {name: value.clone() for name, value in state.items()})
 
     def step(self, delta: State) -> None:
         self.round += 1
@@ -74,19 +72,38 @@ class ServerOptimizer:
 
     def parameters(self) -> State:
         """What hospitals change: constants of norms are no part of it."""
-        return {name: self.state[name] for name, _ in self._build().named_parameters()}
+        return {name: self.state[name] for name, _ in network(self.training, self.in_shape).named_parameters()}
 
     def model(self) -> torch.nn.Module:
-        model = self._build()
+        model = network(self.training, self.in_shape)
         model.load_state_dict(self.final() if self.round == self.schedule.rounds else self.state)
         return model
 
-    def _build(self) -> torch.nn.Module:
-        training = self.training
-        return models.build(training.model, training.n_classes, self.in_shape, **training.model_options)
-
-    def kept(self) -> dict:
+    def state_dict(self) -> dict:
         return {name: getattr(self, name) for name in ("state", "velocity", "sum", "round", "history")}
 
-    def restore(self, kept: dict) -> None:
+    def load_state_dict(self, kept: dict) -> None:
         vars(self).update(kept)
+
+
+def shared_step(
+    total: Mapping[str, torch.Tensor], state: State, training: Training, privacy: Privacy, declared: int
+) -> State:
+    """How the global weights change where noise is shared: -η (total / (s q declared) + λ weights).
+
+    It equals the mean of the steps that the hospitals would take alone, weighted by their declared units. Nothing here
+    sees a single hospital's numbers.
+
+    Parameters
+    ----------
+    total : the sum of the hospitals' ``Update.delta``, int64 by parameter name, negative numbers as such
+    state : the global weights; weight decay λ applies to those in ``total``
+    declared : the declared units of the hospitals in the sum, together
+    """
+    divisor, decay = privacy.quantizer.scale * training.sample_rate * declared, training.weight_decay
+    return {
+        name: (-training.learning_rate * (value.double() / divisor + decay * state[name].double())).to(
+            state[name].dtype
+        )
+        for name, value in total.items()
+    }

@@ -13,17 +13,18 @@ _SHOWN = {"auroc": "AUROC", "accuracy": "accuracy", "loss": "loss"}
 
 @contextmanager
 def shown(progress: Callable[[dict], None] | str | None, rounds: int, done: list[dict]) -> Iterator[Callable]:
-    """What is called with each round's record: a function of one's own, nothing, or a title's bar, curve and lines."""
-    if isinstance(progress, str):
-        with closing(RoundProgress(progress, rounds, done)) as show:
-            yield show
-    else:
+    """What is called with each round's record: a function of one's own, nothing, or a title's bar, curve and lines.
+
+    ``done`` are the records of rounds that a resumed run has behind it.
+    """
+    if not isinstance(progress, str):
         yield progress or (lambda record: None)
+        return
+    with closing(_Shown(progress, rounds, done)) as show:
+        yield show
 
 
-class RoundProgress:
-    """Called with each round's record; ``done`` are those of rounds that a resumed run has behind it."""
-
+class _Shown:
     def __init__(self, title: str, rounds: int, done: list[dict]):
         self.title, self.rounds = title, rounds
         self.records = list(done)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -12,17 +14,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from primia_lite import models
 from primia_lite.config import UserError
 from primia_lite.data.films import Films
 from primia_lite.federation import checkpoints
 from primia_lite.federation.aggregation import Aggregator, ComputeUpdate, SecureAggregation, WeightedMean
-from primia_lite.federation.hospital import Hospital, State
-from primia_lite.federation.optimizer import Schedule, ServerOptimizer
+from primia_lite.federation.hospital import Hospital, State, network
+from primia_lite.federation.optimizer import Schedule, ServerOptimizer, shared_step
 from primia_lite.federation.progress import shown
-from primia_lite.federation.shared_step import shared_step
+from primia_lite.federation.study import Study
 from primia_lite.metrics import scores
-from primia_lite.privacy.accounting import epsilon
 from primia_lite.privacy.dpsgd import Privacy
 from primia_lite.privacy.rng import SecureGenerator
 from primia_lite.secagg import Question
@@ -38,9 +38,7 @@ class Result:
     state : weights of the final model
     history : one record a round: ``round``, validation scores, and ``absent`` where hospitals had vanished
     epsilon : ε by hospital (empty without DP), of everything in its ledger
-    seeded : true where a fixed seed made noise and sampling: "seeded: not private"
-    training, in_shape : what :meth:`model` needs
-    hospitals : those that took part
+    seeded : a fixed seed made noise and sampling: "seeded: not private"
     """
 
     state: State
@@ -61,7 +59,7 @@ class Result:
         return "seeded: not private" if self.seeded and self.epsilon else ""
 
     def model(self) -> torch.nn.Module:
-        model = models.build(self.training.model, self.training.n_classes, self.in_shape, **self.training.model_options)
+        model = network(self.training, self.in_shape)
         model.load_state_dict(self.state)
         return model.eval()
 
@@ -105,7 +103,9 @@ def federate(
     folder = Path(folder) if folder else None
     if privacy and folder is None:
         raise UserError("with DP each hospital keeps a ledger: give federate() a folder")
-    aggregator = aggregator or _usual_aggregator(len(hospitals), privacy)
+    if not aggregator:
+        threshold = privacy.shared.threshold if privacy and privacy.shared else None
+        aggregator = SecureAggregation(threshold) if len(hospitals) > 1 else WeightedMean()
     in_shape = _check(hospitals, training, privacy, aggregator)
     rng = SecureGenerator.for_seed(noise_seed) if privacy else SecureGenerator.from_seed(seed)
     server = ServerOptimizer.start(training, schedule, in_shape, seed)
@@ -120,18 +120,13 @@ def federate(
         sizes = {h.name: h.declared(privacy) for h in hospitals}
         options = {"privacy": privacy, "folder": folder, "validation": validation, "study": study}
         with shown(progress, schedule.rounds, server.history) as show:
-            for record in run_rounds(server, aggregator, compute_updates, sizes, **options):
+            for record in _rounds(server, aggregator, sizes, compute_updates, **options):
                 for h in hospitals if folder else ():
                     h.forget_update(folder, record["round"])
                 show(record)
         spent = {h.name: h.ledger(folder, privacy).epsilon() for h in hospitals} if privacy else {}
     seeded = bool(privacy) and rng.seeded
     return Result(server.final(), server.history, spent, seeded, training, in_shape, tuple(hospitals))
-
-
-def _usual_aggregator(hospitals: int, privacy: Privacy | None) -> Aggregator:
-    threshold = privacy.shared.threshold if privacy and privacy.shared else None
-    return SecureAggregation(threshold) if hospitals > 1 else WeightedMean()
 
 
 def _check(
@@ -168,15 +163,14 @@ def _check(
 def _take_up(server: ServerOptimizer, hospitals, privacy, settings: list, folder: Path | None, fresh: bool) -> str:
     """Go on with a folder's run, or start one there; what names the run."""
     settings = [server.training.as_dict(), asdict(server.schedule), privacy and privacy.as_dict(), *settings]
+    key_of = partial(checkpoints.fingerprint, hospitals, settings)
     if not folder:
-        return checkpoints.fingerprint("", hospitals, settings)
+        return key_of()
     if fresh:
         checkpoints.forget(folder)
         for h in hospitals:
             h.forget_ledgers(folder)
-    salt = checkpoints.salt(folder)
-    key = checkpoints.fingerprint(salt, hospitals, settings)
-    checkpoints.resume(server, folder, salt, key)
+    key = checkpoints.resume(server, folder, key_of)
     if privacy:
         checkpoints.check_ledgers(hospitals, server.training, privacy, server.history, folder)
         left = server.schedule.rounds - server.round
@@ -191,30 +185,61 @@ def _take_up(server: ServerOptimizer, hospitals, privacy, settings: list, folder
     return key
 
 
-def run_rounds(
-    server: ServerOptimizer,
-    aggregator: Aggregator,
-    compute_updates: Callable[[int], Mapping[str, ComputeUpdate]],
-    sizes: Mapping[str, int],
+def federate_study(
+    study: Study,
+    schedule: Schedule,
+    in_shape: tuple[int, ...],
+    aggregator: Callable[[ServerOptimizer], Aggregator],
     *,
-    privacy: Privacy | None = None,
+    seed: int = 0,
     folder: Path | None = None,
     validation: Films | None = None,
-    study: str = "",
-) -> Iterator[dict]:
-    """The server's rounds, wherever the hospitals are: ask, take the mean, step, score, save.
+    progress: Callable[[dict], None] | str | None = "rounds",
+) -> Result:
+    """:func:`federate` over hospitals elsewhere, which have agreed to a study and compute their updates themselves.
+
+    They keep ``epsilon`` to themselves: the result is without it, and without hospitals.
 
     Parameters
     ----------
-    compute_updates : called with a round's number: what has each hospital compute its update, by name
-    sizes : declared size by hospital
-    privacy : needed where noise is shared: the server's step then starts from a sum
-    folder : where the checkpoint goes
-    study : names what the rounds are of: hospitals in this process answer a round of it once
+    in_shape : of a film as the model takes it
+    aggregator : what reaches the hospitals, given the server, whose ``state`` a round starts from
+    folder : where the checkpoint goes; a run found there goes on, maybe for more rounds
+    """
+    if schedule.rounds > study.rounds:
+        raise UserError(f"rounds is {schedule.rounds}, but study {study.name!r} is of {study.rounds}")
+    server = ServerOptimizer.start(study.training, schedule, in_shape, seed)
+    if folder:
+        plan = asdict(schedule)
+        if not schedule.average_last:  # more rounds may be added to a run, but not to what was averaged
+            del plan["rounds"]
+        key = hashlib.sha256(study.to_bytes() + json.dumps(plan).encode()).hexdigest()[:16]
+        checkpoints.resume(server, folder, lambda salt: key)
+    sizes, options = study.agreement.sizes, {"privacy": study.privacy, "folder": folder, "validation": validation}
+    with shown(progress, schedule.rounds, server.history) as show:
+        for record in _rounds(server, aggregator(server), sizes, lambda number: dict.fromkeys(sizes), **options):
+            show(record)
+    return Result(server.final(), server.history, {}, False, study.training, in_shape, ())
 
-    Yields
-    ------
-    each round's record, once it is saved (see :class:`Result`)
+
+def _rounds(
+    server: ServerOptimizer,
+    aggregator: Aggregator,
+    sizes: Mapping[str, int],
+    compute_updates: Callable[[int], Mapping[str, ComputeUpdate | None]],
+    *,
+    privacy: Privacy | None,
+    folder: Path | None,
+    validation: Films | None,
+    study: str = "",
+) -> Iterator[dict]:
+    """The server's rounds, wherever the hospitals are: ask, take the mean, step, score, save, give the record.
+
+    Parameters
+    ----------
+    sizes : declared size by hospital
+    compute_updates : called with a round's number: what has each hospital compute its update, or None elsewhere
+    study : names what the rounds are of: hospitals in this process answer a round of it once
     """
     template = server.parameters()
     shared = bool(privacy and privacy.shared)
@@ -241,8 +266,7 @@ def run_rounds(
 
 def planned_epsilon(training: Training, schedule: Schedule, privacy: Privacy) -> float:
     """ε of the whole run at each hospital, before a step is taken."""
-    release = privacy.release(training.sample_rate, training.steps_per_round * schedule.rounds)
-    return epsilon(release, privacy.target_delta)
+    return privacy.epsilon(training.sample_rate, training.steps_per_round * schedule.rounds)
 
 
 def pool(hospitals: Sequence[Hospital], name: str = "pooled") -> Hospital:

@@ -15,6 +15,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 from zipfile import BadZipFile
 
 import numpy as np
@@ -23,8 +24,8 @@ import torch
 from primia_lite.config import UserError, printable
 from primia_lite.data.films import Films
 from primia_lite.federation.aggregation import flat
-from primia_lite.federation.claims import check_unpacked, read_json
 from primia_lite.federation.hospital import State, Update
+from primia_lite.federation.untrusted import check_unpacked, read_json
 from primia_lite.privacy.accounting import Release
 from primia_lite.privacy.dpsgd import Privacy
 from primia_lite.privacy.rng import SecureGenerator
@@ -50,7 +51,7 @@ Files = Mapping[str, bytes]
 
 @dataclass(frozen=True)
 class Study:
-    """What rounds are for, and how each of them is computed; a hospital that reads one relies on what is checked here.
+    """What a federation is: its hospitals, and what each computes. A hospital relies on what is checked here.
 
     Attributes
     ----------
@@ -94,13 +95,16 @@ class Study:
         """Whether updates are whole numbers to be summed: noise is shared among the hospitals."""
         return bool(self.privacy and self.privacy.shared)
 
+    def rng(self, number: int, hospital: str) -> SecureGenerator:
+        """A round's draws: from the operating system under DP; else what an in-process run of the same seed draws."""
+        if self.privacy:
+            return SecureGenerator()
+        return SecureGenerator.from_seed(self.seed).child("round", number, hospital)
+
     def as_dict(self) -> dict:
         """JSON-able; :meth:`from_bytes` undoes it."""
-        return {
-            "name": self.name, "dataset": self.dataset, "training": self.training.as_dict(),
-            "privacy": self.privacy and self.privacy.as_dict(), "rounds": self.rounds,
-            "agreement": self.agreement.as_dict(), "seed": self.seed,
-        }  # fmt: skip
+        parts = {"training": self.training, "privacy": self.privacy, "agreement": self.agreement}
+        return vars(self) | {name: part and part.as_dict() for name, part in parts.items()}
 
     def to_bytes(self) -> bytes:
         return (json.dumps(self.as_dict(), indent=1, sort_keys=True) + "\n").encode()
@@ -110,8 +114,9 @@ class Study:
         """The inverse of :meth:`to_bytes`; UserError for what is no study, or one that contradicts itself."""
         c = read_json(content, "study.json")
         try:
-            return cls(**c | {"training": _training(c["training"]), "privacy": _privacy(c["privacy"]),
-                              "agreement": Agreement.from_dict(c["agreement"])})  # fmt: skip
+            training, privacy = _training(c["training"]), _privacy(c["privacy"])
+            agreement = Agreement.from_dict(c["agreement"])
+            return cls(**c | {"training": training, "privacy": privacy, "agreement": agreement})
         except UserError:
             raise
         except Exception as error:  # of any kind: the values are somebody else's
@@ -119,12 +124,12 @@ class Study:
             raise UserError(f"study.json can't be read ({words})") from error
 
     def files(self, code: bytes | None = None) -> dict[str, bytes]:
-        """The job that proposes this study; ``code`` in place of :mod:`~primia_lite.federation.job`."""
+        """The job that proposes this study; ``code`` in place of :mod:`~primia_lite.federation.job_main`."""
         return {RUN: RUN_SH.encode(), CODE: code or job_code(), STUDY: self.to_bytes()}
 
 
 def describe(study: Study) -> str:
-    """A study in words, for a person at a hospital to read before it takes part: all that decides its privacy."""
+    """All that decides a study's privacy, in words, for a person at a hospital to read before it takes part."""
     agreement, privacy, names = study.agreement, study.privacy, study.agreement.names
     n, t, per_round = len(names), agreement.threshold, study.training.steps_per_round
     lines = [f"{study.rounds} rounds of {study.training.model}, {per_round} local steps each"]
@@ -172,45 +177,39 @@ def describe(study: Study) -> str:
 
 
 def job_code() -> bytes:
-    """The text of :mod:`primia_lite.federation.job`."""
-    return Path(__file__).with_name("job.py").read_bytes()
+    """The text of :mod:`primia_lite.federation.job_main`."""
+    return Path(__file__).with_name("job_main.py").read_bytes()
 
 
 def _training(content: dict) -> Training:
     weights = content["class_weights"]
-    return Training(
-        **content
-        | {
-            "augmentation": tuple(content["augmentation"]),
-            "class_weights": tuple(weights) if isinstance(weights, list) else weights,
-        }
-    )
+    weights = tuple(weights) if isinstance(weights, list) else weights
+    return Training(**content | {"augmentation": tuple(content["augmentation"]), "class_weights": weights})
 
 
 def _privacy(content: dict | None) -> Privacy | None:
     if content is None:
         return None
-    shared = content.get("shared")
-    also, planned = tuple(Release(**release) for release in content["also"]), content["planned"]
-    shared = SharedNoise(**shared) if shared else None
-    return Privacy(**content | {"also": also, "planned": planned and tuple(planned), "shared": shared})
+    shared, planned = content.get("shared"), content["planned"]
+    return Privacy(**content | {
+        "also": tuple(Release(**release) for release in content["also"]), "planned": planned and tuple(planned),
+        "shared": SharedNoise(**shared) if shared else None,
+    })  # fmt: skip
 
 
 # --- films and weights as files ---------------------------------------------------------------------------------------
 
 
-def films_to_bytes(films: Films) -> bytes:
-    """A hospital's films as its dataset holds them (npz)."""
-    buffer = io.BytesIO()
-    np.savez_compressed(
-        buffer, inputs=films.inputs.numpy(), labels=films.labels.numpy(), patient_id=films.patient_id.astype(str),
+def write_films(file: str | Path | IO[bytes], films: Films, *, compressed: bool = True) -> None:
+    """A hospital's films as an npz."""
+    (np.savez_compressed if compressed else np.savez)(
+        file, inputs=films.inputs.numpy(), labels=films.labels.numpy(), patient_id=films.patient_id.astype(str),
         normalisation=np.array(films.normalisation), model=np.array(films.model),
     )  # fmt: skip
-    return buffer.getvalue()
 
 
 def films_from(path: str | Path) -> Films:
-    """The inverse of :func:`films_to_bytes`, from a file; UserError if it holds none: mock films are a stranger's."""
+    """The inverse of :func:`write_films`; UserError if the file holds none: mock films are a stranger's."""
     check_unpacked(path, what := f"{Path(path).name} with films")
     try:
         with np.load(path, allow_pickle=False) as z:
@@ -238,12 +237,9 @@ class Round:
 
     Attributes
     ----------
-    study : as approved
     hospital : where this runs
-    number : of the round
     weights : the global ones
-    films : the dataset's private half at a hospital, the mock half at the researcher's. syft's own
-        ``resolve_dataset_file_path`` gives the same file, after an import of seconds
+    films : the dataset's private half at a hospital, the mock half at the researcher's
     """
 
     study: Study
@@ -269,10 +265,7 @@ class Round:
 
     @property
     def rng(self) -> SecureGenerator:
-        """From the operating system under DP; else what an in-process run of the same seed draws from."""
-        if self.study.privacy:
-            return SecureGenerator()
-        return SecureGenerator.from_seed(self.study.seed).child("round", self.number, self.hospital)
+        return self.study.rng(self.number, self.hospital)
 
     def save(self, update: Update) -> None:
         """Leave the update to the hospital's runner, and to nobody else."""

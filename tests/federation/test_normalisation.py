@@ -23,6 +23,10 @@ TINY = 1e-9  # noise too small to matter, and a budget that allows it
 ANY = Privacy(1.0, 1.0, target_epsilon=1e30, unit="film")
 
 
+def normalise(hospitals, sigma, folder, privacy=PRIVACY, rng=None, **more):
+    return mean_and_std_under_dp(hospitals, sigma, folder, privacy, rng or SecureGenerator(), **more)
+
+
 @pytest.fixture(scope="module")
 def hospitals():
     films = phantom.generate(57, 28, seed=41)
@@ -36,7 +40,7 @@ def without_accountant(monkeypatch):
 
 
 def test_without_noise_it_is_the_mean_over_the_declared_sizes(hospitals, tmp_path, without_accountant):
-    mean, std = mean_and_std_under_dp(hospitals, TINY, tmp_path, ANY, SecureGenerator())
+    mean, std = normalise(hospitals, TINY, tmp_path, ANY)
     declared = declare_size(24) + declare_size(33)
     assert declared == 50
     pixels = np.concatenate([films.images.reshape(len(films), -1) for _, films in hospitals]) / 255.0
@@ -56,18 +60,18 @@ def test_one_film_changes_a_sum_by_at_most_the_sensitivity(hospitals, tmp_path, 
     without = films.subset(np.arange(19))
     moments = []
     for number, some in enumerate((with_film, without)):
-        mean, std = mean_and_std_under_dp([("A", some)], TINY, tmp_path / str(number), ANY, SecureGenerator())
+        mean, std = normalise([("A", some)], TINY, tmp_path / str(number), ANY)
         moments.append(20 * np.array([mean, std**2 + mean**2]))
     assert np.linalg.norm(moments[0] - moments[1]) == pytest.approx(np.sqrt(2), abs=1e-5)
 
 
 def test_noise_of_each_hospital_has_the_stated_scale(hospitals, tmp_path, without_accountant):
     sigma, declared = 0.05, 50  # small, so that no result is clipped to its range
-    exact = mean_and_std_under_dp(hospitals, TINY, tmp_path / "exact", ANY, SecureGenerator())
+    exact = normalise(hospitals, TINY, tmp_path / "exact", ANY)
     draws = []
     for seed in range(400):
         rng = SecureGenerator.from_seed(seed)
-        mean, std = mean_and_std_under_dp(hospitals, sigma, tmp_path / "noisy", PRIVACY, rng)
+        mean, std = normalise(hospitals, sigma, tmp_path / "noisy", PRIVACY, rng)
         draws.append([mean - exact[0], std**2 + mean**2 - exact[1] ** 2 - exact[0] ** 2])
     draws = np.array(draws) / (np.sqrt(2.0) * sigma * np.sqrt(len(hospitals)) / declared)
     for column in draws.T:
@@ -83,12 +87,12 @@ def test_each_hospital_is_charged_before_it_computes(hospitals, tmp_path, withou
         Ledger, "charge", lambda self, *a, **k: order.append(f"charge {self.path.stem}") or charge(self, *a, **k)
     )
     monkeypatch.setattr(SecureGenerator, "words", lambda self, n: order.append("compute") or words(self, n))
-    mean_and_std_under_dp(hospitals, 2.0, tmp_path, PRIVACY, SecureGenerator())
+    normalise(hospitals, 2.0, tmp_path)
     assert order == ["charge ledger-A", "compute", "charge ledger-B", "compute"]
 
 
 def test_the_charge_is_one_gaussian_release_of_all_films(hospitals, tmp_path):
-    mean_and_std_under_dp(hospitals, 2.0, tmp_path, PRIVACY, SecureGenerator())
+    normalise(hospitals, 2.0, tmp_path)
     for name in "AB":
         ledger = Ledger(tmp_path / f"ledger-{name}.sqlite")
         assert ledger.charges() == [Release(2.0, 1.0, 1)]
@@ -102,7 +106,7 @@ def test_a_charge_over_the_budget_computes_nothing(hospitals, tmp_path, monkeypa
     monkeypatch.setattr(SecureGenerator, "words", refuse)
     tight = Privacy(1.0, 1.0, target_epsilon=0.1)
     with pytest.raises(BudgetError, match="normalisation"):
-        mean_and_std_under_dp(hospitals, 2.0, tmp_path, tight, SecureGenerator())
+        normalise(hospitals, 2.0, tmp_path, tight)
     assert Ledger(tmp_path / "ledger-A.sqlite").charges() == []
 
 
@@ -114,29 +118,27 @@ def test_a_repeat_is_charged_again_unless_a_seed_repeats_it(hospitals, tmp_path,
     for rng, expected in ((SecureGenerator(), 2), (SecureGenerator.from_seed(1), 1)):
         folder = tmp_path / str(expected)
         for _ in range(2):
-            mean_and_std_under_dp(hospitals, 2.0, folder, PRIVACY, rng)
+            normalise(hospitals, 2.0, folder, PRIVACY, rng)
         assert charges(folder) == expected
 
 
 def test_fresh_starts_new_ledgers(hospitals, tmp_path, without_accountant):
     for _ in range(2):
-        mean_and_std_under_dp(hospitals, 2.0, tmp_path, PRIVACY, SecureGenerator(), fresh=True)
+        normalise(hospitals, 2.0, tmp_path, fresh=True)
     assert charges(tmp_path) == 1
     another = Privacy(1.0, 1.0, target_epsilon=3.0)
     with pytest.raises(UserError, match="epsilon"):
-        mean_and_std_under_dp(hospitals, 2.0, tmp_path, another, SecureGenerator())
-    mean_and_std_under_dp(hospitals, 2.0, tmp_path, another, SecureGenerator(), fresh=True)
+        normalise(hospitals, 2.0, tmp_path, another)
+    normalise(hospitals, 2.0, tmp_path, another, fresh=True)
 
 
 def test_a_second_release_has_noise_of_its_own(hospitals, tmp_path, without_accountant):
     """The difference of two releases must not give a film away exactly, though one generator served both."""
     rng = SecureGenerator()
-    first = mean_and_std_under_dp(hospitals, 1.0, tmp_path / "1", ANY, rng)
-    second = mean_and_std_under_dp(hospitals, 1.0, tmp_path / "2", ANY, rng)
+    first = normalise(hospitals, 1.0, tmp_path / "1", ANY, rng)
+    second = normalise(hospitals, 1.0, tmp_path / "2", ANY, rng)
     assert first != second
-    seeded = [
-        mean_and_std_under_dp(hospitals, 1.0, tmp_path / f"s{i}", ANY, SecureGenerator.from_seed(1)) for i in (1, 2)
-    ]
+    seeded = [normalise(hospitals, 1.0, tmp_path / f"s{i}", ANY, SecureGenerator.from_seed(1)) for i in (1, 2)]
     assert seeded[0] == seeded[1]
 
 
@@ -144,7 +146,7 @@ def test_a_patients_films_count_as_one(hospitals, tmp_path, without_accountant):
     """Unit patient: the mean over patients of the mean over their films, and the declared number of patients."""
     by_patient = Privacy(1.0, 1.0, target_epsilon=1e30)
     name, films = hospitals[1]
-    mean, std = mean_and_std_under_dp([(name, films)], TINY, tmp_path, by_patient, SecureGenerator())
+    mean, std = normalise([(name, films)], TINY, tmp_path, by_patient)
     pixels = films.images.reshape(len(films), -1) / 255.0
     patients = np.unique(films.patient_id)
     assert len(patients) < len(films)
@@ -156,28 +158,26 @@ def test_a_patients_films_count_as_one(hospitals, tmp_path, without_accountant):
 
 def test_a_hospital_declares_a_number_of_its_own(hospitals, tmp_path, without_accountant):
     own = {"A": 40, "B": 1}
-    mean, _ = mean_and_std_under_dp(hospitals, TINY, tmp_path, ANY, SecureGenerator(), declared=own)
+    mean, _ = normalise(hospitals, TINY, tmp_path, ANY, declared=own)
     pixels = np.concatenate([f.images.reshape(len(f), -1) for _, f in hospitals]) / 255.0
     assert mean == pytest.approx(np.clip(pixels.mean(1).sum() / 41, 0.05, 0.95), abs=1e-6)
     with pytest.raises(UserError, match="declared"):
-        mean_and_std_under_dp(hospitals, TINY, tmp_path, ANY, SecureGenerator(), declared={"A": 0})
+        normalise(hospitals, TINY, tmp_path, ANY, declared={"A": 0})
 
 
 def test_a_lasting_ledger_is_charged_for_it_too(hospitals, tmp_path):
     lasting = Ledger(tmp_path / "hospital-A.sqlite", 8.0, 1e-4, "film")
-    mean_and_std_under_dp(hospitals, 5.0, tmp_path, PRIVACY, SecureGenerator(), lasting_ledgers={"A": lasting})
+    normalise(hospitals, 5.0, tmp_path, PRIVACY, lasting_ledgers={"A": lasting})
     assert lasting.charges() == [Release(5.0, 1.0, 1)]
     assert not (tmp_path / "ledger-A.sqlite").exists() and (tmp_path / "ledger-B.sqlite").exists()
     with pytest.raises(UserError, match="noise"):
-        mean_and_std_under_dp(
-            hospitals, 5.0, tmp_path, PRIVACY, SecureGenerator.from_seed(1), lasting_ledgers={"A": lasting}
-        )
+        normalise(hospitals, 5.0, tmp_path, PRIVACY, SecureGenerator.from_seed(1), lasting_ledgers={"A": lasting})
     by_patient = Privacy(1.0, 1.0, target_epsilon=8.0)
     with pytest.raises(UserError, match="privacy"):
-        mean_and_std_under_dp(hospitals, 5.0, tmp_path, by_patient, SecureGenerator(), lasting_ledgers={"A": lasting})
+        normalise(hospitals, 5.0, tmp_path, by_patient, lasting_ledgers={"A": lasting})
 
 
 def test_fresh_forgets_no_other_charges(hospitals, tmp_path):
     Ledger(tmp_path / "ledger-A.sqlite", 8.0, 1e-4, "film").charge("a study", Release(5.0, 1.0, 1))
     with pytest.raises(UserError, match="charged"):
-        mean_and_std_under_dp(hospitals, 5.0, tmp_path, PRIVACY, SecureGenerator(), fresh=True)
+        normalise(hospitals, 5.0, tmp_path, fresh=True)

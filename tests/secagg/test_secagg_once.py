@@ -13,7 +13,7 @@ from scipy import stats
 
 from primia_lite import secagg
 from primia_lite.apps.flower.hospital import FlowerHospital
-from primia_lite.apps.hospital import HospitalRounds
+from primia_lite.apps.hospital_rounds import HospitalRounds
 from primia_lite.data.films import Films
 from primia_lite.federation.aggregation import SecureAggregation
 from primia_lite.federation.hospital import Hospital, Update

@@ -1,11 +1,11 @@
 """Flower's side of a federation: what runs at each hospital (``client_app``) and at the server (``server_app``).
 
 Flower (flwr 1.41, Message API) only carries messages: :mod:`~primia_lite.apps.flower.messages` says what they hold.
+A hospital's process of Flower's ends with each message, so nothing slow is imported here.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 from pathlib import Path
 
@@ -13,12 +13,9 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from primia_lite.apps.flower.hospital import FolderHospital, log_to
-from primia_lite.apps.flower.messages import answer, refusal, reply_to
+from primia_lite.apps.flower.folder import log, log_to
+from primia_lite.apps.flower.messages import refusal, reply_to
 from primia_lite.apps.flower.worker import connect, relay
-
-SERVER_VARIABLE = "PRIMIA_LITE_SERVER"  # the server's folder, in the environment of its SuperLink
-log = logging.getLogger("primia_lite")
 
 client_app = ClientApp()
 server_app = ServerApp()
@@ -37,7 +34,9 @@ def answer_in(folder: Path, message: Message) -> Message:
         if connection:
             content = relay(connection, message.content)
         else:
-            content = answer(FolderHospital(folder), message.content)
+            from primia_lite.apps.flower.hospital import FolderHospital
+
+            content = FolderHospital(folder).reply(message.content)
     except Exception as error:
         log.warning("this hospital can't answer: %s: %s", type(error).__name__, error)
         content = refusal()
@@ -49,4 +48,6 @@ def _main(grid: Grid, context: Context) -> None:
     from primia_lite.apps.flower.server import train_in_folder
 
     config = context.run_config
-    train_in_folder(grid, Path(os.environ[SERVER_VARIABLE]), int(config["rounds"]), fresh=bool(config["fresh"]))
+    # The server's folder, in the environment of its SuperLink.
+    folder = Path(os.environ["PRIMIA_LITE_SERVER"])
+    train_in_folder(grid, folder, int(config["rounds"]), fresh=bool(config["fresh"]))

@@ -1,8 +1,12 @@
-"""A hospital's folder with its private keys, and its card: the one public file that the others need of it."""
+"""A hospital's folder with its private keys, and its card: the one public file that the others need of it.
+
+No key is ever overwritten, and a private one is for its owner alone.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,17 +16,38 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from primia_lite.apps.flower.certificates import private_pem, write_new
-from primia_lite.apps.flower.folder import LINK, SERVER
-from primia_lite.apps.flower.hospital import CONFIG, IDENTITY, load_films
+from primia_lite.apps.flower.folder import CONFIG, IDENTITY, LINK, SERVER
+from primia_lite.apps.flower.hospital import load_films
 from primia_lite.config import UserError, printable
-from primia_lite.federation.claims import read_file, read_json
 from primia_lite.federation.hospital import declare_size
+from primia_lite.federation.untrusted import read_file, read_json
 
 CARD, SUPERNODE = "card.json", "supernode"
 CARD_FIELDS = ("name", "identity", "supernode", "declared", "unit", "size")
 MOST_CARD_BYTES = 2**14
 RESERVED = (SERVER, LINK, "run")  # names of files and processes beside the hospitals'
+
+
+def write_new(path: Path, content: bytes | str, *, private: bool = False) -> None:
+    """Write a file that isn't there yet, from the start with mode 600 if it is private; UserError if it is there."""
+    content = content.encode() if isinstance(content, str) else content
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o644)
+    except FileExistsError as error:
+        raise UserError(f"{path} is there already, and is never overwritten: choose another folder") from error
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+    except OSError:  # half of a key must not stand in the way of a whole one
+        path.unlink()
+        raise
+
+
+def private_pem(key) -> bytes:
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
 
 
 def toml(content: Mapping[str, object]) -> str:
@@ -43,23 +68,14 @@ def make_hospital(
 
     Parameters
     ----------
-    folder
-        Its name is the hospital's.
-    films
-        See :class:`~primia_lite.apps.flower.hospital.FolderHospital`.
-    unit
-        What is counted: ``patient``, or ``film``, where these are protected or there is no DP.
-    declared
-        How many of them the hospital makes public; left out, their number rounded to tens.
+    folder : its name is the hospital's
+    films : see :class:`~primia_lite.apps.flower.hospital.FolderHospital`
+    unit : what is counted: ``patient``, or ``film``, where these are protected or there is no DP
+    declared : how many of them the hospital makes public; left out, their number rounded to tens
 
     Returns
     -------
-    The card: ``name``, ``identity``, ``supernode``, ``declared``, ``unit``, ``size``; all of it public.
-
-    Raises
-    ------
-    UserError
-        A name that isn't letters, digits, - and _; a folder with keys; films that can't be loaded.
+    the card: ``name``, ``identity``, ``supernode``, ``declared``, ``unit``, ``size``; all of it public
     """
     name = _name(folder.name)
     if (folder / IDENTITY).exists():
@@ -86,25 +102,13 @@ def make_hospital(
 
 
 def read_card(path: Path) -> dict:
-    """A hospital's card, checked.
-
-    Raises
-    ------
-    UserError
-        It is none, or a value in it is one that no hospital's card has.
-    """
+    """A hospital's card, checked."""
     what = f"the card {path.name}"
     return check_card(read_json(read_file(path, what, MOST_CARD_BYTES), what), what)
 
 
 def check_card(card: Mapping, what: str) -> dict:
-    """The fields that a card has, as :func:`make_hospital` writes them: it is another party's word.
-
-    Raises
-    ------
-    UserError
-        A value that can't be right, naming it.
-    """
+    """The fields of a card as :func:`make_hospital` writes them; UserError for what none has: it is another's word."""
     if missing := [key for key in CARD_FIELDS if key not in card]:
         raise UserError(f"{what} is no hospital's card, it has no {missing[0]}: take card.json in a hospital's folder")
     found = {key: card[key] for key in CARD_FIELDS}
@@ -137,9 +141,8 @@ def _is_supernode_key(text: object) -> bool:
         key = serialization.load_ssh_public_key(text.encode()) if isinstance(text, str) else None
     except (ValueError, UnsupportedAlgorithm):
         return False
-    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP384R1):
-        return False
-    return text == _ssh(key)
+    curve = key.curve if isinstance(key, ec.EllipticCurvePublicKey) else None
+    return isinstance(curve, ec.SECP384R1) and text == _ssh(key)
 
 
 def _ssh(key: ec.EllipticCurvePublicKey) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from pathlib import Path
 
-from primia_lite.apps.flower import deploy, runs
+from primia_lite.apps.flower import deploy
 from primia_lite.apps.flower.folder import LINK, SERVER, require_flower, unreached
 from primia_lite.config import UserError
 
@@ -58,10 +58,7 @@ def add_arguments(parser) -> None:
     join.add_argument("--yes", action="store_true", help="don't ask")
 
     action("start", "start what the folder holds", _start)
-    for name, what in (
-        ("run", "train"),
-        ("simulate", "train on Flower's simulation (Ray): no processes to start"),
-    ):
+    for name, what in {"run": "train", "simulate": "train on Flower's simulation (Ray): no processes to start"}.items():
         begin = action(name, what, _train)
         begin.add_argument("--rounds", type=int, help="in all (those of the study)")
         begin.add_argument("--fresh", action="store_true", help="start anew; what was charged to ledgers stays charged")
@@ -70,8 +67,9 @@ def add_arguments(parser) -> None:
 
 
 def _films(args) -> dict:
-    films = {"source": args.data, "size": args.size, "root": args.root and str(Path(args.root).resolve())}
-    return {key: value for key, value in {**films, "n_films": args.n_films}.items() if value is not None}
+    root = args.root and str(Path(args.root).resolve())
+    films = {"source": args.data, "size": args.size, "root": root, "n_films": args.n_films}
+    return {key: value for key, value in films.items() if value is not None}
 
 
 def _study_options(args) -> dict:
@@ -119,11 +117,9 @@ def _join(args) -> None:
     require_flower()
     from primia_lite.apps.flower.setup import join
     from primia_lite.federation.study import Study, describe
+    from primia_lite.federation.untrusted import read_file
 
-    try:
-        study, ca = args.study.read_bytes(), args.ca.read_bytes()
-    except OSError as error:
-        raise UserError(f"{error.filename} can't be read: {error.strerror}") from error
+    study, ca = read_file(args.study, str(args.study)), read_file(args.ca, str(args.ca))
     print(describe(Study.from_bytes(study)))
     if not args.yes and input("Compare the keys with the hospitals by telephone. Join? [y/N] ").strip().lower() != "y":
         raise UserError("not joined")
@@ -147,6 +143,6 @@ def _stop(args) -> None:
 
 
 def _train(args) -> None:
-    train = runs.run if args.action == "run" else runs.simulate
+    train = deploy.run if args.action == "run" else deploy.simulate
     done = train(args.folder, args.rounds, fresh=args.fresh)["done"]
     print(f"{done} rounds are done: the model is {args.folder / SERVER / 'run' / 'model.pt'}")

@@ -1,25 +1,30 @@
-"""A federation's folder: what it holds, and how Flower's processes and commands see it and reach the server."""
+"""A federation's folder: its files, a hospital's log, and how Flower's processes and commands reach the server."""
 
 from __future__ import annotations
 
 import ipaddress
 import json
+import logging
 import os
 import ssl
 import subprocess
 import sys
 import tomllib
 import urllib.request
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable
 from importlib.util import find_spec
+from logging.handlers import RotatingFileHandler, WatchedFileHandler
 from pathlib import Path
 
-from primia_lite.config import UserError, repo_root
+from primia_lite.config import UserError, printable, repo_root
 
-SERVER = "server"
+# A hospital's own files; the server's; the study, which both have.
+CONFIG, IDENTITY, ROUNDS, LEDGER, LOG = "hospital.toml", "identity.pem", "rounds.json", "ledger.sqlite", "hospital.log"
+SERVER, SERVER_CONFIG, HISTORY = "server", "server.toml", "history.json"
+STUDY, CA = "study.json", "ca.crt"
 LINK = "superlink"  # the name of the server's process; a hospital's is the hospital's
 START_S = 600.0  # of a process that lives: only one that hangs meets it
+log = logging.getLogger("primia_lite")
 
 
 def require_flower() -> None:
@@ -33,15 +38,9 @@ def require_flower() -> None:
 
 
 def parts(folder: Path) -> tuple[bool, list[str]]:
-    """Whether the server's part is there, and the hospitals that are.
-
-    Raises
-    ------
-    UserError
-        Neither.
-    """
-    server = (folder / SERVER / "server.toml").exists()
-    hospitals = sorted(path.parent.name for path in folder.glob("*/hospital.toml"))
+    """Whether the server's part is there, and the hospitals that are."""
+    server = (folder / SERVER / SERVER_CONFIG).exists()
+    hospitals = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
     if not (server or hospitals):
         raise UserError(f"{folder} holds no federation: make one by `primia-lite deploy init {folder}`")
     return server, hospitals
@@ -54,8 +53,54 @@ def config_of(path: Path) -> dict:
         raise UserError(f"{path} can't be read: {error}") from error
 
 
+def server_config(folder: Path) -> dict:
+    return config_of(folder / SERVER / SERVER_CONFIG)
+
+
+def history_of(folder: Path) -> dict:
+    """What the server has noted of its run so far (:func:`primia_lite.apps.flower.server.train_in_folder`)."""
+    path = folder / SERVER / "run" / HISTORY
+    return json.loads(path.read_text("utf-8")) if path.exists() else {"rounds": [], "ended_s": []}
+
+
+# --- a hospital's log -------------------------------------------------------------------------------------------------
+
+
+class _OneLine(logging.Formatter):
+    """A line for each record: the server has a say in what they hold, and could make up others."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+def log_to(folder: Path, *, rotate: bool = False) -> None:
+    """Write what this process has to say to a hospital's log: Flower would throw it away. For the hospital alone.
+
+    One process may rotate the file; the others notice when it has.
+    """
+    for handler in list(log.handlers):
+        if isinstance(handler, WatchedFileHandler | RotatingFileHandler):  # of another hospital, in a simulation
+            log.removeHandler(handler)
+            handler.close()
+    path = folder / LOG
+    handler = RotatingFileHandler(path, maxBytes=1_000_000, backupCount=1) if rotate else WatchedFileHandler(path)
+    handler.setFormatter(_OneLine("%(asctime)s [%(process)d] %(levelname)s %(message)s"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+
+
+# --- the server, and proxies on the way to it -------------------------------------------------------------------------
+
+
 def environment(folder: Path) -> dict[str, str]:
-    """For Flower's processes: no telemetry, nothing installed, all files below the folder, our Python's commands."""
+    """For Flower's processes: no telemetry, nothing installed, all files below the folder, our Python's commands; and
+    no proxy gets what stays on this machine."""
+    hosts = dict.fromkeys(["localhost", "127.0.0.1", "::1", *_own_hosts(folder)])
+    lower, upper, grpc = (os.environ.get(name) for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"))
+    before = {"no_proxy": lower or upper or "", "NO_PROXY": upper or lower or ""}
+    if grpc:  # where it is set, gRPC looks at no other
+        before["no_grpc_proxy"] = grpc
+    kept = {name: [part.strip() for part in value.split(",") if part.strip()] for name, value in before.items()}
     return {
         **os.environ,
         "FLWR_HOME": str((folder / ".flwr").resolve()),
@@ -67,42 +112,33 @@ def environment(folder: Path) -> dict[str, str]:
         # For the process that runs the app: it starts in another folder.
         "PYTHONPATH": os.pathsep.join(filter(None, [str(repo_root()), os.environ.get("PYTHONPATH")])),
         "PRIMIA_LITE_SERVER": str((folder / SERVER).resolve()),
-        **past_proxies(_own_hosts(folder)),
+        **{name: ",".join(dict.fromkeys([*parts, *hosts])) for name, parts in kept.items()},
     }
 
 
-def past_proxies(hosts: Iterable[str]) -> dict[str, str]:
-    """Variables by which no proxy gets what is sent to some hosts; what they hold stays."""
-    lower, upper, grpc = (os.environ.get(name) for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"))
-    before = {"no_proxy": lower or upper or "", "NO_PROXY": upper or lower or ""}
-    if grpc:  # where it is set, gRPC looks at no other
-        before["no_grpc_proxy"] = grpc
-    parts = {name: [part.strip() for part in value.split(",") if part.strip()] for name, value in before.items()}
-    return {name: ",".join(dict.fromkeys([*kept, *hosts])) for name, kept in parts.items()}
-
-
-def _own_hosts(folder: Path) -> list[str]:
+def _own_hosts(folder: Path) -> Iterable[str]:
     """Names and addresses of this machine at which the folder's processes meet."""
-    hosts = ["localhost", "127.0.0.1", "::1"]
-    if (folder / SERVER / "server.toml").exists():
-        hosts.append(local_address(config_of(folder / SERVER / "server.toml")["host"]))
-    for path in folder.glob("*/hospital.toml"):
+    if (folder / SERVER / SERVER_CONFIG).exists():
+        yield local_address(server_config(folder)["host"])
+    for path in folder.glob(f"*/{CONFIG}"):
         host = _host_of(config_of(path).get("superlink", ""))
-        with suppress(ValueError):
-            if ipaddress.ip_address(host).is_loopback:
-                hosts.append(host)
-    return list(dict.fromkeys(hosts))
+        if _is_loopback(host):
+            yield host
 
 
 def _host_of(address: str) -> str:
     return address.rpartition(":")[0].strip("[]")
 
 
-def proxy_variable(host: str, variables: Mapping[str, str]) -> str | None:
-    """The variable whose proxy gets what is sent to a host over TLS; None where none does."""
-    passed = urllib.request.proxy_bypass_environment(host, {"no": variables.get("no_proxy", "")})
-    names = ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
-    return None if passed else next((name for name in names if variables.get(name)), None)
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def local_address(host: str) -> str:
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
 
 
 def unreached(folder: Path, hospitals: Iterable[str], timeout_s: float = 5.0) -> list[str]:
@@ -111,10 +147,13 @@ def unreached(folder: Path, hospitals: Iterable[str], timeout_s: float = 5.0) ->
 
     lines, variables = [], environment(folder)
     for name in hospitals:
-        superlink = config_of(folder / name / "hospital.toml").get("superlink", "")
-        proxy = proxy_variable(host := _host_of(superlink), variables)
+        superlink = config_of(folder / name / CONFIG).get("superlink", "")
+        host = _host_of(superlink)
+        passed = urllib.request.proxy_bypass_environment(host, {"no": variables.get("no_proxy", "")})
+        names = () if passed else ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
+        proxy = next((variable for variable in names if variables.get(variable)), None)
         try:
-            trusted = ssl.create_default_context(cafile=str(folder / name / "ca.crt"))
+            trusted = ssl.create_default_context(cafile=str(folder / name / CA))
             way = variables[proxy] if proxy else None
             with httpx.Client(proxy=way, trust_env=False, verify=trusted, timeout=timeout_s) as client:
                 client.get(f"https://{superlink}/v1/fleet")  # whatever is answered: it is there
@@ -126,10 +165,6 @@ def unreached(folder: Path, hospitals: Iterable[str], timeout_s: float = 5.0) ->
             why = str(error) or type(error).__name__
             lines.append(f"hospital {name} can't reach the server at {superlink} ({why}), and goes on trying{through}")
     return lines
-
-
-def local_address(host: str) -> str:
-    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
 
 
 def flwr(folder: Path, *arguments: str) -> subprocess.CompletedProcess:

@@ -11,35 +11,35 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import time
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from logging.handlers import RotatingFileHandler, WatchedFileHandler
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from filelock import FileLock
 
 from primia_lite import __version__
-from primia_lite.apps.hospital import HospitalRounds, ask_question
-from primia_lite.config import UserError, printable
-from primia_lite.federation.claims import MOST_REQUEST_BYTES, read_json
+from primia_lite.apps.flower.folder import CONFIG, IDENTITY, LEDGER, ROUNDS, STUDY, config_of, log
+from primia_lite.apps.hospital_rounds import HospitalRounds
+from primia_lite.config import UserError
+from primia_lite.data import ChestXrays, load, partition
+from primia_lite.data.films import Films
+from primia_lite.federation.aggregation import flat
+from primia_lite.federation.hospital import Hospital
+from primia_lite.federation.study import Study, films_from, write_films
+from primia_lite.federation.untrusted import MOST_REQUEST_BYTES, read_json
+from primia_lite.models import prepare
+from primia_lite.privacy.ledger import Ledger
 from primia_lite.runtime import write_atomic
 from primia_lite.secagg import Agreement, Reply
 
 if TYPE_CHECKING:
-    from primia_lite.data.films import Films
-    from primia_lite.federation.hospital import Hospital
-    from primia_lite.federation.study import Study
-
-CONFIG, STUDY, IDENTITY, ROUNDS, LEDGER = "hospital.toml", "study.json", "identity.pem", "rounds.json", "ledger.sqlite"
-LOG = "hospital.log"
-log = logging.getLogger("primia_lite")
+    from flwr.app import RecordDict
 
 
 class OtherStudy(UserError):
@@ -47,14 +47,12 @@ class OtherStudy(UserError):
 
 
 class Behind(UserError):
-    """The server numbers its rounds below one that the hospital has taken part in. The server gets the number, which it
+    """The server numbers its rounds below one that the hospital has taken part in. The server gets that one, which it
     or its predecessor gave: it goes on above it."""
 
-    def __init__(self, name: str, session: int, last: int):
-        super().__init__(
-            f"hospital {name} was asked for round {session} after round {last}: it takes part in each once"
-        )
-        self.session, self.last = session, last
+    def __init__(self, last: int):
+        super().__init__(f"it has taken part in round {last}, and takes part in each once")
+        self.last = last
 
 
 # A round's number is the time in ms when it began, or the next after the last one's where a clock was set back. A
@@ -77,14 +75,11 @@ class FlowerHospital:
 
     Parameters
     ----------
-    name, identity
-        Who it is, and the key that the others have pinned.
-    study
-        Its own copy of ``study.json``.
-    hospital
-        Makes the :class:`~primia_lite.federation.hospital.Hospital`, given the study; called in step ``mask`` alone.
-    folder
-        Where updates are stored until they are masked, and ledgers lie. None keeps nothing, and refuses DP.
+    name, identity : who it is, and the key that the others have pinned
+    study : its own copy of ``study.json``
+    hospital : makes the :class:`~primia_lite.federation.hospital.Hospital`, given the study; called in step ``mask``
+        alone
+    folder : where updates are stored until they are masked, and ledgers lie. None keeps nothing, and refuses DP
     """
 
     def __init__(
@@ -101,43 +96,46 @@ class FlowerHospital:
         self._study_text, self._make = study, hospital
 
     @cached_property
-    def agreement(self) -> Agreement:
-        try:
-            return Agreement.from_dict(read_json(self._study_text, STUDY)["agreement"])
-        except KeyError as error:
-            raise UserError(f"hospital {self.name}'s {STUDY} has no agreement: copy it again") from error
-
-    @cached_property
     def study(self) -> Study:
-        from primia_lite.federation.study import Study
-
         return Study.from_bytes(self._study_text)
+
+    @property
+    def agreement(self) -> Agreement:
+        return self.study.agreement
 
     @cached_property
     def hospital(self) -> Hospital:
         return self._make(self.study)
 
+    def reply(self, content: RecordDict) -> RecordDict:
+        """What goes back. It never raises: Flower would send the error's text, which may tell of films."""
+        from primia_lite.apps.flower import messages  # Flower itself is needed from here on
+
+        try:
+            asked, weights = content["request"], content.get("weights")
+            weights = weights and {name: array.numpy() for name, array in weights.items()}
+            found = self.answer(asked["study"], asked["requests"], asked["round"], weights)
+            return messages.answered(found) if found else messages.refusal()
+        except OtherStudy as error:
+            log.warning("%s", error)
+            return messages.refusal(str(error))
+        except Behind as error:
+            return messages.behind(error.last)
+        except Exception as error:
+            log.warning("hospital %s can't answer: %s: %s", self.name, type(error).__name__, error)
+            return messages.refusal()
+
     def answer(
         self, study: str, requests: Sequence[bytes], number: int = 0, weights: Mapping[str, np.ndarray] | None = None
     ) -> list[Reply]:
         """Replies to a message's requests: one of a round and one of the next. Those that are refused have none, and
-        the hospital's log tells why.
+        the hospital's log tells why; OtherStudy or Behind where none is answered for that reason.
 
         Parameters
         ----------
-        study
-            :func:`fingerprint` of the server's study.
-        requests
-            As :meth:`primia_lite.secagg.SecAggClient.answer` takes them.
-        number, weights
-            Of a round of training, and the global weights by parameter name: for a request of step ``mask``.
-
-        Raises
-        ------
-        OtherStudy
-            The server goes by another study. No request is answered.
-        Behind
-            Nor is any, for it asks for a round that was.
+        study : :func:`fingerprint` of the server's study
+        requests : as :meth:`primia_lite.secagg.SecAggClient.answer` takes them
+        number, weights : of a round of training, and the global weights by parameter name: for step ``mask``
         """
         if study != self.fingerprint:
             raise OtherStudy(
@@ -153,11 +151,11 @@ class FlowerHospital:
                 if session > now_ms() + FARTHEST_MS:
                     raise UserError(f"round {session} lies more than 200 years ahead of this machine's clock")
                 if head["step"] == "advertise" and session <= last[session % 2]:
-                    raise (behind := Behind(self.name, session, max(last)))
+                    raise (behind := Behind(max(last)))
                 replies.append(
                     self.rounds.answer(
-                        self.fingerprint, self.agreement, request, lambda: self.compute_update(number, weights),
-                        lambda: ask_question(self.fingerprint, self.study, number, weights),
+                        self.fingerprint, self.study, request, lambda: (number, weights),
+                        lambda: self.compute_update(number, weights),
                     )
                 )  # fmt: skip
                 log.info("round %d: answered %s (session %d)", number, replies[-1].step, session)
@@ -169,21 +167,13 @@ class FlowerHospital:
 
     def compute_update(self, number: int, weights: Mapping[str, np.ndarray]) -> np.ndarray:
         """A round's update as one vector; with DP the ledger is charged first."""
-        import torch
-
-        from primia_lite.federation.aggregation import flat
-        from primia_lite.privacy.rng import SecureGenerator
-
-        study = self.study
+        study, folder = self.study, self.folder if self.study.privacy else None
         state = {name: torch.from_numpy(np.array(value)) for name, value in weights.items()}
-        rng = SecureGenerator()
-        if not study.privacy:
-            rng = SecureGenerator.from_seed(study.seed).child("round", number, self.name)
-        folder = self.folder if study.privacy else None
+        rng = study.rng(number, self.name)
         update = self.hospital.update(number, state, study.training, study.privacy, rng, folder)
         vector = flat(update.delta, {name: value for name, value in state.items() if name in update.delta}, self.name)
         if folder:  # an update is masked once: what was stored served a kill before this
-            (folder / f"update-{self.name}-{number:05d}.pt").unlink(missing_ok=True)
+            self.hospital.forget_update(folder, number)
         return vector
 
 
@@ -201,17 +191,12 @@ class FolderHospital(FlowerHospital):
     The prepared films are kept in the folder from the first round on; delete ``films-*.npz`` and the next round reads
     them again.
     ``part = [0, 3]`` under ``[films]`` takes the first of three parts of the source, for trials on one machine.
-
-    Raises
-    ------
-    UserError
-        A file that is missing or can't be read, or an identity that others can read.
     """
 
     def __init__(self, folder: str | Path):
         folder = Path(folder)
         try:
-            config = tomllib.loads((folder / CONFIG).read_text("utf-8"))
+            config = config_of(folder / CONFIG)
             name, self._films = config["name"], dict(config["films"])
             identity = read_identity(folder / IDENTITY)
             study = (folder / STUDY).read_bytes()
@@ -219,7 +204,7 @@ class FolderHospital(FlowerHospital):
             raise UserError(
                 f"{error.filename} is missing: primia-lite deploy makes it, or the study's operator sends it"
             ) from error
-        except (tomllib.TOMLDecodeError, KeyError, ValueError) as error:
+        except (KeyError, ValueError) as error:
             raise UserError(f"{folder / CONFIG} can't be read ({error}): it needs name and [films]") from error
         super().__init__(name, identity, study, self._hospital, folder)
         self.rounds = HospitalRounds(name, identity, folder / ROUNDS)
@@ -232,9 +217,6 @@ class FolderHospital(FlowerHospital):
             return super().answer(*args, **options)
 
     def _hospital(self, study: Study) -> Hospital:
-        from primia_lite.federation.hospital import Hospital
-        from primia_lite.privacy.ledger import Ledger
-
         declared, privacy, ledger = self.agreement.sizes[self.name], study.privacy, None
         if privacy:
             plan = (privacy.target_epsilon, privacy.target_delta, privacy.unit, privacy.plan)
@@ -244,27 +226,17 @@ class FolderHospital(FlowerHospital):
 
     def _prepared(self, study: Study) -> Films:
         """The films as the model takes them, kept from the first round on: a cohort doesn't change in a study."""
-        from primia_lite.federation.study import films_from
-        from primia_lite.models import prepare
-
         training = study.training
         settings = json.dumps([__version__, self._films, training.model, training.augmentation], sort_keys=True)
         path = self.folder / f"films-{hashlib.sha256(settings.encode()).hexdigest()[:12]}.npz"
         if not path.exists():
             films = prepare(training.model, load_films(self._films), augmentation=training.augmentation)
-            parts = {
-                "inputs": films.inputs.numpy(), "labels": films.labels.numpy(),
-                "patient_id": films.patient_id.astype(str), "normalisation": np.array(films.normalisation),
-                "model": np.array(films.model),
-            }  # fmt: skip
-            write_atomic(path, lambda file: np.savez(file, **parts), private=True)
+            write_atomic(path, lambda file: write_films(file, films, compressed=False), private=True)
         return films_from(path)
 
 
-def load_films(options: Mapping[str, object]):
+def load_films(options: Mapping[str, object]) -> ChestXrays:
     """Training films as ``[films]`` in ``hospital.toml`` names them."""
-    from primia_lite.data import load, partition
-
     options = dict(options)
     part = options.pop("part", None)
     films = load(options.pop("source"), options.pop("size"), **options)
@@ -274,39 +246,10 @@ def load_films(options: Mapping[str, object]):
 
 
 def read_identity(path: Path) -> Ed25519PrivateKey:
-    """A hospital's signing key.
-
-    Raises
-    ------
-    UserError
-        Others than its owner can read the file, or it holds another key.
-    """
+    """A hospital's signing key; UserError where others than its owner can read the file, or it holds another key."""
     if path.stat().st_mode & 0o077:
         raise UserError(f"{path} can be read by others: chmod 600 {path}")
     key = load_pem_private_key(path.read_bytes(), None)
     if not isinstance(key, Ed25519PrivateKey):
         raise UserError(f"{path} holds no Ed25519 key: take the one that primia-lite deploy made")
     return key
-
-
-class _OneLine(logging.Formatter):
-    """A line for each record: the server has a say in what they hold, and could make up others."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
-
-
-def log_to(folder: Path, *, rotate: bool = False) -> None:
-    """Write what this process has to say to a hospital's log: Flower would throw it away. For the hospital alone.
-
-    One process may rotate the file; the others notice when it has.
-    """
-    for handler in list(log.handlers):
-        if isinstance(handler, WatchedFileHandler | RotatingFileHandler):  # of another hospital, in a simulation
-            log.removeHandler(handler)
-            handler.close()
-    path = folder / LOG
-    handler = RotatingFileHandler(path, maxBytes=1_000_000, backupCount=1) if rotate else WatchedFileHandler(path)
-    handler.setFormatter(_OneLine("%(asctime)s [%(process)d] %(levelname)s %(message)s"))
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)

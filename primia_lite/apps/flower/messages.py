@@ -7,16 +7,14 @@ was answered before, ``reply`` has ``last``, the highest number that the hospita
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Sequence
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 
-from primia_lite.apps.flower.hospital import Behind, FlowerHospital, OtherStudy
 from primia_lite.secagg import ProtocolError, Reply
 
 _REFUSED = 100  # code of an error reply; Flower's own are below
-log = logging.getLogger("primia_lite")
 
 
 def request(study: str, requests: list[bytes], number: int, weights: ArrayRecord | None) -> RecordDict:
@@ -27,24 +25,8 @@ def request(study: str, requests: list[bytes], number: int, weights: ArrayRecord
     return content
 
 
-def answer(hospital: FlowerHospital, content: RecordDict) -> RecordDict:
-    """What a hospital replies. It never raises: Flower would send the error's text, which may tell of films."""
-    try:
-        asked, weights = content["request"], content.get("weights")
-        found = hospital.answer(
-            asked["study"], asked["requests"], asked["round"],
-            weights and {name: array.numpy() for name, array in weights.items()},
-        )  # fmt: skip
-    except OtherStudy as error:
-        log.warning("%s", error)
-        return refusal(str(error))
-    except Behind as error:
-        return RecordDict({"reply": ConfigRecord({"heads": [], "last": error.last})})
-    except Exception as error:
-        log.warning("hospital %s can't answer: %s: %s", hospital.name, type(error).__name__, error)
-        return refusal()
-    if not found:
-        return refusal()
+def answered(found: Sequence[Reply]) -> RecordDict:
+    """What a hospital replies to requests of which it answers some."""
     content = RecordDict({"reply": ConfigRecord({"heads": [reply.split()[0] for reply in found]})})
     for reply in found:
         if reply.vector is not None:
@@ -52,12 +34,17 @@ def answer(hospital: FlowerHospital, content: RecordDict) -> RecordDict:
     return content
 
 
+def behind(last: int) -> RecordDict:
+    """What a hospital replies that has taken part in a later round: its number."""
+    return RecordDict({"reply": ConfigRecord({"heads": [], "last": last})})
+
+
 def refusal(why: str = "refused: the hospital's log tells why") -> RecordDict:
     return RecordDict({"refused": ConfigRecord({"why": why})})
 
 
 def reply_to(message: Message, content: RecordDict) -> Message:
-    """A hospital's reply, with what :func:`answer` or :func:`refusal` says."""
+    """A hospital's reply, with one of the contents above."""
     if "refused" in content:
         return Message(Error(_REFUSED, content["refused"]["why"]), reply_to=message)
     return Message(content, reply_to=message)

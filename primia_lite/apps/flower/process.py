@@ -1,10 +1,9 @@
 """Flower's two long-lived processes, each behind a guard: ``python -m primia_lite.apps.flower.process``.
 
-``supernode`` takes no code from the server. Stock Flower runs at a hospital whatever app the server's operator (or
-whoever else reaches its control API) submits; here the app must be, byte for byte, the one file that this module
-writes, which names the installed package's own :mod:`~primia_lite.apps.flower.app`. Messages of any other app
-are dropped. It starts the hospital's own process (:mod:`~primia_lite.apps.flower.worker`), and starts it again
-when it has died.
+``supernode`` takes no code from the server. Stock Flower runs at a hospital whatever app reaches its control API; here
+the app must be, byte for byte, the one file that this module writes, which names the installed package's own
+:mod:`~primia_lite.apps.flower.app`. It starts the hospital's own process (:mod:`~primia_lite.apps.flower.worker`), and
+again when it has died.
 
 ``superlink`` answers requests from other machines only where SuperNodes need it, below ``/v1/fleet``. Stock Flower has
 its control API, which asks for no credential and runs what it is sent, on the same port. Whoever works on the server's
@@ -16,7 +15,6 @@ Both guards hold on to what isn't Flower's public interface: hence the exact pin
 from __future__ import annotations
 
 import ipaddress
-import logging
 import os
 import subprocess
 import sys
@@ -24,10 +22,10 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager
+from logging import StreamHandler
 
 from primia_lite import __version__
-
-log = logging.getLogger("primia_lite")
+from primia_lite.apps.flower.folder import log
 
 # All of the app. Its code is what each party has installed.
 APP = f"""[project]
@@ -136,7 +134,7 @@ def keep_alive(command: Sequence[str], pause_s: float = 1.0, longest_pause_s: fl
 
 def main() -> None:
     which = sys.argv.pop(1)
-    log.addHandler(logging.StreamHandler())  # Flower's logger has a handler of its own
+    log.addHandler(StreamHandler())  # Flower's logger has a handler of its own
     if which == "supernode":
         from flwr.supernode.cli import flower_supernode
 

@@ -8,53 +8,43 @@ misses one of these exchanges misses the next round too.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import logging
 import time
-import tomllib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from flwr.app import Array, ArrayRecord, Message, MessageType
 from flwr.serverapp import Grid
 
 from primia_lite import secagg
-from primia_lite.apps.flower.hospital import FARTHEST_MS, STUDY, fingerprint, now_ms
+from primia_lite.apps.flower.folder import HISTORY, SERVER_CONFIG, STUDY, config_of, log
+from primia_lite.apps.flower.hospital import FARTHEST_MS, fingerprint, now_ms
 from primia_lite.apps.flower.messages import replies, request
 from primia_lite.config import UserError, printable
-from primia_lite.federation import checkpoints
-from primia_lite.federation.aggregation import Aggregate, check, unflat
+from primia_lite.federation.aggregation import SecAggOver
 from primia_lite.federation.hospital import State
-from primia_lite.federation.rounds import Schedule, ServerOptimizer, run_rounds
+from primia_lite.federation.optimizer import Schedule
+from primia_lite.federation.rounds import Result, federate_study
 from primia_lite.federation.study import Study
 from primia_lite.runtime import write_atomic
 
-CONFIG, MODEL, HISTORY = "server.toml", "model.pt", "history.json"
-log = logging.getLogger("primia_lite")
+MODEL = "model.pt"
 
 
-class FlowerAggregation:
-    """:class:`~primia_lite.federation.aggregation.Aggregator` for hospitals behind Flower's Grid.
+class FlowerAggregation(SecAggOver):
+    """Secure aggregation with hospitals behind Flower's Grid.
 
     Parameters
     ----------
-    study
-        The server's copy of ``study.json``.
-    weights
-        Gives the global weights of the round that begins.
-    rounds
-        The last round's number: after it nothing is asked ahead.
-    step_timeout_s, mask_timeout_s
-        How long replies are waited for, and those of step ``mask``, in which hospitals train. Who is late is gone.
-    start_timeout_s
-        How long the first round waits for all hospitals to be connected.
-    poll_s
-        Between two looks for replies.
+    study : the server's copy of ``study.json``
+    weights : gives the global weights of the round that begins
+    rounds : the last round's number: after it nothing is asked ahead
+    step_timeout_s, mask_timeout_s : how long replies are waited for, and those of step ``mask``, in which hospitals
+        train. Who is late is gone
+    start_timeout_s : how long the first round waits for all hospitals to be connected
+    poll_s : between two looks for replies
     """
 
     def __init__(
@@ -70,6 +60,7 @@ class FlowerAggregation:
         poll_s: float = 0.2,
     ):
         self.agreement = Study.from_bytes(study).agreement
+        self.name = f"secure aggregation over Flower, threshold {self.agreement.threshold}"
         self.fingerprint = fingerprint(study)
         self.refused: list[str] = []
         self._grid, self._weights, self._rounds = grid, weights, rounds
@@ -80,23 +71,7 @@ class FlowerAggregation:
         self._session = self._told = 0  # the last number given out; the highest that a hospital has named
         self._next: secagg.SecAggServer | None = None
 
-    def min_revealed(self, hospitals: int) -> int:
-        return self.agreement.threshold
-
-    @property
-    def name(self) -> str:
-        return f"secure aggregation over Flower, threshold {self.agreement.threshold}, clip {self.agreement.clip:g}"
-
-    def aggregate(self, compute_update, sizes, template, number, *, integer_sum=False, question=None) -> Aggregate:
-        """See :class:`~primia_lite.federation.aggregation.Aggregator`; of ``compute_update`` only the names count."""
-        check(compute_update, sizes)
-        if integer_sum == self.agreement.weighted or dict(sizes) != dict(self.agreement.sizes):
-            raise UserError("the round's sizes, or what is summed, aren't those of the agreement: start from one study")
-        server = self._round(number)
-        vector = server.total.astype(np.int64) if integer_sum else server.mean
-        return Aggregate(unflat(vector, template), server.survivors)
-
-    def _round(self, number: int, *, again: bool = True) -> secagg.SecAggServer:
+    def round(self, number, updates, question, *, again: bool = True) -> secagg.SecAggServer:
         server, self._next = self._next or self._begin(), None
         steps = []
 
@@ -106,22 +81,19 @@ class FlowerAggregation:
             ahead = self._ahead(step) if number < self._rounds else {}
             for name, text in ahead.items():
                 asked.setdefault(name, []).append(text)
-            weights = self._record() if step == "mask" else None
             broadcast = step == "advertise" or (step == "confirm" and bool(ahead))
-            for message in self._exchange(step, asked, number, weights, broadcast):
+            for message in self._exchange(step, asked, number, broadcast):
                 yield from self._sorted(message, server)
 
         try:
             self.refused += secagg.run_round(server, exchange)
             self._close_next()
-        except secagg.TooFewSurvivors:
+        except BaseException as error:
             self._next = None
             # Numbers were too low, as after a clock that was ahead, and hospitals have said so. Nothing was computed.
-            if again and steps == ["advertise"] and server.session <= self._told:
-                return self._round(number, again=False)
-            raise
-        except BaseException:
-            self._next = None
+            early = isinstance(error, secagg.TooFewSurvivors) and steps == ["advertise"]
+            if again and early and server.session <= self._told:
+                return self.round(number, updates, question, again=False)
             raise
         return server
 
@@ -150,9 +122,6 @@ class FlowerAggregation:
             self._next = None
 
     # --- messages -----------------------------------------------------------------------------------------------------
-
-    def _record(self) -> ArrayRecord:
-        return ArrayRecord({name: Array(value.numpy()) for name, value in self._weights().items()})
 
     def _sorted(self, message: Message, server: secagg.SecAggServer) -> Iterator[secagg.Reply]:
         """A message's replies for this round; those for the next one are taken."""
@@ -198,23 +167,19 @@ class FlowerAggregation:
         self.refused.append(why)
         log.warning("%s", why)
 
-    def _exchange(
-        self, step: str, asked: Mapping[str, list[bytes]], number: int, weights: ArrayRecord | None, broadcast: bool
-    ) -> Iterator[Message]:
+    def _exchange(self, step: str, asked: Mapping[str, list[bytes]], number: int, broadcast: bool) -> Iterator[Message]:
         """Send, and give the replies as they come, until all have or time is up.
 
-        Parameters
-        ----------
-        broadcast
-            Keys are asked for: hospitals whose node isn't known (yet, or since it restarted) are asked through all
-            other nodes.
+        ``broadcast``: hospitals whose node isn't known (yet, or since it restarted) are asked through all other nodes.
         """
         nodes = self._connected() if broadcast else list(self._nodes.values())
         contents = {self._nodes[name]: texts for name, texts in asked.items() if self._nodes.get(name) in nodes}
         if broadcast and (strangers := [name for name in asked if self._nodes.get(name) not in nodes]):
             known = set(self._nodes.values())
             contents |= {node: asked[strangers[0]][-1:] for node in nodes if node not in known}
-        timeout_s = self._timeout_s.get(step, self._step_timeout_s)
+        timeout_s, weights = self._timeout_s.get(step, self._step_timeout_s), None
+        if step == "mask":
+            weights = ArrayRecord({name: Array(value.numpy()) for name, value in self._weights().items()})
         messages = [
             Message(
                 request(self.fingerprint, texts, number, weights), node, MessageType.TRAIN,
@@ -254,77 +219,47 @@ def train(
     in_shape: tuple[int, ...],
     *,
     folder: Path | None = None,
-    validation=None,
-    show: Callable[[dict], None] | None = None,
+    progress: Callable[[dict], None] | None = None,
     **options,
-) -> ServerOptimizer:
-    """Train over the Grid, as :func:`primia_lite.federation.rounds.federate` does in one process.
+) -> Result:
+    """Train over the Grid: :func:`primia_lite.federation.rounds.federate_study`.
 
     Parameters
     ----------
-    study
-        The server's copy of ``study.json``.
-    in_shape
-        Of a film as the model takes it.
-    folder
-        Where the checkpoint goes; a run found there goes on.
-    options
-        Those of :class:`FlowerAggregation`.
-
-    Raises
-    ------
-    TooFewSurvivors
-        What is left of the hospitals is below the threshold.
-    UserError
-        More rounds than the study's, or a folder that holds another run.
+    study : the server's copy of ``study.json``
+    in_shape : of a film as the model takes it
+    folder : where the checkpoint goes; a run found there goes on
+    options : those of :class:`FlowerAggregation`
     """
     agreed = Study.from_bytes(study)
-    if schedule.rounds > agreed.rounds:
-        raise UserError(f"rounds is {schedule.rounds}, but hospitals agreed to {agreed.rounds}")
-    server = ServerOptimizer.start(agreed.training, schedule, in_shape, agreed.seed)
-    if folder:
-        plan = asdict(schedule)
-        if not schedule.average_last:  # more rounds may be added to a run, but not to what was averaged
-            del plan["rounds"]
-        checkpoints.resume(server, folder, "", hashlib.sha256(study + json.dumps(plan).encode()).hexdigest()[:16])
-    aggregator = FlowerAggregation(grid, study, lambda: server.state, schedule.rounds, **options)
-    sizes = dict(agreed.agreement.sizes)
-    for record in run_rounds(
-        server, aggregator, lambda number: dict.fromkeys(sizes), sizes,
-        privacy=agreed.privacy, folder=folder, validation=validation,
-    ):  # fmt: skip
-        if show:
-            show(record)
-    return server
+    return federate_study(
+        agreed, schedule, in_shape,
+        lambda server: FlowerAggregation(grid, study, lambda: server.state, schedule.rounds, **options),
+        seed=agreed.seed, folder=folder, progress=progress,
+    )  # fmt: skip
 
 
 def train_in_folder(grid: Grid, folder: Path, rounds: int, *, fresh: bool = False) -> None:
     """What the ServerApp does: read ``study.json`` and ``server.toml``, train, and leave ``run/model.pt``.
 
+    What happens is noted in ``run/history.json``: ``rounds``, a record each of those that this run has done;
+    ``ended_s``, when each ended, in seconds since training began; ``done``, the rounds in all, or ``error``.
+
     Parameters
     ----------
-    rounds
-        In all, with those of an earlier run that is found in the folder.
-    fresh
-        Start anew.
-
-    Raises
-    ------
-    UserError
-        See :func:`train`; also a folder in which another run trains.
+    rounds : in all, with those of an earlier run that is found in the folder
+    fresh : start anew
     """
-    config = tomllib.loads((folder / CONFIG).read_text("utf-8"))
+    config = config_of(folder / SERVER_CONFIG)
     run = folder / "run"
     run.mkdir(exist_ok=True)
     started = time.monotonic()
-    found: dict = {"rounds": [], "ended_s": []}  # of this run alone: when each round ended, in seconds since its start
+    found: dict = {"rounds": [], "ended_s": []}
 
-    def show(record: dict) -> None:
-        found["rounds"].append(record)
-        found["ended_s"].append(round(time.monotonic() - started, 2))
-        note()
-
-    def note() -> None:
+    def note(record: dict | None = None) -> None:
+        if record:
+            found["rounds"].append(record)
+            found["ended_s"].append(round(time.monotonic() - started, 2))
         write_atomic(run / HISTORY, (json.dumps(found, indent=1) + "\n").encode())
 
     try:
@@ -333,16 +268,15 @@ def train_in_folder(grid: Grid, folder: Path, rounds: int, *, fresh: bool = Fals
                 path.unlink(missing_ok=True)
             note()
             try:
-                server = train(
+                result = train(
                     grid, (folder / STUDY).read_bytes(), Schedule(rounds, **config.get("schedule", {})),
-                    tuple(config["in_shape"]), folder=run, show=show, **config.get("timeouts", {}),
+                    tuple(config["in_shape"]), folder=run, progress=note, **config.get("timeouts", {}),
                 )  # fmt: skip
+                write_atomic(run / MODEL, lambda file: torch.save(result.state, file))
+                found["done"] = len(result.history)
             except Exception as error:
                 found["error"] = f"{type(error).__name__}: {error}"
                 raise
-            else:
-                write_atomic(run / MODEL, lambda file: torch.save(server.final(), file))
-                found["done"] = server.round
             finally:
                 note()
     except Timeout as error:

@@ -9,7 +9,6 @@ all that counts is in the hospital's folder.
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 import signal
@@ -20,6 +19,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flwr.app import RecordDict
 
@@ -27,12 +27,14 @@ from flwr.app import RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 
-from primia_lite.apps.flower.hospital import CONFIG, IDENTITY, STUDY, FlowerHospital, FolderHospital, log_to
-from primia_lite.apps.flower.messages import answer, refusal
+from primia_lite.apps.flower.folder import CONFIG, IDENTITY, STUDY, log, log_to
+from primia_lite.apps.flower.messages import refusal
 from primia_lite.runtime import write_atomic
 
+if TYPE_CHECKING:
+    from primia_lite.apps.flower.hospital import FlowerHospital
+
 SOCKET = "worker"  # in the hospital's folder: where the socket is
-log = logging.getLogger("primia_lite")
 
 
 def connect(folder: Path) -> Connection | None:
@@ -66,12 +68,12 @@ def _receive(connection: Connection) -> RecordDict:
 class Held:
     """A hospital that keeps its films in memory, as long as its folder is as it was when they were read."""
 
-    def __init__(self, folder: Path, make: Callable[[Path], FlowerHospital] = FolderHospital):
+    def __init__(self, folder: Path, make: Callable[[Path], FlowerHospital]):
         self._folder, self._make = folder, make
         self._hospital, self._read = None, None
 
-    def answer(self, content: RecordDict) -> RecordDict:
-        """As :func:`primia_lite.apps.flower.messages.answer`; also where the folder can't be read."""
+    def reply(self, content: RecordDict) -> RecordDict:
+        """As :meth:`primia_lite.apps.flower.hospital.FlowerHospital.reply`; also where the folder can't be read."""
         try:
             # A study that the hospital has joined since then counts, and films that it has deleted.
             now = [(self._folder / name).stat().st_ctime_ns for name in (CONFIG, STUDY, IDENTITY)]
@@ -81,7 +83,7 @@ class Held:
         except Exception as error:
             log.warning("this hospital can't answer: %s: %s", type(error).__name__, error)
             return refusal()
-        reply = answer(self._hospital, content)
+        reply = self._hospital.reply(content)
         after = self._films()
         # Written meanwhile: it is what the hospital holds. Deleted meanwhile: what it holds is out of date.
         self._read = (now, after) if after == before or not before else None
@@ -107,16 +109,16 @@ def serve(folder: Path) -> None:
     signal.signal(signal.SIGTERM, leave)
     threading.Thread(target=lambda: (sys.stdin.buffer.read(), leave()), daemon=True).start()
     # Seconds that no message is to wait for; films are loaded when they are first asked for, which may take minutes.
-    from primia_lite.federation import hospital, study  # noqa: F401
+    from primia_lite.apps.flower.hospital import FolderHospital
 
-    held = Held(folder)
+    held = Held(folder, FolderHospital)
     try:
         with Listener(str(place / "socket"), "AF_UNIX") as listener:
             write_atomic(path, str(place / "socket").encode(), private=True)
             while True:
                 with suppress(OSError), listener.accept() as connection:
                     try:
-                        _send(connection, held.answer(_receive(connection)))
+                        _send(connection, held.reply(_receive(connection)))
                     except Exception as error:  # the connection closes, and Flower's process refuses
                         log.warning("this hospital can't answer: %s: %s", type(error).__name__, error)
     finally:

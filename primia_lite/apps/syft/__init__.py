@@ -7,6 +7,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "approval": ["DEPENDENCY_FILES", "difference", "digest", "verdict"],
         "memory": ["in_memory"],
-        "transport": ["federate_with_syft"],
+        "researcher": ["federate_with_syft"],
     },
 )

@@ -10,18 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from primia_lite.apps.hospital import ask_question
 from primia_lite.config import UserError, printable
-from primia_lite.federation.claims import MOST_REQUEST_BYTES, read_json
 from primia_lite.federation.hospital import Hospital
 from primia_lite.federation.study import MOST_ROUND_BYTES, REQUEST, ROUND, RUN, RUN_SH, STUDY, Files, Study, describe
-from primia_lite.secagg import Question
+from primia_lite.federation.untrusted import MOST_REQUEST_BYTES, read_json
 from primia_lite.training import check_options
 
 # What asks for packages, by name.
 DEPENDENCY_FILES = ("pyproject.toml", "requirements.txt", "setup.py", "setup.cfg", "uv.lock", "environment.yml")
-
-
 _MOST_LINES = 10_000  # that are compared: the time grows with their square
 
 
@@ -35,19 +31,13 @@ def digest(files: Files) -> str:
     return hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()
 
 
-def question(key: str, files: Files, study: Study) -> Question | None:
-    """What a round's job asks, where no noise protects the answer. ``key`` is the job's :func:`digest`.
-
-    Raises
-    ------
-    UserError
-        The job holds no round of the study.
-    """
+def round_of(files: Files) -> tuple[object, str]:
+    """The number of a round's job, and what tells its weights from others."""
     try:
         number = read_json(files[ROUND], ROUND, MOST_ROUND_BYTES)["round"]
     except (KeyError, UserError) as error:
         raise UserError("the job holds no round that can be read") from error
-    return ask_question(key, study, number, hashlib.sha256(files[ROUND]).hexdigest())
+    return number, hashlib.sha256(files[ROUND]).hexdigest()
 
 
 def asks_for_packages(files: Files) -> str:
@@ -104,15 +94,7 @@ def difference(before: Files, after: Files) -> str:
 
 @dataclass(frozen=True)
 class Approval:
-    """A person's yes.
-
-    Attributes
-    ----------
-    study : its name
-    rounds, used : how many were approved, and how many have begun
-    files : the job as it was read
-    reason : the person's words
-    """
+    """A person's yes, to a job as it was read: for so many rounds, of which ``used`` have begun."""
 
     study: str
     rounds: int
@@ -121,8 +103,7 @@ class Approval:
     reason: str = ""
 
     def as_dict(self) -> dict:
-        files = {path: base64.b64encode(content).decode() for path, content in self.files.items()}
-        return {"study": self.study, "rounds": self.rounds, "used": self.used, "files": files, "reason": self.reason}
+        return vars(self) | {"files": {path: base64.b64encode(text).decode() for path, text in self.files.items()}}
 
     @classmethod
     def from_dict(cls, content: dict) -> Approval:
@@ -131,15 +112,7 @@ class Approval:
 
 
 def verdict(files: Files, approvals: Mapping[str, Approval]) -> str:
-    """Why a round's job may not run; empty if it may.
-
-    Parameters
-    ----------
-    files
-        The job, by path.
-    approvals
-        What the hospital has approved, by :func:`digest`.
-    """
+    """Why a round's job may not run; empty if it may. ``approvals`` are the hospital's, by :func:`digest`."""
     if why := asks_for_packages(files):
         return why
     approval = approvals.get(digest(files))
@@ -150,24 +123,13 @@ def verdict(files: Files, approvals: Mapping[str, Approval]) -> str:
             return f"study {name!r} wasn't approved: propose it, and wait for a person's yes"
         return "this isn't what was approved: " + "; ".join(changes(same[-1].files, files))
     try:
-        step = request_of(files)["step"]
+        step = read_json(files[REQUEST], "the request", MOST_REQUEST_BYTES)["step"]
     except (KeyError, UserError):
         return "the job holds no request that can be read"
     # A round begins with its mask: the other steps of the last one are still to come.
     if approval.used >= approval.rounds and step in ("advertise", "share", "mask"):
         return f"{approval.rounds} rounds were approved, and {approval.used} have been taken: propose another study"
     return ""
-
-
-def request_of(files: Files) -> dict:
-    """What a round's job asks for.
-
-    Raises
-    ------
-    UserError
-        It can't be read.
-    """
-    return read_json(files[REQUEST], "the request", MOST_REQUEST_BYTES)
 
 
 def study_name(files: Files) -> str:
@@ -207,12 +169,10 @@ def study_problems(study: Study, hospital: Hospital, trusted: Mapping[str, bytes
 
 @dataclass(frozen=True)
 class Review:
-    """What a person at the hospital has before them.
+    """What a person at the hospital has before them; an approval is for ``files``, the job's bytes as they are now.
 
     Attributes
     ----------
-    job, submitted_by : name of the job, and whose it is
-    files : its bytes as they are now; an approval is for these
     study : None where the settings can't be read
     problems : why the hospital can't take part, whatever the person says
     difference : unified diff to what was approved under this name before

@@ -1,5 +1,4 @@
-"""A hospital on PySyft: its datasite, and what its people have approved. :mod:`~primia_lite.apps.syft.runner` does no
-more than that."""
+"""A hospital on PySyft: its datasite, and what its people have approved."""
 
 from __future__ import annotations
 
@@ -9,6 +8,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from syft_job.job_storage import JobRef
 from syft_job.models import JobStatus
 from syft_rds import SyftRDSClient
 
-from primia_lite.apps.hospital import HospitalRounds
+from primia_lite.apps.hospital_rounds import HospitalRounds
 from primia_lite.apps.syft.approval import (
     Approval,
     NotApproved,
@@ -27,17 +27,17 @@ from primia_lite.apps.syft.approval import (
     changes,
     difference,
     digest,
-    question,
+    round_of,
     study_name,
     study_problems,
     verdict,
 )
 from primia_lite.apps.syft.process import run_job
-from primia_lite.apps.syft.runner import HospitalRunner, is_round, quiet, read_job, round_of
+from primia_lite.apps.syft.runner import HospitalRunner, is_round, quiet, read_job
 from primia_lite.config import UserError, printable
 from primia_lite.data.films import Films
 from primia_lite.federation.hospital import Hospital
-from primia_lite.federation.study import REQUEST, STUDY, Files, Study, films_to_bytes
+from primia_lite.federation.study import REQUEST, STUDY, Files, Study, write_films
 from primia_lite.runtime import write_atomic
 
 
@@ -46,21 +46,15 @@ class Datasite:
 
     Parameters
     ----------
-    client
-        Its syft-rds client, in the role of a data owner.
-    hospital
-        Its films, declared sizes and lasting ledger.
-    folder
-        The hospital's own: identity, approvals, the protocol's state, what jobs printed. Outside what syft syncs.
-    timeout_s, memory_gib
-        Of a job: how long it may run, and what each of its processes may take; see
-        :func:`~primia_lite.apps.syft.process.run_job`.
+    client : its syft-rds client, in the role of a data owner
+    hospital : its films, declared sizes and lasting ledger
+    folder : the hospital's own: identity, approvals, the protocol's state, what jobs printed. Outside what syft syncs
+    timeout_s, memory_gib : of a job (:func:`~primia_lite.apps.syft.process.run_job`)
 
     Attributes
     ----------
-    approvals : by digest
+    approvals, seconds : by digest, and of each job's process by job
     journal : what happened, for the hospital's eyes; also in ``journal.txt``
-    seconds : of each job's process, by job
     """
 
     def __init__(
@@ -118,16 +112,8 @@ class Datasite:
         """Pin other hospitals' public keys, which came on another way than through the researcher."""
         self.trusted |= dict(keys)
 
-    # Data
-
     def add_dataset(self, name: str, mock: Films, readers: list[str]) -> None:
-        """Make the films a dataset: its mock half goes to ``readers``, its private half stays here.
-
-        Raises
-        ------
-        UserError
-            There is one of this name.
-        """
+        """Make the films a dataset: its mock half goes to ``readers``, its private half stays here."""
         if self.films(name):
             raise UserError(f"hospital {self.name} has a dataset {name!r} already: choose another name")
         draft = self.folder / "dataset"
@@ -135,7 +121,7 @@ class Datasite:
         try:
             for half, films in (("mock", mock), ("private", self.hospital.films)):
                 paths[half].parent.mkdir(parents=True)
-                paths[half].write_bytes(films_to_bytes(films))
+                write_films(paths[half], films)
             with quiet():
                 self.client.create_dataset(
                     name, mock_path=paths["mock"], private_path=paths["private"], users=readers, upload_private=False
@@ -150,7 +136,7 @@ class Datasite:
         except (FileNotFoundError, IndexError, ValueError):
             return None
 
-    # What a person does
+    # --- what a person does -------------------------------------------------------------------------------------------
 
     def sync(self) -> None:
         """Send what is new here, fetch what is new elsewhere."""
@@ -187,16 +173,12 @@ class Datasite:
         except UserError as error:
             return Review(name, job.submitted_by, {}, None, (str(error),), "")
         before = [a.files for a in self.approvals.values() if a.study == study_name(files)]
+        study, problems = None, [why] if (why := asks_for_packages(files)) else []
         try:
-            study, problems = Study.from_bytes(files.get(STUDY, b"")), []
+            study = Study.from_bytes(files.get(STUDY, b""))
+            problems += study_problems(study, self.hospital, self.trusted, bool(self.films(study.dataset)))
         except UserError as error:
-            study, problems = None, [str(error)]
-        if why := asks_for_packages(files):
-            problems.append(why)
-        try:
-            problems += (
-                study_problems(study, self.hospital, self.trusted, bool(self.films(study.dataset))) if study else []
-            )
+            problems.insert(0, str(error))
         except Exception as error:  # of any kind: the values are somebody else's
             problems.append(printable(f"the study can't be judged ({type(error).__name__}: {error})", 200))
         return Review(
@@ -208,17 +190,8 @@ class Datasite:
     ) -> Approval:
         """Say yes to what was reviewed: to these bytes, for so many rounds, and to nothing else.
 
-        Parameters
-        ----------
-        rounds
-            Fewer than the study asks for, or left out.
-        without_noise
-            Say yes to a study without differential privacy, too.
-
-        Raises
-        ------
-        UserError
-            The job was changed since it was reviewed, has a problem, or adds no noise.
+        ``rounds`` are fewer than the study asks for, or left out; ``without_noise`` says yes to a study without
+        differential privacy, too. UserError where the job was changed since, has a problem, or adds no noise.
         """
         with quiet():
             job = self._pending_job(review.job)
@@ -254,7 +227,7 @@ class Datasite:
         self.approvals[key] = approval
         self._keep("approvals", {key: approval.as_dict() for key, approval in self.approvals.items()})
 
-    # What the runner does
+    # --- what the runner does -----------------------------------------------------------------------------------------
 
     def process(self) -> None:
         """Answer the rounds' jobs that an approval covers, and refuse the others. Nothing is synced."""
@@ -296,7 +269,7 @@ class Datasite:
         manager = self.client.job_runner.manager
         for old in list(manager.iter_submission_refs(self.email)):
             over = old.ds_email == ref.ds_email and old.job_name in self._names
-            if over and round_of(old.job_name) != round_of(ref.job_name):
+            if over and old.job_name.rsplit("-", 1)[0] != ref.job_name.rsplit("-", 1)[0]:  # the name ends in the step
                 shutil.rmtree(manager.submission_dir(old))
                 shutil.rmtree(manager.review_dir(old))
 
@@ -305,20 +278,15 @@ class Datasite:
         if why := verdict(files, self.approvals):  # once more: a file may have changed since
             raise NotApproved(why)
         key, study = digest(files), Study.from_bytes(files[STUDY])
-        reply = self._rounds.answer(
-            key, study.agreement, files[REQUEST], lambda: self._update(job, key, study, files, timeout_s),
-            lambda: question(key, files, study),
-        )  # fmt: skip
-        return reply.to_bytes()
+        update = partial(self._update, job, key, study, files, timeout_s)
+        return self._rounds.answer(key, study, files[REQUEST], partial(round_of, files), update).to_bytes()
 
     def _update(self, job: str, key: str, study: Study, files: Files, timeout_s: float) -> np.ndarray:
         """The job's update, after the round is counted and charged."""
         approval = self.approvals[key]
         self._approve(key, replace(approval, used=approval.used + 1))
-        privacy, training = study.privacy, study.training
-        if privacy:
-            release = privacy.release(training.sample_rate, training.steps_per_round)
-            self.hospital.lasting_ledger.charge(f"{study.name}: round {approval.used + 1}", release)
+        if study.privacy:
+            self.hospital.charge(f"{study.name}: round {approval.used + 1}", study.training, study.privacy)
         films = self.films(study.dataset)
         if not films:
             raise UserError(f"dataset {study.dataset!r} is gone")

@@ -23,14 +23,7 @@ from primia_lite.federation.hospital import Hospital
 
 @dataclass
 class Federation:
-    """Hospitals and a researcher in one process, on syft's in-memory drive.
-
-    Attributes
-    ----------
-    sites : by name
-    researcher : who asks
-    store : all that the drive holds: what left a party's machine
-    """
+    """Hospitals by name and who asks them; ``store`` is all that left a party's machine."""
 
     sites: dict[str, Datasite]
     researcher: Researcher
@@ -66,17 +59,9 @@ def in_memory(
 
     Parameters
     ----------
-    folder
-        Emptied; holds a folder for each party, which that party's machine would have.
-    hospitals
-        With a lasting ledger each, if a study is to have DP.
-    mock
-        Made-up films of the same shape, for all mock halves.
-
-    Raises
-    ------
-    UserError
-        The folder holds something else.
+    folder : emptied; holds a folder for each party, which that party's machine would have
+    hospitals : with a lasting ledger each, if a study is to have DP
+    mock : made-up films of the same shape, for all mock halves
     """
     folder = Path(folder).resolve()
     marker = folder / "federation"

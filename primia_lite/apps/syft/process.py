@@ -45,25 +45,16 @@ def run_job(
 
     Parameters
     ----------
-    files
-        The job, by path; these very bytes are run.
-    folder
-        Where it works; emptied before. What it printed stays there, in ``stdout.txt`` and ``stderr.txt``.
-    films
-        The file that it is to read.
-    environment
-        Variables besides the few that it gets; none of the caller's own pass through.
-    memory_gib
-        What each of its processes may take, where the system limits that (Linux does). Left out, half of the machine's.
+    files : the job, by path; these very bytes are run
+    folder : where it works; emptied before. What it printed stays there, in ``stdout.txt`` and ``stderr.txt``
+    films : the file that it is to read
+    environment : variables besides the few that it gets; none of the caller's own pass through
+    memory_gib : what each of its processes may take, where the system limits that (Linux does). Left out, half of the
+        machine's
 
     Returns
     -------
-    float32 or int64 [L], as the job left it
-
-    Raises
-    ------
-    JobError
-        It failed, took too long, needed more memory or left no vector.
+    float32 or int64 [L], as the job left it; JobError where it failed, took too long or needed more memory
     """
     memory_gib = psutil.virtual_memory().total / 2**31 if memory_gib is None else memory_gib
     output = _lay_out(files, folder)

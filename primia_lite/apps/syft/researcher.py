@@ -1,4 +1,13 @@
-"""The researcher's side: proposes studies, and takes rounds of secure aggregation to their end."""
+"""The researcher's side: proposes studies, and takes rounds of secure aggregation to their end.
+
+Every step of :mod:`primia_lite.secagg` is a syft job at each hospital. The job's files carry the request; the
+hospital's runner (:mod:`~primia_lite.apps.syft.runner`) answers it, and in step ``mask`` runs the approved code on the
+private films, in a process of its own. The researcher is the protocol's server and sees only the sum. A person at a
+hospital reviews a study once; rounds with the same code and settings need no second review.
+
+On machines of their own each party makes its client with ``syft_rds``, hospitals run ``fetch``, ``process``, ``sync``
+of :class:`~primia_lite.apps.syft.hospital.Datasite` again and again, and the researcher's ``turn`` waits for them.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +28,13 @@ from primia_lite.apps.syft.approval import DEPENDENCY_FILES
 from primia_lite.apps.syft.process import run_job
 from primia_lite.apps.syft.runner import REPLY, quiet
 from primia_lite.config import UserError, printable
-from primia_lite.federation.claims import read_file
+from primia_lite.data.films import Films
+from primia_lite.federation.aggregation import SecAggOver
 from primia_lite.federation.hospital import State
-from primia_lite.federation.study import CODE, REQUEST, ROUND, RUN, RUN_SH, Files, Study, round_file
+from primia_lite.federation.optimizer import Schedule
+from primia_lite.federation.rounds import Result, federate_study
+from primia_lite.federation.study import CODE, REQUEST, ROUND, RUN, RUN_SH, Files, Study, films_from, round_file
+from primia_lite.federation.untrusted import read_file
 
 
 class AgreedJobClient(JobClient):
@@ -48,14 +61,10 @@ class Researcher:
 
     Parameters
     ----------
-    client
-        A syft-rds client, in the role of a data scientist, with the hospitals as peers.
-    emails
-        Of the hospitals, by name.
-    turn
-        Called after requests went out: returns when hospitals had time to answer.
-    folder
-        For drafts of jobs and trials.
+    client : a syft-rds client, in the role of a data scientist, with the hospitals as peers
+    emails : of the hospitals, by name
+    turn : called after requests went out: returns when hospitals had time to answer
+    folder : for drafts of jobs and trials
 
     Attributes
     ----------
@@ -98,16 +107,10 @@ class Researcher:
         with quiet():
             self.client.sync()
 
-    # A study
+    # --- a study ------------------------------------------------------------------------------------------------------
 
     def mock(self, hospital: str, dataset: str) -> Path:
-        """The file of a dataset's mock half.
-
-        Raises
-        ------
-        UserError
-            The hospital shares no such dataset.
-        """
+        """The file of a dataset's mock half."""
         try:
             with quiet():
                 return self.client.dataset_manager.get(dataset, datasite=self.emails[hospital]).mock_files[0]
@@ -117,34 +120,19 @@ class Researcher:
     def try_out(self, study: Study, hospital: str, weights: State, code: bytes | None = None) -> np.ndarray:
         """A job's update from the mock half, on this machine, as it would run there.
 
-        Raises
-        ------
-        JobError
-            It failed; what it printed lies in ``trial/`` of the researcher's folder.
+        What it printed, also where it failed, lies in ``trial/`` of the researcher's folder.
         """
         files = {**study.files(code), ROUND: round_file(1, weights)}
         mock = self.mock(hospital, study.dataset)
         return run_job(files, self.folder / "trial", mock, hospital, environment={"SYFT_IS_IN_JOB": "false"})
 
     def propose(self, study: Study, code: bytes | None = None) -> None:
-        """Send a study to its hospitals, for people to review.
-
-        Raises
-        ------
-        UserError
-            A hospital has a job of this name already.
-        """
+        """Send a study to its hospitals, for people to review."""
         for hospital in study.agreement.names:
             self.submit(hospital, study.name, study.files(code))
 
     def submit(self, hospital: str, name: str, files: Files, dependencies: Sequence[str] = ()) -> None:
-        """Send one job.
-
-        Raises
-        ------
-        UserError
-            Its name was used before, it asks for packages, or the hospital is no peer.
-        """
+        """Send one job; UserError if its name was used before, it asks for packages, or the hospital is no peer."""
         if found := [path for path in files if Path(path).name in DEPENDENCY_FILES]:
             dependencies = [*dependencies, *found]
         if dependencies:
@@ -180,15 +168,12 @@ class Researcher:
 
         return {h: words(jobs[email]) for h, email in self.emails.items() if email in jobs}
 
-    # A round
+    # --- a round ------------------------------------------------------------------------------------------------------
 
     def round(self, study: Study, weights: State, number: int) -> secagg.SecAggServer:
         """Take a round to its end; the server that comes back holds the sum and its survivors.
 
-        Raises
-        ------
-        TooFewSurvivors
-            With what hospitals said.
+        TooFewSurvivors has what hospitals said.
         """
         self.session += 1
         before = len(self.refused)
@@ -247,3 +232,39 @@ class Researcher:
         for reply in replies if self.listen else ():
             self.listen(reply)
         return replies
+
+
+class SyftAggregation(SecAggOver):
+    """Secure aggregation with hospitals on PySyft; ``weights`` gives the global ones of the round that begins."""
+
+    def __init__(self, researcher: Researcher, study: Study, weights: Callable[[], State]):
+        self.researcher, self.study, self.weights = researcher, study, weights
+        self.agreement = study.agreement
+        self.name = f"secure aggregation over PySyft, threshold {study.agreement.threshold}"
+
+    def round(self, number, updates, question) -> secagg.SecAggServer:
+        return self.researcher.round(self.study, self.weights(), number)
+
+
+def federate_with_syft(
+    researcher: Researcher,
+    study: Study,
+    schedule: Schedule | None = None,
+    *,
+    seed: int = 0,
+    validation: Films | None = None,
+    progress: Callable[[dict], None] | str | None = "rounds",
+) -> Result:
+    """Train a model over a study that hospitals have approved: :func:`primia_lite.federation.rounds.federate_study`.
+
+    Parameters
+    ----------
+    schedule : what the server does; left out, plain averaging over the study's rounds
+    seed : of the initial weights
+    """
+    mock = films_from(researcher.mock(study.agreement.names[0], study.dataset))
+    return federate_study(
+        study, schedule or Schedule(study.rounds), tuple(mock.inputs.shape[2:]),
+        lambda server: SyftAggregation(researcher, study, lambda: server.state),
+        seed=seed, validation=validation, progress=progress,
+    )  # fmt: skip

@@ -1,15 +1,11 @@
 """What runs at a hospital in place of syft's own runner.
 
-syft-job 0.1 runs whatever lies in a job's folder when it gets there, in that folder, which the researcher can write
-to and read from, and puts what the job prints where the researcher reads it. The runner here
-
-- runs exactly the bytes that a person approved, from a copy: a file that was changed since is refused;
-- runs them outside the synced folder, so that neither what they print nor what they write beside themselves leaves;
-- keeps the secure aggregation's state, outside the job's process: what it releases is the masked update.
+syft-job 0.1 runs whatever lies in a job's folder, where the researcher can write and read, and puts what the job prints
+there too. The runner here runs exactly the bytes that a person approved, from a copy outside the synced folder; neither
+what they print nor what they write beside themselves leaves, and what it releases is the masked update.
 
 This is a workflow for people who decide, not a sandbox: approved code runs with the hospital's rights, and could send
-films away by itself. Somebody has to have read it. What also shows to the researcher: that a job failed, and when each
-one ended.
+films away by itself. Somebody has to have read it. The researcher also sees that a job failed, and when each one ended.
 """
 
 from __future__ import annotations
@@ -28,8 +24,8 @@ from syft_job.job_storage import JobRef
 from syft_job.models import JobStatus
 
 from primia_lite.config import UserError, printable
-from primia_lite.federation.claims import MOST_BYTES, MOST_REQUEST_BYTES, read_file
 from primia_lite.federation.study import MOST_ROUND_BYTES, REQUEST, ROUND
+from primia_lite.federation.untrusted import MOST_BYTES, MOST_REQUEST_BYTES, read_file
 
 if TYPE_CHECKING:
     from primia_lite.apps.syft.hospital import Datasite
@@ -50,10 +46,6 @@ def quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def round_of(job: str) -> str:
-    return job.rsplit("-", 1)[0]
-
-
 def is_round(folder: Path) -> bool:
     return (Path(folder) / REQUEST).is_file()
 
@@ -65,10 +57,7 @@ _MOST_BYTES = {ROUND: MOST_ROUND_BYTES, REQUEST: MOST_REQUEST_BYTES}
 def read_job(folder: Path) -> dict[str, bytes]:
     """A submission's files by path, but for syft's own (its receipt, permissions); links aren't followed.
 
-    Raises
-    ------
-    UserError
-        There are more than 100, or they are larger than a study of ours needs.
+    UserError for more than 100, or larger ones than a study of ours needs.
     """
     folder, files, size = Path(folder), {}, 0
     for path in folder.rglob("*"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
 from primia_lite.apps.flower.hospital import FlowerHospital
-from primia_lite.apps.flower.messages import answer, reply_to
+from primia_lite.apps.flower.messages import reply_to
 from primia_lite.apps.flower.server import train
 from primia_lite.federation.aggregation import length
 from primia_lite.federation.hospital import Hospital
@@ -72,7 +73,7 @@ class InlineGrid(Grid):
                 # A hospital can't change what the server or another one holds.
                 message.content = copy.deepcopy(message.content)
                 node = self._nodes[number]
-                reply = node(message) if callable(node) else reply_to(message, answer(node, message.content))
+                reply = node(message) if callable(node) else reply_to(message, node.reply(message.content))
                 if self._spoil:
                     self._spoil(number, reply)
                 self.replies[key] = reply
@@ -115,6 +116,6 @@ def run_inline(
     study, behind = parties(hospitals, training, privacy, schedule.rounds, folder=folder, threshold=threshold)
     # Nobody comes later than at once.
     waits = dict.fromkeys(("step_timeout_s", "mask_timeout_s", "start_timeout_s"), 0.0)
-    server = train(InlineGrid(behind, lost, spoil), study, schedule, in_shape, **waits)
+    result = train(InlineGrid(behind, lost, spoil), study, schedule, in_shape, progress=None, **waits)
     spent = {h.name: h.ledger(folder, privacy).epsilon() for h in hospitals} if privacy else {}
-    return Result(server.final(), server.history, spent, False, training, in_shape, tuple(hospitals))
+    return replace(result, epsilon=spent, hospitals=tuple(hospitals))

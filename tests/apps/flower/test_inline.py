@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from primia_lite import secagg
 from primia_lite.apps.flower import messages as flower_messages
 from primia_lite.apps.flower import server as flower_server
-from primia_lite.apps.flower.hospital import LOG, Behind, OtherStudy, fingerprint, log, log_to, now_ms
+from primia_lite.apps.flower.folder import LOG, log, log_to
+from primia_lite.apps.flower.hospital import Behind, OtherStudy, fingerprint, now_ms
 from primia_lite.config import UserError
 from primia_lite.data.films import Films
 from primia_lite.federation.aggregation import SecureAggregation
@@ -110,28 +111,18 @@ def test_a_hospital_that_vanishes_at_any_step_leaves_the_sum_of_the_others(step)
     assert close(here.state, there.state)
 
 
-def test_a_hospital_that_comes_back_takes_part_again():
-    masks = []
+@pytest.mark.parametrize(("step", "missed"), [("mask", 1), ("confirm", 2)])
+def test_a_hospital_that_misses_an_exchange_misses_one_round_and_comes_back(step, missed):
+    """With the confirmation go the next round's keys."""
+    lost = []
 
-    def lost(node, message):
-        if node == 2 and steps_of(message) == ["mask"]:
-            masks.append(1)
-            return len(masks) == 1
+    def once(node, message):
+        if node == 2 and steps_of(message)[0] == step:
+            lost.append(1)
+            return len(lost) == 1
 
-    result = run_inline(hospitals(), TRAINING, Schedule(3), lost=lost)
-    assert result.history == [{"round": 1, "absent": ["B"]}, {"round": 2}, {"round": 3}]
-
-
-def test_one_that_misses_the_next_round_s_keys_misses_that_round_alone():
-    confirms = []
-
-    def lost(node, message):
-        if node == 3 and steps_of(message)[0] == "confirm":
-            confirms.append(1)
-            return len(confirms) == 1
-
-    result = run_inline(hospitals(), TRAINING, Schedule(4), lost=lost)
-    assert result.history == [{"round": 1}, {"round": 2, "absent": ["C"]}, {"round": 3}, {"round": 4}]
+    result = run_inline(hospitals(), TRAINING, Schedule(4), lost=once)
+    assert [record.get("absent") for record in result.history] == [["B"] if n == missed else None for n in range(1, 5)]
 
 
 def test_too_few_hospitals_end_the_run_without_a_sum_and_ledgers_stay_charged(tmp_path):
@@ -281,14 +272,6 @@ def test_a_refusal_tells_the_server_nothing_of_films(site):
     ):
         (reply,) = grid.send_and_receive([Message(content, 1, "train")])
         assert reply.has_error() and "4711" not in reply.error.reason
-
-
-def test_what_is_kept_between_messages_is_gone_after_the_round(site):
-    ask(site, until="mask")
-    kept = site.rounds.kept["clients"][1]
-    assert kept["last_session"] == 1 and kept["round"]["shares"]
-    ask(site, 2, session=3)
-    assert site.rounds.kept["clients"][1] == {"last_session": 3, "round": None}
 
 
 # --- what the server checks -------------------------------------------------------------------------------------------

@@ -7,12 +7,12 @@ import shutil
 import socket
 import ssl
 import stat
-import subprocess
-import sys
 import threading
 import tomllib
 from contextlib import contextmanager
+from unittest import mock
 
+import httpx
 import psutil
 import pytest
 import uvicorn
@@ -30,7 +30,7 @@ from primia_lite.apps.flower import deploy as flower_deploy
 from primia_lite.apps.flower import folder as flower_folder
 from primia_lite.apps.flower import process as flower_process
 from primia_lite.apps.flower import setup as flower_setup
-from primia_lite.apps.flower.certificates import write_new
+from primia_lite.apps.flower.card import write_new
 from primia_lite.apps.flower.hospital import FolderHospital, read_identity
 from primia_lite.config import UserError
 from primia_lite.federation.study import Study, describe
@@ -177,6 +177,8 @@ def test_cards_that_do_not_fit_are_refused(federation):
         flower_setup.settle([*cards[:2], cards[2] | {"size": 32}], 3, None, "mlp", SETTINGS)
     with pytest.raises(UserError, match="name"):
         flower_setup.settle([cards[0], cards[0]], 3, None, "mlp", SETTINGS)
+    with pytest.raises(UserError, match="SuperNode"):  # one key logs one hospital in
+        flower_setup.settle([*cards[:2], cards[2] | {"supernode": cards[0]["supernode"]}], 3, None, "mlp", SETTINGS)
     with pytest.raises(UserError, match="training"):
         flower_setup.settle(cards, 3, None, "mlp", {"training": {"learning_rat": 1.0}})
     with pytest.raises(UserError, match="name"):
@@ -220,12 +222,7 @@ def test_a_card_is_another_s_word(federation, tmp_path, change):
             flower_card.read_card(path)
 
 
-@pytest.mark.parametrize(
-    "content",
-    [b"[" * 100_000, b"{" * 100, b'{"a":' * 20 + b"1" + b"}" * 20, b"[]", b"null", b"\xff\xfe", b'{"name": NaN}',
-     b'{"name": "A", "name": "B"}', b'{"declared": 1e999}', b'{"declared": ' + b"9" * 5000 + b"}", b" " * 100_000,
-     b'{"name": "\\ud800"}', b""],
-)  # fmt: skip
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"null", b"\xff\xfe", b" " * 100_000, b'{"declared": 1e999}'])
 def test_a_file_that_is_no_card_is_named(tmp_path, content):
     (tmp_path / "card-A.json").write_bytes(content)
     with pytest.raises(UserError, match="card-A.json"):
@@ -238,12 +235,6 @@ def test_what_else_a_card_holds_goes_no_further(federation, tmp_path):
     card = json.loads((federation / "A" / "card.json").read_text())
     (tmp_path / "card.json").write_text(json.dumps(card | {"note": "\x1b[2J", "price": 5}))
     assert flower_card.read_card(tmp_path / "card.json") == card
-
-
-def test_one_supernode_key_logs_one_hospital_in(federation):
-    cards = [flower_card.read_card(federation / name / "card.json") for name in "ABC"]
-    with pytest.raises(UserError, match="SuperNode"):
-        flower_setup.settle([*cards[:2], cards[2] | {"supernode": cards[0]["supernode"]}], 3, None, "mlp", SETTINGS)
 
 
 # --- proxies ----------------------------------------------------------------------------------------------------------
@@ -262,9 +253,8 @@ def proxies(monkeypatch):
 
 def goes_through(environment, url) -> bool:
     """Whether httpx, which Flower's processes use, would take a proxy."""
-    code = f"import httpx; print(type(httpx.Client()._transport_for_url(httpx.URL({url!r}))._pool).__name__)"
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    return "Proxy" in done.stdout
+    with mock.patch.dict(os.environ, environment, clear=True), httpx.Client() as client:
+        return "Proxy" in type(client._transport_for_url(httpx.URL(url))._pool).__name__
 
 
 @pytest.mark.parametrize("variables", [
@@ -364,19 +354,13 @@ def test_a_supernode_takes_no_other_app_than_the_installed_one(monkeypatch):
             get_fab("theirs", 1)
 
 
-@pytest.mark.parametrize(
-    "client, path, passes",
-    [
-        ("203.0.113.7", "/v1/fleet/pull-messages", True),
-        ("203.0.113.7", "/v1/control/start-run", False),
-        ("203.0.113.7", "/v1/runtime/acquire-task", False),
-        ("203.0.113.7", "/v1/fleet", False),
-        ("127.0.0.1", "/v1/control/start-run", True),
-        ("::1", "/v1/control/start-run", True),
-        ("192.0.2.1", "/v1/control/start-run", True),  # the server's own address
-        ("", "/v1/control/start-run", False),
-    ],
-)
+@pytest.mark.parametrize("client, path, passes", [
+    ("203.0.113.7", "/v1/fleet/pull-messages", True), ("203.0.113.7", "/v1/control/start-run", False),
+    ("203.0.113.7", "/v1/runtime/acquire-task", False), ("203.0.113.7", "/v1/fleet", False),
+    ("127.0.0.1", "/v1/control/start-run", True), ("::1", "/v1/control/start-run", True),
+    ("192.0.2.1", "/v1/control/start-run", True),  # the server's own address
+    ("", "/v1/control/start-run", False),
+])  # fmt: skip
 def test_other_machines_reach_the_fleet_api_alone(client, path, passes):
     reached, sent = [], []
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from primia_lite.apps.flower import deploy as flower_deploy
-from primia_lite.apps.flower import runs as flower_runs
 from primia_lite.apps.flower import setup as flower_setup
 from primia_lite.apps.flower.hospital import load_films
 from primia_lite.apps.flower.worker import SOCKET
@@ -112,7 +111,7 @@ def test_a_supernode_killed_in_a_round_leaves_the_sum_of_the_others(federation, 
 
     def train():
         try:
-            found.update(flower_runs.run(federation, None, show=lambda line: None))
+            found.update(flower_deploy.run(federation, None, show=lambda line: None))
         except Exception as error:
             errors.append(error)
 
@@ -152,8 +151,8 @@ def test_a_supernode_killed_in_a_round_leaves_the_sum_of_the_others(federation, 
     for name, text in THEIRS.items():
         (app / name).parent.mkdir(parents=True, exist_ok=True)
         (app / name).write_text(text)
-    number = flower_runs.submit(federation, {"mark": str(mark)}, app)
-    wait_for(lambda: flower_runs.run_status(federation, number)[0].startswith("finished"), 600, "end of their run")
+    number = flower_deploy.submit(federation, {"mark": str(mark)}, app)
+    wait_for(lambda: flower_deploy.run_status(federation, number)[0].startswith("finished"), 600, "end of their run")
     assert (tmp_path / "mark-asked").exists() and not mark.exists()
     log = (federation / ".run" / "A.log").read_text()
     assert "another app than the one that this hospital has installed" in log

@@ -20,7 +20,8 @@ from primia_lite import secagg
 from primia_lite.apps.flower import process as flower_process
 from primia_lite.apps.flower import setup as flower_setup
 from primia_lite.apps.flower.app import answer_in
-from primia_lite.apps.flower.hospital import CONFIG, IDENTITY, LOG, STUDY, FolderHospital
+from primia_lite.apps.flower.folder import CONFIG, IDENTITY, LOG, STUDY
+from primia_lite.apps.flower.hospital import FolderHospital
 from primia_lite.apps.flower.messages import replies, request
 from primia_lite.apps.flower.worker import SOCKET, Held, connect
 from primia_lite.federation.rounds import Schedule, ServerOptimizer
@@ -167,7 +168,7 @@ def test_films_deleted_while_a_message_is_answered_are_read_again(tmp_path, befo
     class Asked:
         name = "A"
 
-        def answer(self, *_):
+        def reply(self, _):
             kept = {path.name: path.stat().st_ctime_ns for path in tmp_path.glob("films-*.npz")}
             if {f"films-{name}.npz" for name in after} != kept.keys():
                 films(after)
@@ -178,7 +179,7 @@ def test_films_deleted_while_a_message_is_answered_are_read_again(tmp_path, befo
     made = []
     held = Held(tmp_path, lambda folder: made.append(1) or Asked())
     for _ in range(2):
-        held.answer(nothing("0"))
+        held.reply(nothing("0"))
     assert len(made) == (2 if again else 1)
 
 

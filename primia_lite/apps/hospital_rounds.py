@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from primia_lite.config import UserError
-from primia_lite.federation.claims import MOST_REQUEST_BYTES, read_json
+from primia_lite.federation.study import Study
+from primia_lite.federation.untrusted import MOST_REQUEST_BYTES, read_json
 from primia_lite.runtime import write_atomic
 from primia_lite.secagg import Agreement, Question, Reply, SecAggClient
 
-if TYPE_CHECKING:
-    from primia_lite.federation.study import Study
+Asked = Callable[[], tuple[object, Mapping[str, np.ndarray] | str | None]]
 
 
 class HospitalRounds:
@@ -27,10 +26,8 @@ class HospitalRounds:
 
     Parameters
     ----------
-    name, identity
-        Who it is, and the key that the others have pinned.
-    path
-        A file for the hospital alone: it holds secrets. None keeps them in memory.
+    name, identity : who it is, and the key that the others have pinned
+    path : a file for the hospital alone: it holds secrets. None keeps them in memory
     """
 
     def __init__(self, name: str, identity: Ed25519PrivateKey, path: Path | None = None):
@@ -41,10 +38,7 @@ class HospitalRounds:
     def kept(self) -> dict:
         """``study``, and for even and odd rounds what :meth:`primia_lite.secagg.SecAggClient.save` says.
 
-        Raises
-        ------
-        UserError
-            The file is of another version: started without it, the hospital would answer rounds that were.
+        UserError for a file of another version: started without it, the hospital would answer rounds that were.
         """
         content = self._path.read_bytes() if self._path and self._path.exists() else self._memory
         found = json.loads(content or b'{"study": "", "clients": [{"last_session": 0}, {"last_session": 0}]}')
@@ -58,33 +52,21 @@ class HospitalRounds:
         return even["last_session"], odd["last_session"]
 
     def answer(
-        self,
-        key: str,
-        agreement: Agreement,
-        request: bytes,
-        compute_update: Callable[[], np.ndarray],
-        question: Callable[[], Question | None],
+        self, key: str, study: Study, request: bytes, asked: Asked, compute_update: Callable[[], np.ndarray]
     ) -> Reply:
-        """The reply to a request, once what is to be remembered is kept.
+        """The reply to a request, once what is to be remembered is kept. UserError for whatever is wrong.
 
         Parameters
         ----------
-        key
-            Names the study for ever: a hash.
-        compute_update, question
-            See :meth:`primia_lite.secagg.SecAggClient.answer`; called in step ``mask`` alone. What computes an update
-            charges the ledger first.
-
-        Raises
-        ------
-        UserError
-            Whatever is wrong, here or in what is called.
+        key : names the study for ever: a hash
+        asked : gives the round's number in the study, and the global weights or their digest
+        compute_update : charges the ledger first; both are called in step ``mask`` alone
         """
         head = read_json(request, "the request", MOST_REQUEST_BYTES)
-        asked = question() if head["step"] == "mask" else None
-        clients = self._clients(key, agreement)
+        question = _question(key, study, *asked()) if head["step"] == "mask" else None
+        clients = self._clients(key, study.agreement)
         try:
-            return clients[head["session"] % 2].answer(request, compute_update, asked)
+            return clients[head["session"] % 2].answer(request, compute_update, question)
         finally:
             # Before the reply leaves: a state that comes back after a crash would answer twice.
             content = {"study": key, "clients": [json.loads(client.save()) for client in clients]}
@@ -96,33 +78,16 @@ class HospitalRounds:
         kept, answered = self.kept, {}
         for client in kept["clients"]:
             answered |= client.get("answered", {})
-        if kept["study"] == key:
-            states, last = [json.dumps(client).encode() for client in kept["clients"]], 0
-        else:
-            states, last = [], max(self.last_sessions())
+        same = kept["study"] == key
+        last = 0 if same else max(self.last_sessions())
         clients = [SecAggClient(self.name, self.identity, agreement, last, answered) for _ in range(2)]
-        for client, state in zip(clients, states, strict=False):
-            client.restore(state)
+        for client, state in zip(clients, kept["clients"] if same else (), strict=False):
+            client.restore(json.dumps(state).encode())
         return clients
 
 
-def ask_question(
-    key: str, study: Study, number: object, weights: Mapping[str, np.ndarray] | str | None
-) -> Question | None:
-    """What a round asks, where no noise protects the answer.
-
-    Parameters
-    ----------
-    key
-        Names the study for ever: a hash.
-    weights
-        The global ones, or their digest.
-
-    Raises
-    ------
-    UserError
-        The study has no such round.
-    """
+def _question(key: str, study: Study, number: object, weights: Mapping[str, np.ndarray] | str | None):
+    """What a round asks, where no noise protects the answer; UserError where the study has no such round."""
     if weights is None or type(number) is not int or not 1 <= number <= study.rounds:
         raise UserError(f"the server asks for round {number!r} of {study.rounds}, or sends no weights")
     if study.privacy:

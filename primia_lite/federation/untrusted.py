@@ -1,7 +1,7 @@
 """What another party sent, read once at the door: bounded, and whatever is in it, a refusal is a sentence.
 
-A hospital's card, a study, a round's request or weights come from somebody who may have made a mistake, or may lie.
-Whoever reads them has other people to serve, so nothing in them may end a process, fill the memory or a log.
+A card, a study, a request or weights come from somebody who may have made a mistake, or may lie: nothing in them may
+end a process, fill the memory or a log.
 """
 
 from __future__ import annotations
@@ -22,10 +22,7 @@ _DIGITS = 19  # whole numbers of 64 bits
 
 
 def read_json(content: bytes, what: str, most_bytes: int = MOST_BYTES) -> dict:
-    """A JSON object of at most 16 levels whose numbers are finite, texts are text and names differ; else UserError.
-
-    ``what`` it should be, for the message.
-    """
+    """A JSON object of at most 16 levels whose numbers are finite, texts are text and names differ; else UserError."""
     if len(content) > most_bytes:
         raise UserError(f"{what} can't be read: it has {len(content):,} bytes, at most {most_bytes:,} are taken")
     try:

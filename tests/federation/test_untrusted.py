@@ -12,8 +12,8 @@ import torch
 
 from primia_lite.config import UserError, printable
 from primia_lite.data.films import Films
-from primia_lite.federation.claims import read_json
-from primia_lite.federation.study import Study, films_from, films_to_bytes
+from primia_lite.federation.study import Study, films_from, write_films
+from primia_lite.federation.untrusted import read_json
 
 UNREADABLE = {
     "deep lists": b'{"a": ' + b"[" * 100_000,
@@ -41,8 +41,9 @@ def test_what_cant_be_meant_cant_be_read(content):
     with pytest.raises(UserError, match="letter") as error:
         read_json(content, "the letter")
     assert str(error.value).isprintable() and len(str(error.value)) < 300
-    with pytest.raises(UserError, match=r"study\.json"):
-        Study.from_bytes(content)
+    for study in (content, b"{}", b'{"name": "x"}'):
+        with pytest.raises(UserError, match=r"study\.json"):
+            Study.from_bytes(study)
 
 
 def test_what_can_be_meant_is_read_as_json_reads_it():
@@ -85,6 +86,6 @@ def test_mock_films_that_arent_any_are_named(tmp_path, content):
 
 def test_films_come_back(tmp_path):
     films = Films(torch.ones(4, 1, 3), torch.arange(4) % 3, np.array(list("abcd")), (0.5, 2.0), "litenet")
-    (tmp_path / "films.npz").write_bytes(films_to_bytes(films))
+    write_films(tmp_path / "films.npz", films)
     found = films_from(tmp_path / "films.npz")
     assert torch.equal(found.inputs, films.inputs) and found.normalisation == (0.5, 2.0) and found.model == "litenet"
