@@ -22,10 +22,8 @@ NO_NOISE = 1e-3 * NOISELESS
 
 def initial_state(training: Training, films: Films, seed: int = 0) -> State:
     """Random weights of the network that a recipe names."""
-    network = models.build(
-        training.model, training.n_classes, films.inputs.shape[2:], seed=seed, **training.model_options
-    )
-    return network.state_dict()
+    in_shape = films.inputs.shape[2:]
+    return models.build(training.model, training.n_classes, in_shape, seed=seed, **training.model_options).state_dict()
 
 
 def clipping_alone(max_grad_norm: float = 1.0) -> Privacy:
@@ -60,17 +58,13 @@ def simulate_view(
 
     Parameters
     ----------
-    films
-        One hospital's, or one for each of the hospitals whose updates are summed (the plain sum: secure aggregation
-        would show the server just that).
-    state
-        Global weights, or those of each round (``threat.sees == "rounds"``).
+    films : one hospital's, or of each hospital whose updates are summed (secure aggregation would show just that sum)
+    state : global weights, or those of each round (``threat.sees == "rounds"``)
     privacy
         A private step's denominator is public. Where the threat model grants the number of films, hospitals declare
         their true number of units, the most exact case for the attacker; else they round it to tens, as the product's
         do, so that it doesn't give the number away.
-    seed
-        Draws sampling and noise, for teaching and tests; None draws them from the operating system.
+    seed : draws sampling and noise, for teaching and tests; None draws them from the operating system
     """
     threat = threat or ThreatModel()
     hospitals = [films] if isinstance(films, Films) else list(films)

@@ -34,13 +34,8 @@ def flooding_std(noise_bound: float, queries: int, statistical_bits: float) -> f
 
 @dataclass(frozen=True)
 class Flooding:
-    """How much noise a client adds before it rounds.
-
-    Attributes
-    ----------
-    queries : decryptions under one key; the client refuses more
-    statistical_bits : of the guarantee
-    """
+    """How much noise a client adds before it rounds: ``statistical_bits`` of the guarantee for so many ``queries``,
+    decryptions under one key; the client refuses more."""
 
     queries: int = 1000
     statistical_bits: float = 30.0

@@ -90,12 +90,8 @@ class LinearPacking(HeadPacking):
     Features lie in coefficients 0 to d - 1, class a's weights, reversed, in those from a d on; coefficient
     a d + d - 1 of the product is their inner product. Where classes x features is more than N, features go into
     several ciphertexts, whose products add up. N = 2048 is the smallest with room for a result: what a larger N saves
-    in ciphertexts it loses on the reply, which is sealed whole.
-
-    Attributes
-    ----------
-    features, classes : shape of the head
-    flooded : with room for the noise of :mod:`~primia_lite.encrypted.flooding`: two primes and twice the bytes
+    in ciphertexts it loses on the reply, which is sealed whole. ``flooded`` leaves room for the noise of
+    :mod:`~primia_lite.encrypted.flooding`: two primes and twice the bytes.
     """
 
     features: int
@@ -216,9 +212,8 @@ class CNNPacking(Packing):
     def parameters(self) -> Parameters:
         # 19 bits above a rescaling's error are a scale of 30 at N = 8192. With a hidden layer all 218 bits of that N
         # are used; without one there is room for another bit of the logits, see `wrap_limit`.
-        return choose(
-            self.reply_level, precision_bits=19, integer_bits=8 if self.hidden else 9, weight_bits=self.last_weight_bits
-        )
+        integer_bits = 8 if self.hidden else 9
+        return choose(self.reply_level, precision_bits=19, integer_bits=integer_bits, weight_bits=self.last_weight_bits)
 
     @property
     def last_weight_bits(self) -> int:
@@ -239,7 +234,6 @@ class CNNPacking(Packing):
 
     def error(self, context: Context) -> None:
         """Not known beforehand: noise of each layer is squared by the next, with the film and the weights."""
-        return None
 
     @property
     def positions(self) -> int:
@@ -321,8 +315,8 @@ class CNNPacking(Packing):
         windows = np.lib.stride_tricks.sliding_window_view(film, (self.kernel, self.kernel))
         return windows[:: self.stride, :: self.stride].reshape(self.positions, -1)
 
-    def tap_of(self, upload: int, block: int) -> int:
-        """Which tap lies in a block; from kernel² on: none."""
+    def tap_of(self, upload: int, block):
+        """Which tap lies in a block (or in each of an array of blocks); from kernel² on: none."""
         return upload * (self.blocks // self.copies) + block // self.copies
 
     def check_pixels(self, films: np.ndarray) -> None:
@@ -334,12 +328,11 @@ class CNNPacking(Packing):
 
     def encode(self, context: Context, film: np.ndarray) -> list[sealapi.Plaintext]:
         self.check_pixels(film)
-        patches, out = self.patches(film), []
+        taps, out = self.patches(film).T, []
         for upload in range(self.uploads):
             slots = np.zeros((self.blocks, self.block))
-            for block in range(self.blocks):
-                if (tap := self.tap_of(upload, block)) < patches.shape[1]:
-                    slots[block, : self.positions] = patches[:, tap]
+            tap = self.tap_of(upload, np.arange(self.blocks))
+            slots[tap < len(taps), : self.positions] = taps[tap[tap < len(taps)]]
             out.append(context.encode_slots(slots.ravel(), self.fresh_scale))
         return out
 

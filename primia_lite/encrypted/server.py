@@ -22,8 +22,8 @@ from primia_lite.encrypted.batch import (
 )
 from primia_lite.encrypted.costs import Costs
 from primia_lite.encrypted.kernels import CNNKernel, EvaluationKeys, LinearKernel, packing_for
-from primia_lite.encrypted.masks import Blind
 from primia_lite.encrypted.packing import CNNPacking, LinearPacking, Packing
+from primia_lite.encrypted.reply_masks import Blind
 from primia_lite.encrypted.seal import CiphertextError, Context
 from primia_lite.encrypted.wire import spec_of, split_keys
 
@@ -68,9 +68,7 @@ def plan(model: nn.Module, in_shape: tuple[int, ...], batch_size: int = 1, flood
     packing = packing_for(model, in_shape)
     if flooded:
         if batch_size > 1 or not isinstance(packing, LinearPacking):
-            raise UserError(
-                "flooding takes a linear head, one film at a time: noise after a square has no useful bound"
-            )
+            raise UserError("flooding takes a linear head, one film at a time: noise after a square has no good bound")
         packing = replace(packing, flooded=True)
     if batch_size > 1:
         return Plan(*batch_packing(packing, batch_size))
@@ -78,30 +76,21 @@ def plan(model: nn.Module, in_shape: tuple[int, ...], batch_size: int = 1, flood
 
 
 class Session:
-    """One client's public material at the server, in ``public``.
-
-    Raises
-    ------
-    CiphertextError
-        Bytes that aren't the public material for this model.
-    """
+    """One client's public material at the server; a CiphertextError if ``public`` isn't that for this model."""
 
     def __init__(self, server: CkksServer, public: bytes):
         context, packing, self.server = server.context, server.packing, server
-        keys = split_keys(public, packing)
+        keys, steps = split_keys(public, packing), packing.rotations
         kinds = [sealapi.PublicKey]
         kinds += [sealapi.RelinKeys] if packing.relinearise else []
-        kinds += [sealapi.GaloisKeys] if packing.rotations else []
+        kinds += [sealapi.GaloisKeys] if steps else []
         if len(keys) != len(kinds):
             raise CiphertextError(f"{len(keys)} keys came, this model needs {len(kinds)}: send CkksClient.public()")
-        loaded = {
-            kind: context.receive_keys(key, kind, len(packing.rotations)) for kind, key in zip(kinds, keys, strict=True)
-        }
-        galois = loaded.get(sealapi.GaloisKeys)
-        if not all(galois.has_key(pow(3, step, 2 * context.n)) for step in packing.rotations):
+        loaded = {kind: context.receive_keys(key, kind, len(steps)) for kind, key in zip(kinds, keys, strict=True)}
+        self.keys = EvaluationKeys(loaded.get(sealapi.RelinKeys), loaded.get(sealapi.GaloisKeys))
+        if not all(self.keys.galois.has_key(pow(3, step, 2 * context.n)) for step in steps):
             raise CiphertextError("Galois keys that this model needs are missing: send CkksClient.public()")
         self.encryptor = sealapi.Encryptor(context.seal, loaded[sealapi.PublicKey])
-        self.keys = EvaluationKeys(loaded.get(sealapi.RelinKeys), galois)
         self._blinds: list[list[Blind]] = []
 
     @property
@@ -118,13 +107,8 @@ class Session:
         return [Blind(context, self.encryptor, packing.reply_level, places) for places in packing.logit_places]
 
     def diagnose(self, uploads: list[bytes]) -> list[bytes]:
-        """One film's ciphertexts in, masked and re-randomised replies out.
-
-        Raises
-        ------
-        CiphertextError
-            Ciphertexts that aren't of this packing, checked before any work; or that SEAL can't compute with.
-        """
+        """One film's ciphertexts in, masked and re-randomised replies out; a CiphertextError for those that aren't of
+        this packing, before any work, or that SEAL can't compute with."""
         server, packing, note = self.server, self.server.packing, self.server.costs.note
         started = time.perf_counter()
         inputs = server.receive(uploads)
