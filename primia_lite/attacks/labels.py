@@ -19,8 +19,8 @@ def infer_labels(view: AttackerView, n_films: int | None = None) -> torch.Tensor
     counts are rounded (as Geng et al. 2021). Noise draws them towards n p; of several rounds the mean is taken.
 
     Right as long as p, and under clipping the gradients' lengths, hardly depend on the film: at initialisation
-    (phantoms, ``convnet``, 32 px) for all labels of batches up to 8 and 97 % up to 32, where clipping cut every film
-    for 93 % up to 32. A guess for trained networks, after local steps, and under clipping for patients of several films.
+    (phantoms, ``convnet``, 32 px) for all labels of batches up to 8 and 97 % up to 32; where clipping cut every film,
+    for 93 % up to 32. A guess for trained networks, after local steps, and for clipped patients of several films.
     """
     n = n_films or view.total_films
     rounds = range(len(view.updates))

@@ -73,15 +73,6 @@ class FilmPrior:
         z, value = search.adam(start, loss, iterations, step, show=lambda z: self.films(z).clamp(0, 1))
         return search.end(self.films(z), labels, value)
 
-    def check_size(self, function: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """What a network makes of the mean film, or a UserError in place of torch's own."""
-        try:
-            with torch.no_grad():
-                return function()
-        except RuntimeError as error:
-            size = tuple(self.mean.shape)
-            raise UserError(f"the network doesn't take films of the prior's {size} pixels: use one size") from error
-
 
 @dataclass(frozen=True)
 class MapEstimator:
@@ -181,7 +172,7 @@ class FeatureInversion:
 
     def attack(self, view: AttackerView, n_films: int | None, seed: int) -> Reconstruction:
         prior, features, unknown = self.prior, head_features(view, self.constant), torch.tensor([-1])
-        made = tuple(prior.check_size(lambda: self.extract(255.0 * prior.mean[None])).shape)
+        made = tuple(self.extract(255.0 * prior.mean[None]).shape)
         if made != (1, *features.shape):
             raise UserError(
                 f"features are {tuple(features.shape)}, extract makes {made}: give the network that made them"
@@ -210,7 +201,8 @@ def class_image(
     the essence of a class, from its weights alone. ``normalise`` makes of pixels in [0, 1] what the model takes. Loss:
     -log p(class), with the prior's pull."""
     model = copy.deepcopy(model).eval()
-    n_classes = prior.check_size(lambda: model(normalise(prior.mean[None, None]))).shape[-1]
+    with torch.no_grad():
+        n_classes = model(normalise(prior.mean[None, None])).shape[-1]
     if not 0 <= label < n_classes:
         raise UserError(f"label is {label}: the model has classes 0 to {n_classes - 1}")
     target = torch.tensor([label])

@@ -32,7 +32,8 @@ class Packing:
     reply_level : rescalings behind a reply
     logit_places : of each reply, the coefficients that are its logits
     wrap_limit : the absolute value from which on logits wrap round
-    error : a logit's standard deviation before the client rounds it
+    error : a logit's standard deviation before the client rounds it; None of a CNN, where the noise of each layer is
+        squared by the next, with the film and the weights
     encode : a film or a batch to plaintexts
     """
 
@@ -50,6 +51,9 @@ class Packing:
         """A client refuses larger logits. None by default: the server compiles no head that could pass the limit with
         features of the largest norm, and a client encodes no larger ones."""
         return math.inf
+
+    def error(self, context: Context, weights: np.ndarray | None = None) -> float | None:
+        return None
 
 
 class HeadPacking(Packing):
@@ -231,9 +235,6 @@ class CNNPacking(Packing):
         """Squares make a bound by the weights useless, so no network is refused for them when it is compiled; a logit
         that wrapped round may lie anywhere, and half of the range is refused here."""
         return self.wrap_limit(context) / 2
-
-    def error(self, context: Context) -> None:
-        """Not known beforehand: noise of each layer is squared by the next, with the film and the weights."""
 
     @property
     def positions(self) -> int:

@@ -81,9 +81,7 @@ class Session:
     def __init__(self, server: CkksServer, public: bytes):
         context, packing, self.server = server.context, server.packing, server
         keys, steps = split_keys(public, packing), packing.rotations
-        kinds = [sealapi.PublicKey]
-        kinds += [sealapi.RelinKeys] if packing.relinearise else []
-        kinds += [sealapi.GaloisKeys] if steps else []
+        kinds = [sealapi.PublicKey, *[sealapi.RelinKeys] * packing.relinearise, *[sealapi.GaloisKeys] * bool(steps)]
         if len(keys) != len(kinds):
             raise CiphertextError(f"{len(keys)} keys came, this model needs {len(kinds)}: send CkksClient.public()")
         loaded = {kind: context.receive_keys(key, kind, len(steps)) for kind, key in zip(kinds, keys, strict=True)}

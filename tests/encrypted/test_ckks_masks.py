@@ -98,26 +98,6 @@ def test_parity_shows_products_through_the_control(wide):
         assert least <= same.mean() <= most
 
 
-def test_reuse_shows_products_through_the_control(wide):
-    """The difference of two replies: that of the products if they have one mask, which a Mask refuses."""
-    modulus, others = wide.moduli[0], np.setdiff1d(np.arange(wide.n), KEEP)
-    products = [uniform(1 << 40, wide.n) for _ in range(2)]
-    true = (products[0].astype(np.int64) - products[1].astype(np.int64))[others]
-
-    def difference(replies) -> np.ndarray:
-        return ((replies[0].astype(np.int64) - replies[1].astype(np.int64)) % modulus)[others]
-
-    control = float_mask(wide)
-    shown = difference([(control + product) % np.uint64(modulus) for product in products])
-    np.testing.assert_array_equal(centred(shown, modulus), true)
-    mask = Mask([modulus], wide.n, KEEP)
-    replies = [mask.hide(products[0][None])[0]]
-    with pytest.raises(UserError, match="reply"):
-        mask.hide(products[1][None])
-    replies.append(Mask([modulus], wide.n, KEEP).hide(products[1][None])[0])
-    looks_uniform(difference(replies), modulus)
-
-
 @pytest.mark.parametrize("modulus", [3, 1000, (1 << 20) + 7])
 def test_small_moduli_are_drawn_evenly(modulus):
     draws = uniform(modulus, 60_000)
