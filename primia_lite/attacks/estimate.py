@@ -55,8 +55,7 @@ class LinearEstimator:
         known = next(iter(self.classes.values()))
         if (len(update), math.prod(view.in_shape)) != (known.spread.shape[1], known.films.shape[1]):
             raise UserError(
-                f"the view has {len(update)} parameters and films {view.in_shape}; the attacker's gradients have "
-                f"{known.spread.shape[1]}, its films {known.films.shape[1]} pixels: use one network and size"
+                "the view's parameters or pixels aren't as many as the attacker's: use one network and size"
             )
         labels = list(self.classes) if view.labels is None else view.labels.tolist()
         if missing := set(labels) - set(self.classes):

@@ -52,8 +52,7 @@ def best_start(attack: Callable[[int], Reconstruction], restarts: int = 1) -> Re
     best.stopped = found[-1].stopped
     if not (best.stopped or math.isfinite(best.loss)):
         raise UserError(
-            "no finite loss was seen: check the weights and the update for very large numbers, or give a smaller step "
-            "or another start"
+            "no finite loss was seen: are there very large numbers in weights or update, or is the step too large?"
         )
     best.iterations, best.cpu_s = sum(each.iterations for each in found), time.process_time() - began
     return best

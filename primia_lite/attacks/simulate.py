@@ -39,8 +39,7 @@ def _declared(hospitals: list[Films], privacy: Privacy | None, threat: ThreatMod
         units = exact if threat.knows_batch_size else {declare_size(n) for n in exact}
     if len(sizes) > 1 or len(units) > 1:
         raise UserError(
-            f"hospitals of {sorted(sizes)} films that declare {sorted(units)} units: a sum weighs their films "
-            "unequally, and has no one denominator; give each as many"
+            "hospitals of unlike numbers of films or units: their sum has no one denominator, give each as many"
         )
     return units.pop() if privacy else None
 

@@ -173,8 +173,7 @@ class AttackerView:
         """
         if round_number is None and len(self.updates) > 1:
             raise UserError(
-                f"the view has {len(self.updates)} rounds, and this attack takes one: give it a view of one, or use "
-                "MapEstimator, which adds rounds up"
+                f"this attack takes one round, the view has {len(self.updates)}: MapEstimator adds rounds up"
             )
         scale = -1.0 / (self.learning_rate * self.local_steps) if self.learning_rate else 0.0
         update = self.updates[round_number or 0]

@@ -2,9 +2,6 @@
 
 A slot is a film (Gilad-Bachrach et al., CryptoNets, ICML 2016): weights are scalars, and nothing is rotated. Every slot
 is a result, so there is nothing to mask: replies are re-randomised only, and the noise in them isn't hidden.
-
-N // d films side by side in the coefficients of one ciphertext would be slower: a reply is sealed for every class and
-every few films, and sealing is what costs.
 """
 
 from __future__ import annotations
@@ -107,8 +104,7 @@ class BatchCNNPacking(_BatchPacking, CNNPacking):
         size = self.uploads * 16 * self.parameters.poly_modulus_degree * (self.parameters.levels + 1)
         if size > MAX_BATCH_BYTES:
             raise UserError(
-                f"a batch of films of {self.side} px needs {size >> 20} MiB at the server, {MAX_BATCH_BYTES >> 20} are "
-                "allowed: a ciphertext for each pixel; send films one at a time, or smaller ones"
+                f"a batch of films of {self.side} px is larger than {MAX_BATCH_BYTES >> 20} MiB, a ciphertext a pixel"
             )
 
     @functools.cached_property

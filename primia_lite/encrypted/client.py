@@ -41,9 +41,7 @@ class CkksClient:
 
     def __init__(self, packing: Packing, decimals: int = 3, flooding: Flooding | None = None):
         if decimals not in range(MAX_DECIMALS + 1):
-            raise UserError(
-                f"decimals is {decimals}: take 0 to {MAX_DECIMALS}; with more, logits of a batch give the key away"
-            )
+            raise UserError(f"decimals is {decimals}: take 0 to {MAX_DECIMALS}; more of a batch give the key away")
         started = time.perf_counter()
         self.packing, self.decimals = packing, decimals
         self.costs = Costs("client", packing.parameters.levels)
@@ -56,8 +54,7 @@ class CkksClient:
             self.flooding_std, self.queries_left = self._flood / packing.reply_scale(self.context), flooding.queries
             if self.flooding_std > 1:
                 raise UserError(
-                    f"flooding by noise of standard deviation {self.flooding_std:.3g} leaves nothing of the logits: "
-                    "take fewer queries or statistical bits"
+                    f"flooding of {self.flooding_std:.3g} leaves nothing of the logits: take fewer queries or bits"
                 )
         self.key = SecretKey(self.context)
         self.costs.note("make keys", started)
@@ -106,10 +103,7 @@ class CkksClient:
         logits = self.decrypt_exact(replies)
         largest, most = float(np.abs(logits).max()), self.packing.most_logit(self.context)
         if largest > most:
-            raise UserError(
-                f"logits reach {largest:.1f}, beyond {most:.1f} they may have wrapped round: normalise the film as the "
-                "network's training films were; if it is, the network's last layer must be scaled down"
-            )
+            raise UserError(f"logits of {largest:.1f} may have wrapped round ({most:.1f} is safe): normalise the film")
         error = self.packing.error(self.context)
         if error is not None:
             error = math.hypot(error, self.flooding_std, 10.0**-self.decimals / math.sqrt(12))

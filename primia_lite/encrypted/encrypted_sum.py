@@ -85,10 +85,7 @@ class Terms:
         if not 2 <= self.threshold <= n:
             raise UserError(f"threshold is {self.threshold} of {n} hospitals: a sum of one would be its update; take 2")
         if not self.integer_std <= 2.0**41:
-            raise UserError(
-                f"flooding for {self.rounds} rounds of {self.length} entries leaves no precision: take fewer rounds "
-                "a key, or fewer statistical_bits"
-            )
+            raise UserError("flooding leaves no precision: take fewer rounds a key, or fewer statistical_bits")
 
     @property
     def chunks(self) -> int:
@@ -147,13 +144,11 @@ class SumHospital:
         names, terms = set(survivors), self.terms
         if not names <= terms.sizes.keys() or len(names) < terms.threshold:
             raise TooFewSurvivors(
-                f"{self.name} was asked to decrypt a sum of {sorted(names)}: {terms.threshold} of "
-                f"{sorted(terms.sizes)} are the fewest"
+                f"{self.name} was asked to decrypt a sum of {sorted(names)}: {terms.threshold} are the fewest"
             )
         if not self._decrypted < session <= terms.rounds:
             raise UserError(
-                f"{self.name} was asked to decrypt round {session} after {self._decrypted}: it does so once a round, "
-                f"and the key serves {terms.rounds} rounds"
+                f"round {session} after {self._decrypted}: once each, and the key serves {terms.rounds} rounds"
             )
         self._decrypted = session
         return self._flooded(sums, terms.clip / terms.weight(*names))
@@ -166,9 +161,7 @@ class SumHospital:
             integers = self._key.polynomial(self._key.context.receive(data, scale=_SCALE, seeded=False))
             # Other keys give numbers all over the modulus, up to 2^59; what isn't used is 0 but for noise.
             if (np.abs(integers) > np.where(np.arange(_N) < entries, _SCALE, 0) + _SLACK).any():
-                raise CiphertextError(
-                    f"{self.name} can't decrypt sum {i}: a part of it was encrypted under another key, or altered"
-                )
+                raise CiphertextError(f"sum {i} holds what was encrypted under another key, or altered")
             flooded = integers[:entries] + rounded_gaussian(entries, self.terms.integer_std, SecureGenerator())
             yield (flooded * (factor / _SCALE)).astype("<f4").tobytes()
 
@@ -213,9 +206,8 @@ class SumServer:
         if len(self._added) < self.terms.threshold:
             gone = sorted(set(self.terms.sizes) - set(self._added))
             raise TooFewSurvivors(
-                f"round {self.session} ended: {len(self._added)} hospitals sent their update, fewer than the threshold "
-                f"of {self.terms.threshold} (missing: {', '.join(gone)}). There is no sum, and what was charged to "
-                "ledgers stays charged. Ask again once they are back"
+                f"round {self.session} ended below the threshold of {self.terms.threshold}, without {', '.join(gone)}. "
+                "There is no sum, and what was charged to ledgers stays charged. Ask again once they are back"
             )
         return map(dump, self._sums)
 

@@ -231,7 +231,6 @@ def _cnn_packing(convolution: nn.Conv2d, dense: list[nn.Linear], in_shape: tuple
     packing = CNNPacking(side, kernel, stride, convolution.out_channels, hidden, dense[-1].out_features)
     if (units := packing.channels * packing.positions) != dense[0].in_features:
         raise UserError(
-            f"the convolution of films of {side} px gives {units} numbers, the next layer takes "
-            f"{dense[0].in_features}: give the in_shape that the network was trained for"
+            f"films of {side} px give {units} numbers, the next layer takes {dense[0].in_features}: in_shape?"
         )
     return packing

@@ -80,10 +80,7 @@ class HeadPacking(Packing):
 
     def check_norm(self, features: np.ndarray) -> None:
         if not (norm := float(np.linalg.norm(features, axis=1).max())) <= self.most_norm:
-            raise UserError(
-                f"these features have norm {norm:.4g}; above {self.most_norm} logits could wrap round unseen: "
-                "scale them to norm 1, as primia_lite.models.frozen does"
-            )
+            raise UserError(f"these features have norm {norm:.4g}, above {self.most_norm}: scale them to norm 1")
 
 
 @dataclass(frozen=True)
@@ -206,8 +203,7 @@ class CNNPacking(Packing):
                 raise UserError(f"{name} is {number}: packing needs a power of two")
         if self.period > self.parameters.slots:
             raise UserError(
-                f"{self.channels} channels at {self.positions} positions need {self.period} slots, a "
-                f"ciphertext has {self.parameters.slots}: take a larger stride, or fewer channels"
+                f"channels x positions need {self.period} slots, more than a ciphertext has: take a larger stride"
             )
         if self.hidden > self.period:
             raise UserError(f"hidden is {self.hidden}, wider than the convolution's {self.period} outputs: narrow it")
@@ -323,8 +319,7 @@ class CNNPacking(Packing):
     def check_pixels(self, films: np.ndarray) -> None:
         if not (largest := float(np.abs(films).max())) <= self.most_pixel:
             raise UserError(
-                f"these pixels reach {largest:.4g}; above {self.most_pixel:g} logits could wrap round unseen: "
-                "normalise them as the network's training films were, see primia_lite.models.prepare"
+                f"pixels reach {largest:.4g}, above {self.most_pixel:g}: normalise them (primia_lite.models.prepare)"
             )
 
     def encode(self, context: Context, film: np.ndarray) -> list[sealapi.Plaintext]:

@@ -41,8 +41,7 @@ class Parameters:
             raise UserError(f"coeff_mod_bit_sizes are {bits}: give primes of {_LEAST_BITS} to {_MOST_BITS} bits")
         if sum(bits) > most:
             raise UserError(
-                f"{sum(bits)} bits of modulus at N = {n} are weaker than 128-bit security: it "
-                f"allows {most}; take fewer or smaller primes, or a larger poly_modulus_degree"
+                f"{sum(bits)} bits at N = {n} are weaker than 128-bit security, which allows {most}: take fewer"
             )
         if uneven := [b for b in bits[1:-1] if self.rescaled and b != self.scale_bits]:
             raise UserError(
@@ -54,8 +53,7 @@ class Parameters:
         room = bits[0] if self.rescaled else sum(bits[:-1] or bits)
         if not 1 <= self.scale_bits < room:
             raise UserError(
-                f"scale_bits is {self.scale_bits}, the {'first prime has' if self.rescaled else 'primes have'} {room} "
-                "bits: the result has room in the difference; make the prime larger, or the scale smaller"
+                f"scale_bits is {self.scale_bits} of {room}: the difference is the result's room; make it smaller"
             )
 
     @property
@@ -101,10 +99,7 @@ def choose(
         bits = (edge, *[scale] * depth, edge)
         if 2 * slots <= n and sum(bits) <= MAX_BITS_128[n] and scale >= _LEAST_BITS and edge <= _MOST_BITS:
             return Parameters(n, bits, scale)
-    raise UserError(
-        f"no CKKS parameters have depth {depth}, {precision_bits} bits of precision and {slots} slots at 128-bit "
-        "security: take a shallower network, less precision, or fewer slots"
-    )
+    raise UserError(f"no CKKS parameters have depth {depth}, {precision_bits} bits and {slots} slots: take less of one")
 
 
 def choose_single_product(weight_bits: int, primes: int = 1) -> Parameters:

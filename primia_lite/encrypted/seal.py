@@ -77,9 +77,7 @@ class Context:
         try:
             self.encoder.encode(np.asarray(values).tolist(), self.level_ids[level], scale, out)
         except ValueError as error:
-            raise UserError(
-                f"numbers are too large for these parameters ({error}): scale film or weights down"
-            ) from error
+            raise UserError(f"numbers are too large for these parameters ({error}): scale them down") from error
         return out
 
     def encode_coefficients(self, values: np.ndarray, scale: float, level: int = 0) -> sealapi.Plaintext:

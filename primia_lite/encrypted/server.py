@@ -132,15 +132,8 @@ class Session:
 
 
 class CkksServer:
-    """The model's owner: has the plain model, and of a client its public material and ciphertexts, never more.
-
-    Parameters
-    ----------
-    model : the trained part, see :func:`plan`
-    in_shape : of one film as it takes it
-    flooded : with room for the client's flooding
-    batch_size : films that come together
-    """
+    """The model's owner: has the plain model, and of a client its public material and ciphertexts, never more. For the
+    parameters see :func:`plan`."""
 
     def __init__(self, model: nn.Module, in_shape: tuple[int, ...], flooded: bool = False, batch_size: int = 1):
         self.packing = plan(model, in_shape, batch_size, flooded).packing

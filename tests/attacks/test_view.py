@@ -280,16 +280,12 @@ def test_films_that_the_network_doesnt_take_are_refused(shape, films):
         replace(seen(films, [0]), in_shape=shape)
 
 
-def view_of(network: nn.Module, in_shape) -> AttackerView:
-    return AttackerView.from_gradient(network, [torch.randn_like(p) for p in network.parameters()], in_shape)
+def test_a_network_that_gives_no_logits_is_refused_and_a_batchnorm_doesnt_notice_that_check():
+    def view_of(network: nn.Module, in_shape) -> AttackerView:
+        return AttackerView.from_gradient(network, [torch.randn_like(p) for p in network.parameters()], in_shape)
 
-
-def test_a_network_that_gives_no_logits_is_refused():
     with pytest.raises(UserError, match="logits"):
         view_of(nn.Conv2d(1, 3, 3), (1, 8, 8))
-
-
-def test_a_batchnorm_doesnt_notice_that_check():
     network = nn.Sequential(nn.Conv2d(1, 4, 4), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 3)).train()
     before = {name: value.clone() for name, value in network.state_dict().items()}
     view = view_of(network, (1, 4, 4))
@@ -395,15 +391,10 @@ def test_the_noise_of_a_sum_and_of_rounds_is_independent(films):
 
 def test_seeds_repeat_and_the_operating_system_doesnt(films):
     own, state, privacy = films.subset(range(4)), initial_state(RECIPE, films), Privacy(1.0, 1.0, 100.0, unit="film")
-
-    def noisy(seed):
-        return flat(simulate_view(own, RECIPE, state, privacy=privacy, seed=seed).gradient())
-
-    assert torch.equal(noisy(1), noisy(1)) and not torch.equal(noisy(1), noisy(2))
-    assert not torch.equal(noisy(None), noisy(None))
-    other = initial_state(RECIPE, films, seed=1)
-    assert not torch.equal(other["0.weight"], state["0.weight"])
-    assert torch.equal(initial_state(RECIPE, films, seed=1)["0.weight"], other["0.weight"])
+    one, again, other, *drawn = (
+        flat(simulate_view(own, RECIPE, state, privacy=privacy, seed=seed).gradient()) for seed in (1, 1, 2, None, None)
+    )
+    assert torch.equal(one, again) and not torch.equal(one, other) and not torch.equal(*drawn)
 
 
 def test_a_view_and_an_attack_leave_the_weights_as_they_were(films):
