@@ -18,10 +18,10 @@ from primia_lite.attacks.view import AttackerView
 from primia_lite.config import UserError
 
 
-def principal_components(flat: torch.Tensor, components: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def principal_components(flat: torch.Tensor, components: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Singular values [K] and directions [D, K] of centred rows [M, D]; torch's generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         _, size, directions = torch.pca_lowrank(flat, q=components, center=False, niter=3)
     return size, directions
 
@@ -51,26 +51,24 @@ class FilmPrior:
     spread: torch.Tensor
 
     @classmethod
-    def fit(cls, films: np.ndarray, components: int = 128, seed: int = 0) -> FilmPrior:
+    def fit(cls, films: np.ndarray, components: int = 128) -> FilmPrior:
         """From uint8 [M, H, W]: other children's films."""
         if len(films) <= components:
             raise UserError(f"{len(films)} films can't give {components} components: take fewer, or more films")
         flat = flat_pixels(films)
         mean = flat.mean(0)
-        size, directions = principal_components(flat - mean, components, seed)
+        size, directions = principal_components(flat - mean, components)
         return cls(mean.view(films.shape[1:]), directions, size / len(films) ** 0.5)
 
     def films(self, z: torch.Tensor) -> torch.Tensor:
         """[B, K] -> [B, 1, H, W]."""
         return (self.mean.flatten() + (z * self.spread) @ self.components.T).view(-1, 1, *self.mean.shape)
 
-    def search(
-        self, what: str, loss: Loss, labels: torch.Tensor, iterations: int, step: float = 0.1, start=None
-    ) -> Reconstruction:
+    def search(self, what: str, loss: Loss, labels: torch.Tensor, iterations: int, start=None) -> Reconstruction:
         """Films of least loss, a function of their coordinates [B, K], by Adam from the mean film or ``start``."""
         search = Search(what, iterations)
         start = torch.zeros(len(labels), len(self.spread)) if start is None else start
-        z, value = search.adam(start, loss, iterations, step, show=lambda z: self.films(z).clamp(0, 1))
+        z, value = search.adam(start, loss, iterations, 0.1, show=lambda z: self.films(z).clamp(0, 1))
         return search.end(self.films(z), labels, value)
 
 
@@ -88,7 +86,6 @@ class MapEstimator:
 
     prior: FilmPrior
     iterations: int = 150
-    step: float = 0.1
 
     def attack(self, view: AttackerView, n_films: int | None, seed: int) -> Reconstruction:
         prior = self.prior
@@ -109,7 +106,7 @@ class MapEstimator:
         if len(labels) > 1:  # equal films would stay equal
             generator = torch.Generator().manual_seed(seed)
             start = 0.3 * torch.randn(len(labels), len(prior.spread), generator=generator)
-        return prior.search("attacker with a prior", loss, labels, self.iterations, self.step, start)
+        return prior.search("attacker with a prior", loss, labels, self.iterations, start)
 
 
 def noisy_misfit(view: AttackerView, model: nn.Module, films: torch.Tensor, labels, target) -> torch.Tensor:

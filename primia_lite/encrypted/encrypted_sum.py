@@ -126,8 +126,9 @@ class SumHospital:
         if session <= self._sent:
             raise UserError(f"{self.name} was asked for round {session} after {self._sent}: it takes part in each once")
         values, clip = np.asarray(update()), self.terms.clip
-        if values.shape != (self.terms.length,):
-            raise UserError(f"hospital {self.name}'s update is {values.shape}: [{self.terms.length}] was agreed on")
+        if values.shape != (self.terms.length,) or values.dtype != np.float32:
+            found, agreed = f"{values.dtype} {values.shape}", f"float32 [{self.terms.length}]"
+            raise UserError(f"hospital {self.name}'s update is {found}, {agreed} was agreed on")
         try:
             for part in _parts(values):
                 check_clip(part.astype(np.float64), clip)

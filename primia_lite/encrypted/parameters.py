@@ -75,9 +75,7 @@ def rescaling_error_bits(poly_modulus_degree: int) -> float:
     return 0.5 * math.log2(n * (1 + 2 * n / 3) / 24)
 
 
-def choose(
-    depth: int, *, precision_bits: int = 18, integer_bits: int = 8, slots: int = 1, weight_bits: int = 0
-) -> Parameters:
+def choose(depth: int, *, precision_bits: int = 18, integer_bits: int = 8, weight_bits: int = 0) -> Parameters:
     """The smallest parameters at 128-bit security for a circuit in slots.
 
     The scale is ``precision_bits`` above the error of a rescaling (:func:`rescaling_error_bits`); each level has a
@@ -88,18 +86,17 @@ def choose(
     depth : multiplications one after the other that are rescaled
     precision_bits : log2 of 1 / the standard deviation of one rescaling's error
     integer_bits : room for the result's integer part and sign
-    slots : numbers in one ciphertext
     weight_bits : log2 of the scale of a last product's weights, which isn't rescaled
     """
-    if min(depth, weight_bits) < 0 or min(precision_bits, integer_bits, slots) < 1:
-        raise UserError("depth must be at least 0; precision_bits, integer_bits and slots at least 1")
+    if min(depth, weight_bits) < 0 or min(precision_bits, integer_bits) < 1:
+        raise UserError("depth must be at least 0, precision_bits and integer_bits at least 1")
     for n in MAX_BITS_128:
         scale = math.ceil(precision_bits + rescaling_error_bits(n))
         edge = scale + integer_bits + weight_bits
         bits = (edge, *[scale] * depth, edge)
-        if 2 * slots <= n and sum(bits) <= MAX_BITS_128[n] and scale >= _LEAST_BITS and edge <= _MOST_BITS:
+        if sum(bits) <= MAX_BITS_128[n] and scale >= _LEAST_BITS and edge <= _MOST_BITS:
             return Parameters(n, bits, scale)
-    raise UserError(f"no CKKS parameters have depth {depth}, {precision_bits} bits and {slots} slots: take less of one")
+    raise UserError(f"no CKKS parameters have depth {depth} and {precision_bits} bits of precision: take less of one")
 
 
 def choose_single_product(weight_bits: int, primes: int = 1) -> Parameters:

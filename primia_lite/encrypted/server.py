@@ -96,9 +96,9 @@ class Session:
         """Films whose replies' masks are made."""
         return len(self._blinds)
 
-    def prepare(self, films: int = 1) -> None:
-        """Make, in idle time, what will hide the replies to so many films; later ones get theirs when they come."""
-        self._blinds += [self._new_blinds() for _ in range(films)]
+    def prepare(self) -> None:
+        """Make, in idle time, what will hide the replies to one more film; others get theirs when they come."""
+        self._blinds.append(self._new_blinds())
 
     def _new_blinds(self) -> list[Blind]:
         context, packing = self.server.context, self.server.packing

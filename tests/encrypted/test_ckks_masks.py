@@ -160,7 +160,7 @@ def test_replies_to_one_upload_share_nothing_and_say_the_same(parties):
     client, server, session, modulus = parties
     film = np.linspace(-0.2, 0.2, 40)
     upload = client.encrypt(film)
-    session.prepare(1)  # one mask from before, one made now
+    session.prepare()  # one mask from before, one made now
     one, two = session.diagnose(upload), session.diagnose(upload)
     assert session.prepared == 0
     a, b = (replied(server, reply[0]).astype(np.int64) for reply in (one, two))

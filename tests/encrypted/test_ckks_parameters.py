@@ -45,7 +45,7 @@ def test_sets_that_are_weak_or_wrong_are_refused(n, bits, scale, word):
 @pytest.mark.parametrize(("depth", "precision"), [(1, 14), (2, 18), (4, 14)])
 def test_chosen_parameters_keep_their_promise(depth, precision):
     """Products, rescaled: the slots' error is that of ``depth`` rescalings."""
-    parameters = choose(depth, precision_bits=precision, slots=64)
+    parameters = choose(depth, precision_bits=precision)
     context, fresh, rng = Context(parameters), 2.0**parameters.scale_bits, np.random.default_rng(0)
     key, values = SecretKey(context), rng.uniform(-1, 1, parameters.slots)
     state = context.receive(key.encrypt(context.encode_slots(values, fresh)), scale=fresh)
@@ -63,14 +63,12 @@ def test_chosen_parameters_keep_their_promise(depth, precision):
 
 
 def test_choose_takes_the_smallest_ring_and_says_when_there_is_none():
-    assert choose(0, slots=1).poly_modulus_degree == 4096
-    assert choose(2, slots=4096).poly_modulus_degree == 8192
-    assert choose(2, slots=4097).poly_modulus_degree == 16384
+    assert [choose(depth).poly_modulus_degree for depth in (0, 1, 2, 5)] == [4096, 4096, 8192, 16384]
     assert rescaling_error_bits(8192) == pytest.approx(np.log2(8192 / 6), abs=0.01)
     with pytest.raises(UserError, match="parameters"):
         choose(60)
     with pytest.raises(UserError, match="least"):
-        choose(1, slots=0)
+        choose(1, integer_bits=0)
 
 
 def test_a_single_product_takes_all_bits_of_the_smallest_ring():
