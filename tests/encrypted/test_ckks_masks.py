@@ -98,6 +98,22 @@ def test_parity_shows_products_through_the_control(wide):
         assert least <= same.mean() <= most
 
 
+def test_reuse_shows_products_through_the_control(wide):
+    """The difference of two replies: that of the products if they have one mask, which a Mask refuses."""
+    modulus, others = wide.moduli[0], np.setdiff1d(np.arange(wide.n), KEEP)
+    products, control = [uniform(1 << 40, wide.n) for _ in range(2)], float_mask(wide)
+
+    def difference(first, second) -> np.ndarray:
+        return (first.astype(np.int64) - second.astype(np.int64))[others] % modulus
+
+    shown = difference(*((control + product) % np.uint64(modulus) for product in products))
+    np.testing.assert_array_equal(shown, difference(*products))
+    masks = [Mask([modulus], wide.n, KEEP) for _ in products]
+    looks_uniform(difference(*(m.hide(p[None])[0] for m, p in zip(masks, products, strict=True))), modulus)
+    with pytest.raises(UserError, match="reply"):
+        masks[0].hide(products[1][None])
+
+
 @pytest.mark.parametrize("modulus", [3, 1000, (1 << 20) + 7])
 def test_small_moduli_are_drawn_evenly(modulus):
     draws = uniform(modulus, 60_000)
