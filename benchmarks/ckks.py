@@ -41,7 +41,7 @@ from primia_lite import runtime
 from primia_lite.apps.bench import Options
 from primia_lite.apps.service import running
 from primia_lite.config import UserError
-from primia_lite.encrypted.card import ModelCard
+from primia_lite.encrypted.model_card import ModelCard
 
 # --- measuring --------------------------------------------------------------------------------------------------------
 

@@ -32,7 +32,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "config": ["UserError", "runs_dir"],
         "data": ["assign_hospitals", "load", "partition", "split_by_patient"],
-        "encrypted.card": ["ModelCard", "prepare_film"],
+        "encrypted.model_card": ["ModelCard", "prepare_film"],
         "exercises": ["check"],
         "federation.aggregation": ["SecureAggregation"],
         "federation.hospital": ["Hospital", "local_update"],

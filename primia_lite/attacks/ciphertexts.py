@@ -29,22 +29,17 @@ def recover_key(weights: np.ndarray, film: np.ndarray, shared: str, statistical_
     - ``flooded``: all of it, with the noise of :func:`flooding_std` for one decryption
 
     The server knows the film here (it may have chosen it), so it fills in what isn't shared with what it computes.
-
-    Parameters
-    ----------
-    weights, film : of a linear head [classes, features]; features [features] of norm 1
+    ``weights`` are a linear head's [classes, features]; the film's features [features] have norm 1.
     """
     if shared not in SHARED:
         raise UserError(f"shared is {shared!r}: choose one of {', '.join(SHARED)}")
     client, server = _parties(weights)
     context, packing, uploads = server.context, server.packing, client.encrypt(film)
-    (product,) = server.kernel([context.receive(data, scale=packing.fresh_scale) for data in uploads], None)
-    scale = product.scale
+    (product,) = server.kernel(server.receive(uploads), None)
     if shared == "logits":
         # The product as the server computes it in the clear, the hospital's rounded logits in their places.
         slots = sum(
-            context.slots_of(_padded(film[part], context))
-            * context.slots_of(_padded(packing.reversed_rows(weights, part), context))
+            context.slots_of(film[part]) * context.slots_of(packing.reversed_rows(weights, part))
             for part in packing.parts
         )
         coefficients = context.coefficients_of(slots)
@@ -55,8 +50,8 @@ def recover_key(weights: np.ndarray, film: np.ndarray, shared: str, statistical_
         # All coefficients are shared, so the bound is on the norm of the noise of all.
         size = np.linalg.norm(weights) * 2.0**packing.weight_bits
         std = flooding_std(10 * NOISE_STD * math.sqrt(context.n) * size, 1, statistical_bits)
-        coefficients = coefficients + np.array(wide_gaussian(context.n, std), float) / scale
-    guess = key_from_decryption(context, dump(product), context.slots_of(coefficients), scale)
+        coefficients = coefficients + np.array(wide_gaussian(context.n, std), float) / product.scale
+    guess = key_from_decryption(context, product, context.slots_of(coefficients))
     return float(np.mean(guess == client.key.ternary))
 
 
@@ -81,9 +76,8 @@ def weights_from_replies(weights: np.ndarray, films: np.ndarray, sent: str, atta
     uploads, replies = [], []
     for film in films:
         data = client.encrypt(film)
-        # The kernel computes in place, so what was sent is read once more.
-        uploads.append([context.receive(each, scale=packing.fresh_scale) for each in data])
-        (product,) = server.kernel([context.receive(each, scale=packing.fresh_scale) for each in data], None)
+        uploads.append(server.receive(data))
+        (product,) = server.kernel(server.receive(data), None)  # read once more: the kernel computes in place
         if sent == "sealed":
             product = context.load(session.diagnose(data)[0], sealapi.Ciphertext)
             context.evaluator.transform_to_ntt_inplace(product)
@@ -95,7 +89,7 @@ def weights_from_replies(weights: np.ndarray, films: np.ndarray, sent: str, atta
         replies.append(product)
     if attack == "ratio":
         few = packing.uploads
-        found = [v / 2.0**packing.weight_bits for v in multipliers(context, uploads[:few], replies[:few])]
+        found = [v / 2.0**packing.weight_bits for v in _multipliers(context, uploads[:few], replies[:few])]
     else:
         found = _quotients(context, packing, client, films, replies)
     out = np.zeros((packing.classes, packing.features))
@@ -105,16 +99,6 @@ def weights_from_replies(weights: np.ndarray, films: np.ndarray, sent: str, atta
     return out
 
 
-def _quotients(context: Context, packing, client: CkksClient, films: np.ndarray, replies: list) -> list[np.ndarray]:
-    """What the films' polynomials were multiplied by, [N] for each upload: least squares at each root of unity."""
-    given = np.array([[context.slots_of(_padded(film[part], context)) for part in packing.parts] for film in films])
-    seen = [client.key.decrypt(reply) for reply in replies]
-    matrix, right = given.transpose(2, 0, 1), np.array(seen).T[:, :, None]
-    adjoint = matrix.conj().transpose(0, 2, 1)
-    solved = np.linalg.solve(adjoint @ matrix, adjoint @ right)[:, :, 0]
-    return [context.coefficients_of(column) for column in solved.T]
-
-
 def _parties(weights: np.ndarray) -> tuple[CkksClient, CkksServer]:
     model = nn.Linear(weights.shape[1], weights.shape[0], bias=False)
     model.weight.data = torch.from_numpy(np.asarray(weights, np.float64))
@@ -122,45 +106,37 @@ def _parties(weights: np.ndarray) -> tuple[CkksClient, CkksServer]:
     return CkksClient(server.packing), server
 
 
-def _padded(values: np.ndarray, context: Context) -> np.ndarray:
-    return np.pad(values, (0, context.n - len(values)))
-
-
-def key_from_decryption(context: Context, ciphertext: bytes, slots: np.ndarray, scale: float) -> np.ndarray:
-    """The secret key from one decryption that was shared (Li and Micciancio, EUROCRYPT 2021), int64 [N].
+def key_from_decryption(context: Context, ciphertext: sealapi.Ciphertext, slots: np.ndarray) -> np.ndarray:
+    """The secret key, int64 [N], from one decryption that was shared (Li and Micciancio, EUROCRYPT 2021).
 
     A CKKS decryption is message plus noise, m = c0 + c1 s, so s = (m - c0) / c1 modulo the prime, if it comes in
     full precision. Whether it worked the attacker sees by itself: the key's coefficients are -1, 0 and 1.
 
     Parameters
     ----------
-    ciphertext : as it was sent, of a single prime
+    ciphertext : as it was sent, of a single prime, in NTT form
     slots : complex [N / 2], what was shared of its decryption
     """
     modulus = context.moduli[0]
-    loaded = context.receive(ciphertext, scale=scale, level=len(context.level_ids) - 1)
-    c0, c1 = context.integers(dump(loaded), scale=scale, level=len(context.level_ids) - 1, ntt=True)[:, 0]
-    message = context.ntt_values(context.encode_slots(slots, scale, len(context.level_ids) - 1))[0]
+    c0, c1 = context.integers(dump(ciphertext), scale=ciphertext.scale, ntt=True)[:, 0]
+    message = context.ntt_values(context.encode_slots(slots, ciphertext.scale))[0]
     key = [(int(m) - int(a)) * _inverse(int(b), modulus) % modulus for m, a, b in zip(message, c0, c1, strict=True)]
-    return _signed(context.inverse_ntt(np.array(key, np.uint64)), modulus)
+    return context.from_ntt(np.array(key, np.uint64))
 
 
-def multipliers(
-    context: Context, uploads: list[list[sealapi.Ciphertext]], replies: list[sealapi.Ciphertext]
-) -> list[np.ndarray]:
+def _multipliers(context: Context, uploads: list[list], replies: list) -> list[np.ndarray]:
     """The plaintexts that uploads were multiplied by, int64 [N] each, if nobody re-randomised the replies: the second
     polynomial of a reply is the sum of those of the uploads, each times its plaintext. With as many films as uploads,
     that is a linear system modulo the prime, one for each point of the number-theoretic transform.
 
     Parameters
     ----------
-    uploads : [films][uploads of a film], as many films as uploads; of a single prime, in NTT form
-    replies : [films], the same
+    uploads, replies : ciphertexts [films][uploads of a film] and [films], of a single prime, in NTT form
     """
-    modulus, level = context.moduli[0], len(context.level_ids) - 1
+    modulus = context.moduli[0]
 
     def second(ciphertext: sealapi.Ciphertext) -> np.ndarray:
-        return context.integers(dump(ciphertext), scale=ciphertext.scale, level=level, ntt=True)[1, 0].astype(object)
+        return context.integers(dump(ciphertext), scale=ciphertext.scale, ntt=True)[1, 0].astype(object)
 
     rows = [[*map(second, film), second(reply)] for film, reply in zip(uploads, replies, strict=True)]
     for pivot in range(len(rows)):  # Gauss and Jordan, at all points at once
@@ -170,13 +146,17 @@ def multipliers(
             if other != pivot:
                 factor = rows[other][pivot]
                 rows[other] = [(v - factor * w) % modulus for v, w in zip(rows[other], rows[pivot], strict=True)]
-    return [_signed(context.inverse_ntt(row[-1].astype(np.uint64)), modulus) for row in rows]
+    return [context.from_ntt(row[-1].astype(np.uint64)) for row in rows]
+
+
+def _quotients(context: Context, packing, client: CkksClient, films: np.ndarray, replies: list) -> list[np.ndarray]:
+    """What the films' polynomials were multiplied by, [N] for each upload: least squares at each root of unity."""
+    given = np.array([[context.slots_of(film[part]) for part in packing.parts] for film in films])
+    matrix, right = given.transpose(2, 0, 1), np.array([client.key.decrypt(reply) for reply in replies]).T[:, :, None]
+    adjoint = matrix.conj().transpose(0, 2, 1)
+    solved = np.linalg.solve(adjoint @ matrix, adjoint @ right)[:, :, 0]
+    return [context.coefficients_of(column) for column in solved.T]
 
 
 def _inverse(value: int, modulus: int) -> int:
     return pow(value, -1, modulus) if value else 0
-
-
-def _signed(values: np.ndarray, modulus: int) -> np.ndarray:
-    values = values.astype(np.int64)
-    return np.where(values > modulus // 2, values - modulus, values)

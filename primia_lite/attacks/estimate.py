@@ -9,7 +9,6 @@ structure (:func:`pca_weights`).
 from __future__ import annotations
 
 import math
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -36,8 +35,6 @@ class LinearEstimator:
     labels : int [M]
     """
 
-    takes_rounds: ClassVar[bool] = False
-
     def __init__(self, gradients: torch.Tensor, films: np.ndarray, labels):
         gradients, labels = torch.as_tensor(gradients), torch.as_tensor(labels)
         if not len(gradients) == len(films) == len(labels):
@@ -58,20 +55,17 @@ class LinearEstimator:
         known = next(iter(self.classes.values()))
         if (len(update), math.prod(view.in_shape)) != (known.spread.shape[1], known.films.shape[1]):
             raise UserError(
-                f"the view has {len(update)} parameters and films {view.in_shape}; the attacker's gradients have "
-                f"{known.spread.shape[1]}, its films {known.films.shape[1]} pixels: use one network and size"
+                "the view's parameters or pixels aren't as many as the attacker's: use one network and size"
             )
         labels = list(self.classes) if view.labels is None else view.labels.tolist()
         if missing := set(labels) - set(self.classes):
             raise UserError(f"the attacker owns no film of label {min(missing)}: add some")
         variance = (view.noise_std / view.max_grad_norm) ** 2
-        found = [self.classes[label].posterior(update, variance) for label in labels]
-        scores = torch.tensor([score for _, score in found], dtype=torch.float64)
-        image = (scores.softmax(0)[:, None] * torch.stack([film for film, _ in found])).sum(0)
-        return Reconstruction(
-            image.float().view(1, *view.in_shape).clamp(0, 1), torch.tensor([labels[int(scores.argmax())]]),
-            -float(scores.logsumexp(0)), iterations=1,
-        )  # fmt: skip
+        films, scores = zip(*(self.classes[label].posterior(update, variance) for label in labels), strict=True)
+        scores = torch.tensor(scores, dtype=torch.float64)
+        image = (scores.softmax(0)[:, None] * torch.stack(films)).sum(0).float().view(1, *view.in_shape).clamp(0, 1)
+        label = torch.tensor([labels[int(scores.argmax())]])
+        return Reconstruction(image, label, -float(scores.logsumexp(0)), iterations=1)
 
 
 class _Gaussian:
@@ -102,12 +96,9 @@ def pca_weights(state: State, films: np.ndarray, normalisation: tuple[float, flo
 
     Parameters
     ----------
-    state
-        Weights of an ``mlp`` with at least 2 x ``components`` hidden units.
-    films
-        uint8 [M, H, W], the attacker's: their mean and principal components.
-    normalisation
-        Mean and standard deviation that the victim scales pixels with.
+    state : weights of an ``mlp`` with at least 2 x ``components`` hidden units
+    films : uint8 [M, H, W], the attacker's: their mean and principal components
+    normalisation : mean and standard deviation that the victim scales pixels with
     """
     if list(state) != ["1.weight", "1.bias", "3.weight", "3.bias"]:
         raise UserError("pca_weights sets up an mlp: build model='mlp' and give its weights")
@@ -120,7 +111,6 @@ def pca_weights(state: State, films: np.ndarray, normalisation: tuple[float, flo
     # So long that the scores outweigh the bias's gradient, and clipping does the rest.
     rows = directions.T * 30 * len(films) ** 0.5 / size[0]
     out = {name: torch.zeros_like(value) for name, value in state.items()}
-    shift = rows @ (normalisation[0] - mean)
-    for sign, place in ((1, slice(0, components)), (-1, slice(components, 2 * components))):
-        out["1.weight"][place], out["1.bias"][place] = sign * rows * normalisation[1], sign * shift
+    weight, bias = torch.cat([rows, -rows]) * normalisation[1], rows @ (normalisation[0] - mean)
+    out["1.weight"][: len(weight)], out["1.bias"][: len(weight)] = weight, torch.cat([bias, -bias])
     return out

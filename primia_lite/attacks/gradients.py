@@ -18,23 +18,15 @@ def mean_gradient(model: nn.Module, logits: torch.Tensor, labels: torch.Tensor) 
 def expected_update(
     view: AttackerView, model: nn.Module, inputs: torch.Tensor, labels: torch.Tensor, *, unroll: bool = True
 ) -> list[torch.Tensor]:
-    """The mean gradient over a round's local steps that these films would give, differentiable.
-
-    Parameters
-    ----------
-    unroll
-        Follow the local steps through (all films in each); else one step stands for all.
-    """
-    parameters = dict(model.named_parameters())
+    """The mean gradient over a round's local steps that these films would give, differentiable. ``unroll`` follows the
+    steps through (all films in each); else one step stands for all."""
+    parameters = first = dict(model.named_parameters())
     if view.local_steps == 1 or not unroll:
         return mean_gradient(model, model(inputs), labels)
-    first = parameters
     for _ in range(view.local_steps):
         loss = F.cross_entropy(functional_call(model, parameters, (inputs,)), labels)
         gradient = torch.autograd.grad(loss, list(parameters.values()), create_graph=True)
-        parameters = {
-            name: p - view.learning_rate * g for (name, p), g in zip(parameters.items(), gradient, strict=True)
-        }
+        parameters = {n: p - view.learning_rate * g for (n, p), g in zip(parameters.items(), gradient, strict=True)}
     return [(first[n] - parameters[n]) / (view.learning_rate * view.local_steps) for n in first]
 
 
@@ -51,10 +43,9 @@ def cosine_distance(a: list[torch.Tensor], b: list[torch.Tensor]) -> torch.Tenso
 
 def total_variation(x: torch.Tensor) -> torch.Tensor:
     """Mean absolute difference of neighbours, in both directions."""
-    return (x[..., 1:, :] - x[..., :-1, :]).abs().mean() + (x[..., :, 1:] - x[..., :, :-1]).abs().mean()
+    return x.diff(dim=-2).abs().mean() + x.diff(dim=-1).abs().mean()
 
 
 def smooth_variation(x: torch.Tensor) -> torch.Tensor:
     """:func:`total_variation` with rounded corners, for line searches."""
-    down, right = x[..., 1:, :] - x[..., :-1, :], x[..., :, 1:] - x[..., :, :-1]
-    return (down**2 + 1e-8).sqrt().mean() + (right**2 + 1e-8).sqrt().mean()
+    return sum((x.diff(dim=d) ** 2 + 1e-8).sqrt().mean() for d in (-2, -1))

@@ -62,22 +62,17 @@ def clipped_gradients(state: State, films: Films, training: Training, max_grad_n
 
     By the product's own rows and clipping; a test holds it equal to ``local_update`` on each film.
     """
+    from tqdm.auto import tqdm
+
     if training.sample_rate != 1 or training.steps_per_round != 1:
-        raise UserError(
-            "a film's own gradient is that of one full-batch step: training.changed(sample_rate=1.0, local_steps=1, "
-            "local_epochs=None)"
-        )
+        raise UserError("a film's own gradient is that of one full-batch step: set sample_rate=1.0, local_steps=1")
     if films.inputs.dim() == 5 and training.augmentation:
         raise UserError("augmentation changes pixels at random, so a film has no one gradient: leave it out")
-    from tqdm.auto import tqdm
 
     privacy = clipping_alone(max_grad_norm)
     check_options(training, privacy)
     model = models.build(training.model, training.n_classes, films.inputs.shape[2:], **training.model_options)
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise UserError(f"the weights don't fit {training.model} on these films: give those of this recipe") from error
+    model.load_state_dict(state)
     check_model(model.train())
     weight = None if training.class_weights is None else torch.tensor(training.class_weights, dtype=torch.float32)
     batch = PoissonBatch(torch.tensor([0]), 1.0)
@@ -105,7 +100,7 @@ def gram(gradients) -> torch.Tensor:
 
 def _checked(matrix) -> torch.Tensor:
     matrix = torch.as_tensor(matrix, dtype=torch.float64)
-    if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1] or not len(matrix) or not torch.isfinite(matrix).all():
+    if matrix.shape != (len(matrix), len(matrix)) or not torch.isfinite(matrix).all():
         raise UserError(f"a Gram matrix is square and finite, this one is {tuple(matrix.shape)}: make it by gram()")
     return matrix
 
@@ -132,10 +127,7 @@ def top1_rate(gram, sigma: float, *, steps: int = 1, sample_rate: float = 1.0, t
     / σ²)), the log likelihood ratio of j taking part to nobody, and names the j of the largest sum. Of m candidates
     with one gradient (twins) it names any at random: a tie counts 1 / m on average, and trials stay yes or no.
 
-    Parameters
-    ----------
-    gram
-        float [N, N], see :func:`gram`; the same gradients at each step.
+    ``gram`` is float [N, N], see :func:`gram`; the gradients are the same at each step.
     """
     _check(sigma, steps, sample_rate, counts=(trials,))
     matrix = _checked(gram)
@@ -198,15 +190,9 @@ def diagnosis_rate(gradients, labels, known_gradients, known_labels, sigma: floa
     The attacker doesn't hold the film. It weighs each known film by its likelihood, and calls the class of the largest
     mean weight, since each class is as likely.
 
-    Parameters
-    ----------
-    gradients, labels : float [N, P] and int [N]; each film is attacked once
-    known_gradients, known_labels : float [M, P] and int [M], the gallery
-
-    Returns
-    -------
-    Mean over K classes of the share called right, at most :func:`rero_bound` with N = K; its interval is put together
-    from Wilson's (1927) of the classes, as by Zou and Donner (2008); n films.
+    Of ``gradients`` [N, P] with ``labels`` [N] each is attacked once; the gallery has M. The rate is the mean over K
+    classes of the share called right, at most :func:`rero_bound` with N = K; its interval is put together from Wilson's
+    (1927) of the classes, as by Zou and Donner (2008); n films.
     """
     _check(sigma, steps)
     gradients, known = torch.as_tensor(gradients).double(), torch.as_tensor(known_gradients).double()
@@ -234,19 +220,14 @@ def membership_recall(gram, sigma: float, batch_size: int, trials: int = 20, see
 
     B of N take part, each set as likely, and only their sum is seen, as under secure aggregation. The attacker makes
     the best linear estimate of who did (ridge regression on centred gradients, as B is known) and names the B largest.
-    Guessing finds B / N. Not a bound: an attack that isn't linear may find more.
-
-    Returns
-    -------
-    Mean recall; the wider of Student's interval over trials and that of all B x trials calls as independent; n trials.
+    Guessing finds B / N. Not a bound: an attack that isn't linear may find more. The rate is the mean recall of n
+    trials; its interval the wider of Student's over trials and that of all B x trials calls as independent.
     """
     _check(sigma, counts=(trials,))
     matrix = _checked(gram)
     size, generator = len(matrix), torch.Generator().manual_seed(seed)
     if not 1 <= batch_size < size:
-        raise UserError(
-            f"batch_size is {batch_size} of {size} candidates: it must be at least 1, and below their number"
-        )
+        raise UserError(f"batch_size is {batch_size}: it must be at least 1, and below the {size} candidates")
     # With C = I - 11ᵀ/N, who takes part has covariance v C, and the estimate is (CKC + σ²/v)⁻¹ C G (sum - B mean).
     variance = batch_size * (size - batch_size) / (size * (size - 1))
     value, vector = torch.linalg.eigh(matrix - matrix.mean(0) - matrix.mean(1, keepdim=True) + matrix.mean())

@@ -9,10 +9,10 @@ films which share a window of one seldom share one of the other, and what is rea
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from primia_lite.attacks.prior import flat_pixels, principal_components
 from primia_lite.attacks.search import Reconstruction
@@ -25,20 +25,15 @@ def imprint_weights(state: State, films: np.ndarray, normalisation: tuple[float,
 
     Parameters
     ----------
-    state
-        Weights of an ``imprintnet``; its other layers are kept.
-    films
-        uint8 [M, H, W], not the victims': their quantiles set the windows.
-    normalisation
-        Mean and standard deviation that the victims scale pixels with.
+    state : weights of an ``imprintnet``; its other layers are kept
+    films : uint8 [M, H, W], not the victims': their quantiles set the windows
+    normalisation : mean and standard deviation that the victims scale pixels with
     """
-    weight = state["imprint.weight"]
-    bins, pixels = weight.shape
+    bins, pixels = state["imprint.weight"].shape
     flat = (flat_pixels(films, pixels) - normalisation[0]) / normalisation[1]
     layers = [_units(direction, _windows(flat @ direction, bins // 2)) for direction in _measures(flat)]
     weight, bias = (torch.cat(part) for part in zip(*layers, strict=True))
-    out = {name: value.clone() for name, value in state.items()}
-    return out | {"imprint.weight": weight, "imprint.bias": bias}
+    return {name: value.clone() for name, value in state.items()} | {"imprint.weight": weight, "imprint.bias": bias}
 
 
 def _units(direction: torch.Tensor, edges: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,31 +63,25 @@ def _windows(values: torch.Tensor, n: int) -> torch.Tensor:
 
 
 def orthogonal_weights(state: State, films: np.ndarray, normalisation: tuple[float, float]) -> State:
-    """A window for each of these films: an informed malicious server's model, under which candidates' gradients are
-    orthogonal but for what the network beside the imprint layer adds, which is made small.
-
-    Parameters
-    ----------
-    state
-        Weights of an ``imprintnet`` with at least as many bins as there are ``films``.
-    films
-        uint8 [N, H, W], the candidates; equal ones share a window.
-    """
+    """A window for each of these films, uint8 [N, H, W] (equal ones share one): an informed malicious server's weights
+    of an ``imprintnet`` with N bins or more, under which candidates' gradients are orthogonal but for what the network
+    beside the imprint layer adds, which is made small."""
     bins = len(state["imprint.weight"])
     if bins < len(films):
         raise UserError(f"{len(films)} candidates need as many bins, the network has {bins}: set bins={len(films)}")
-    flat = torch.from_numpy(films.reshape(len(films), -1).astype(np.float64)) / 255.0
+    flat = torch.from_numpy(films.reshape(len(films), -1) / 255.0)
     flat = (flat - normalisation[0]) / normalisation[1]
     # A random measure: no two different films have the same value.
     direction = torch.randn(flat.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     direction = direction / direction.norm()
     place = (flat @ direction).unique()
     weight, bias = _units(direction, torch.cat([place[:1] - 1, (place[1:] + place[:-1]) / 2, place[-1:] + 1]))
-    out = {name: 0.01 * value for name, value in state.items()}
-    out["imprint.weight"] = torch.zeros(bins, flat.shape[1])
-    out["imprint.bias"] = torch.full((bins,), -1.0)
-    out["imprint.weight"][: len(place)], out["imprint.bias"][: len(place)] = weight.float(), bias.float()
-    return out
+    empty = bins - len(place)
+    planted = {
+        "imprint.weight": F.pad(weight.float(), (0, 0, 0, empty)),
+        "imprint.bias": F.pad(bias.float(), (0, empty), value=-1.0),
+    }
+    return {name: 0.01 * value for name, value in state.items()} | planted
 
 
 @dataclass(frozen=True)
@@ -104,8 +93,6 @@ class ImprintReading:
     then it is taken out of both, which may leave another film alone. Loss: share of the windows' content that was not
     explained so.
     """
-
-    takes_rounds: ClassVar[bool] = False
 
     def attack(self, view: AttackerView, n_films: int | None, seed: int) -> Reconstruction:
         gradient = view.named_gradient()
@@ -125,9 +112,7 @@ class ImprintReading:
         likely = dict(zip(rows.tolist(), _like_a_film(view, films).tolist(), strict=True))
         found += [content[r, :-1] / content[r, -1] for good in (True, False) for r in order if likely[r] == good]
         if not found:
-            raise UserError(
-                "no film lies in a window of the imprint layer: set it up by imprint_weights with films like them"
-            )
+            raise UserError("no film lies in a window of the imprint layer: set it up by imprint_weights")
         images = view.denormalise(torch.stack(found[:limit])).view(-1, *view.in_shape).clamp(0, 1)
         return Reconstruction(images, torch.full((len(images),), -1), float(content.norm()) / whole)
 

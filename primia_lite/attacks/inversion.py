@@ -8,8 +8,9 @@ gives away which space its inputs lie in, and an attack that uses this needs no 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -32,38 +33,26 @@ from primia_lite.models.networks import Square
 
 
 class Method(Protocol):
-    """A way to make films of a view, with its settings; ``takes_rounds``: it adds up several rounds."""
-
-    takes_rounds: ClassVar[bool]
+    """A way to make films of a view, with its settings."""
 
     def attack(self, view: AttackerView, n_films: int | None, seed: int) -> Reconstruction:
-        """Films from one start."""
+        """Films from one start; a UserError for a view that the method can't use, or that says nothing."""
 
 
 def reconstruct(
     view: AttackerView, method: Method | None = None, *, n_films: int | None = None, restarts: int = 1, seed: int = 0
 ) -> Reconstruction:
-    """Films out of what an attacker sees.
+    """Films out of what an attacker sees; a UserError where nothing can be inverted, or no loss was finite.
 
     Parameters
     ----------
     method
         :class:`InvertingGradients` (the default), :class:`DeepLeakage`, :class:`DenseLayerInversion`, or one of
         ``ImprintReading``, ``MapEstimator``, ``FeatureInversion`` and ``LinearEstimator``.
-    n_films
-        A guess at the number of films, where the threat model doesn't grant it.
-    restarts
-        Starts, of seeds ``seed``, ``seed + 1`` and so on; the least loss wins.
-
-    Raises
-    ------
-    UserError
-        Nothing to invert, an unknown number of films, several rounds for a method that takes one, a view that the
-        method can't use, or a loss that was never finite.
+    n_films : a guess at the number of films, where the threat model doesn't grant it
+    restarts : starts, of seeds ``seed``, ``seed + 1`` and so on; the least loss wins
     """
     method = method or InvertingGradients()
-    if not method.takes_rounds:
-        view.check_one_round()
     return best_start(lambda number: method.attack(view, n_films, seed + number), restarts)
 
 
@@ -100,8 +89,6 @@ class DenseLayerInversion:
     proposition 3.1). Of more films it returns a weighted mean. Loss: 0.
     """
 
-    takes_rounds: ClassVar[bool] = False
-
     def attack(self, view: AttackerView, n_films: int | None, seed: int) -> Reconstruction:
         found, pixels = _dense(view), math.prod(view.in_shape)
         if found is None or found[1].shape[1] != pixels:
@@ -115,88 +102,73 @@ class DenseLayerInversion:
         return Reconstruction(film, labels[:1], 0.0)
 
 
-@dataclass(frozen=True, eq=False)
-class _Convolution:
-    """The convolution whose rectified outputs the dense layer sees, and what is known of it for one film.
+# Of films as the network takes them: squared distance from what is known over squared length, and their logits.
+_Residual = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+def _dense_residual(view: AttackerView, model: nn.Module, n_films: int) -> tuple[_Residual | None, bool]:
+    """What the first dense layer gives away about its inputs, as a loss on films, and whether it is the convolution's.
+
+    The gradient of its weight and bias is a sum over films of outer products of (derivative, [input, 1]), so its rows
+    span the inputs, as long as there are no more films than units; an SVD finds that space (the first step of SPEAR,
+    Dimitrov et al. 2024). For one film this is its features, exactly, with their scale; behind a ReLU there is more
+    (:func:`_convolution_residual`). Both are first-order losses without dead units; matching gradients is neither.
+    """
+    found = _dense(view)
+    if found is None or view.local_steps > 1 or view.noisy:  # steps and noise blur it
+        return None, False
+    name, weight, bias = found
+    rows = torch.cat([weight, bias[:, None]], 1)
+    _, size, basis = torch.linalg.svd(rows, full_matrices=False)
+    # As many directions as films, all clear of rounding. The outputs' derivatives add up to 0: a rank less.
+    last = name == last_dense(view.network)[0]
+    if n_films > min(rows.shape) - last or size[n_films - 1] < 1e-5 * size[0]:
+        return None, False
+    if n_films == 1 and (residual := _convolution_residual(view, model, name, weight, bias)):
+        return residual, True
+    layer, basis = model.get_submodule(name), basis[:n_films]
+
+    def residual(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits, ((inputs, _),) = _traced(model, x, [layer])
+        inputs = F.pad(inputs, (0, 1), value=1.0)
+        inside = (inputs @ basis.T) @ basis
+        return ((inputs - inside) ** 2).sum() / (inputs**2).sum(), logits
+
+    return residual, False
+
+
+def _convolution_residual(view: AttackerView, model: nn.Module, dense: str, weight, bias) -> _Residual | None:
+    """Of one film, where the dense layer sees a convolution's rectified outputs.
 
     The film's features say which units were active; with the dense layer's bias gradient, which is the derivative of
     its outputs, this gives the derivative at the convolution's outputs, and the convolution's weight gradient becomes a
     *linear* function of its inputs (R-GAP, Zhu and Blaschko 2021).
     """
+    names, layers = zip(*model.named_modules(), strict=True)
+    convs = [i for i in range(names.index(dense)) if isinstance(layers[i], nn.Conv2d) and layers[i].groups == 1]
+    if not convs:
+        return None
+    layer, last = layers[convs[-1]], model.get_submodule(dense)
+    with torch.no_grad():
+        probe = torch.randn(1, *view.in_shape, generator=torch.Generator().manual_seed(0))
+        (_, after), (inputs, _) = _traced(model, probe, [layer, last])[1]
+    if after.shape[1:].numel() != weight.shape[1] or not torch.equal(after.relu().flatten(), inputs.flatten()):
+        return None
+    features = (bias @ weight / (bias @ bias)).view(after.shape)
+    if float(features.max()) <= 0:
+        raise UserError("no unit before the dense layer was active: there is nothing to invert")
+    active = features > 1e-5 * features.max()
+    derivative = (bias @ last.weight.detach()).view(after.shape) * active
+    known = view.named_gradient()[f"{names[convs[-1]]}.weight"]
 
-    layer: nn.Conv2d
-    gradient: torch.Tensor
-    features: torch.Tensor
-    active: torch.Tensor
-    derivative: torch.Tensor
-
-    @classmethod
-    def before(cls, view: AttackerView, model: nn.Module, dense: str, weight, bias) -> _Convolution | None:
-        names, layers = zip(*model.named_modules(), strict=True)
-        convs = [i for i in range(names.index(dense)) if isinstance(layers[i], nn.Conv2d) and layers[i].groups == 1]
-        if not convs:
-            return None
-        name, layer, last = names[convs[-1]], layers[convs[-1]], model.get_submodule(dense)
-        with torch.no_grad():
-            probe = torch.randn(1, *view.in_shape, generator=torch.Generator().manual_seed(0))
-            (_, after), (inputs, _) = _traced(model, probe, [layer, last])[1]
-        if after.shape[1:].numel() != weight.shape[1] or not torch.equal(after.relu().flatten(), inputs.flatten()):
-            return None
-        features = (bias @ weight / (bias @ bias)).view(after.shape)
-        if float(features.max()) <= 0:
-            raise UserError("no unit before the dense layer was active: there is nothing to invert")
-        active = features > 1e-5 * features.max()
-        derivative = (bias @ last.weight.detach()).view(after.shape) * active
-        return cls(layer, view.named_gradient()[f"{name}.weight"], features, active, derivative)
-
-    def residual(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    def residual(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits, ((before, after),) = _traced(model, x, [layer])
         # Before the ReLU, so that a unit known to be active is pulled up even where it is off.
-        miss = torch.where(self.active, after - self.features, after.clamp(min=0))
-        layer, known = self.layer, self.gradient
-        guess = conv2d_weight(before, known.shape, self.derivative, layer.stride, layer.padding, layer.dilation)
-        return (miss**2).sum() / (self.features**2).sum() + ((guess - known) ** 2).sum() / (known**2).sum()
+        miss = torch.where(active, after - features, after.clamp(min=0))
+        guess = conv2d_weight(before, known.shape, derivative, layer.stride, layer.padding, layer.dilation)
+        return (miss**2).sum() / (features**2).sum() + ((guess - known) ** 2).sum() / (known**2).sum(), logits
 
-
-@dataclass(frozen=True, eq=False)
-class _DenseInputs:
-    """What the first dense layer gives away about its inputs, as a loss on films.
-
-    The gradient of its weight and bias is a sum over films of outer products of (derivative, [input, 1]), so its rows
-    span the inputs, as long as there are no more films than units; an SVD finds that space (the first step of SPEAR,
-    Dimitrov et al. 2024). For one film this is its features, exactly, with their scale; behind a ReLU there is more
-    (:class:`_Convolution`). Both are first-order losses without dead units, where matching gradients is neither.
-    """
-
-    model: nn.Module
-    layer: nn.Module
-    basis: torch.Tensor
-    conv: _Convolution | None
-
-    @classmethod
-    def find(cls, view: AttackerView, model: nn.Module, n_films: int) -> _DenseInputs | None:
-        found = _dense(view)
-        if found is None or view.local_steps > 1 or view.noisy:  # steps and noise blur it
-            return None
-        name, weight, bias = found
-        rows = torch.cat([weight, bias[:, None]], 1)
-        _, size, basis = torch.linalg.svd(rows, full_matrices=False)
-        # As many directions as films, all clear of rounding. The outputs' derivatives add up to 0: a rank less.
-        last = name == last_dense(view.network)[0]
-        if n_films > min(rows.shape) - last or size[n_films - 1] < 1e-5 * size[0]:
-            return None
-        conv = _Convolution.before(view, model, name, weight, bias) if n_films == 1 else None
-        return cls(model, model.get_submodule(name), basis[:n_films], conv)
-
-    def residual(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Squared distance over squared length, of features and of the convolution's gradient where that is known, for
-        films as the network takes them; and their logits."""
-        if self.conv is not None:
-            logits, (seen,) = _traced(self.model, x, [self.conv.layer])
-            return self.conv.residual(*seen), logits
-        logits, ((inputs, _),) = _traced(self.model, x, [self.layer])
-        inputs = F.pad(inputs, (0, 1), value=1.0)
-        inside = (inputs @ self.basis.T) @ self.basis
-        return ((inputs - inside) ** 2).sum() / (inputs**2).sum(), logits
+    return residual
 
 
 # --- matching an update -----------------------------------------------------------------------------------------------
@@ -219,10 +191,8 @@ class InvertingGradients:
     total_variation_weight
         If left out, 1e-4 for smooth activations, 1e-2 for those with kinks, and 0.3 behind a ReLU in closed form, whose
         loss is steeper (trained networks with few live units need it, others don't mind).
-    start
-        Films to start from, float32 [B, 1, H, W] in [0, 1], or the method that finds them; noise if left out.
-    unroll
-        Follow several local steps through, instead of taking their sum for one gradient.
+    start : films to start from, float32 [B, 1, H, W] in [0, 1], or the method that finds them; noise if left out
+    unroll : follow several local steps through, instead of taking their sum for one gradient
     """
 
     iterations: int | None = None
@@ -231,16 +201,15 @@ class InvertingGradients:
     step: float = 0.1
     start: torch.Tensor | Method | None = None
     unroll: bool = True
-    takes_rounds: ClassVar[bool] = False
 
     def attack(self, view: AttackerView, n_films: int | None, seed: int) -> Reconstruction:
         model, target, labels = view.model(), view.gradient(), films_and_labels(view, n_films)
         x = self._first(view, labels, n_films, seed)
         kinked = any(isinstance(layer, (nn.ReLU, nn.MaxPool2d, Square)) for layer in model.modules())
-        dense = _DenseInputs.find(view, model, len(labels)) if self.closed_form else None
+        dense, alone = _dense_residual(view, model, len(labels)) if self.closed_form else (None, False)
         weight = self.total_variation_weight
         if weight is None:
-            weight = 1e-4 if not kinked else 0.3 if dense and dense.conv else 1e-2
+            weight = 1e-4 if not kinked else 0.3 if alone else 1e-2
         iterations = self.iterations or (400 if kinked else 200)
         polish = iterations // 2 if dense else 0
         search = Search("inverting gradients", iterations + polish)
@@ -250,25 +219,25 @@ class InvertingGradients:
             inputs = view.normalise(x)
             if dense is None:
                 return [cosine_distance(expected_update(view, model, inputs, labels, unroll=self.unroll), target)]
-            residual, logits = dense.residual(inputs)
+            residual, logits = dense(inputs)
             return [cosine_distance(mean_gradient(model, logits, labels), target), residual]
 
         def loss(x: torch.Tensor) -> torch.Tensor:
-            if dense and dense.conv:
-                return dense.residual(view.normalise(x))[0] + weight * total_variation(x)
+            if alone:
+                return dense(view.normalise(x))[0] + weight * total_variation(x)
             distance, *residual = match(x)
             # Behind kinks the span is a trap at first.
             return sum([] if kinked else residual, distance + weight * total_variation(x))
 
         def sharpen(x: torch.Tensor) -> torch.Tensor:
-            return dense.residual(view.normalise(x))[0] + (1e-4 if kinked else 1e-6) * smooth_variation(x)
+            return dense(view.normalise(x))[0] + (1e-4 if kinked else 1e-6) * smooth_variation(x)
 
         def own_loss(x: torch.Tensor) -> float:
             # The cosine is blind below rounding, where the features still see.
             value = sum(float(part.detach()) for part in match(x))
             return value if math.isfinite(value) else math.inf
 
-        x, _ = search.adam(x, loss, iterations, self.step, signed=True, bounded=True)
+        x, _ = search.adam(x, loss, iterations, self.step, pixels=True)
         if polish and not search.stopped:
             finer = search.lbfgs(x, sharpen, polish).clamp(0, 1)
             x = finer if own_loss(finer) < own_loss(x) else x
@@ -293,7 +262,6 @@ class DeepLeakage:
     """
 
     iterations: int = 150
-    takes_rounds: ClassVar[bool] = False
 
     def attack(self, view: AttackerView, n_films: int | None, seed: int) -> Reconstruction:
         labels = films_and_labels(view, n_films)

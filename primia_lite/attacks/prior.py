@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -14,15 +13,15 @@ from torch.nn import functional as F
 
 from primia_lite.attacks.gradients import cosine_distance, expected_update, norm, total_variation
 from primia_lite.attacks.labels import films_and_labels
-from primia_lite.attacks.search import Reconstruction, Search, best_start
+from primia_lite.attacks.search import Loss, Reconstruction, Search, best_start
 from primia_lite.attacks.view import AttackerView
 from primia_lite.config import UserError
 
 
-def principal_components(flat: torch.Tensor, components: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def principal_components(flat: torch.Tensor, components: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Singular values [K] and directions [D, K] of centred rows [M, D]; torch's generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         _, size, directions = torch.pca_lowrank(flat, q=components, center=False, niter=3)
     return size, directions
 
@@ -37,8 +36,8 @@ def flat_pixels(films: np.ndarray, pixels: int | None = None) -> torch.Tensor:
 
 @dataclass(frozen=True, eq=False)
 class FilmPrior:
-    """Films as mean + components @ (spread * z), z standard normal: a Gaussian on the principal
-    components of films that the attacker owns.
+    """Films as mean + components @ (spread * z), z standard normal: a Gaussian on the principal components of films
+    that the attacker owns.
 
     Attributes
     ----------
@@ -52,39 +51,25 @@ class FilmPrior:
     spread: torch.Tensor
 
     @classmethod
-    def fit(cls, films: np.ndarray, components: int = 128, seed: int = 0) -> FilmPrior:
+    def fit(cls, films: np.ndarray, components: int = 128) -> FilmPrior:
         """From uint8 [M, H, W]: other children's films."""
         if len(films) <= components:
             raise UserError(f"{len(films)} films can't give {components} components: take fewer, or more films")
         flat = flat_pixels(films)
         mean = flat.mean(0)
-        size, directions = principal_components(flat - mean, components, seed)
+        size, directions = principal_components(flat - mean, components)
         return cls(mean.view(films.shape[1:]), directions, size / len(films) ** 0.5)
 
     def films(self, z: torch.Tensor) -> torch.Tensor:
         """[B, K] -> [B, 1, H, W]."""
         return (self.mean.flatten() + (z * self.spread) @ self.components.T).view(-1, 1, *self.mean.shape)
 
-    def search(
-        self, what: str, loss: Callable[[torch.Tensor], torch.Tensor], labels: torch.Tensor, iterations: int,
-        step: float = 0.1, start: torch.Tensor | None = None,
-    ) -> Reconstruction:  # fmt: skip
+    def search(self, what: str, loss: Loss, labels: torch.Tensor, iterations: int, start=None) -> Reconstruction:
         """Films of least loss, a function of their coordinates [B, K], by Adam from the mean film or ``start``."""
         search = Search(what, iterations)
         start = torch.zeros(len(labels), len(self.spread)) if start is None else start
-        z, value = search.adam(start, loss, iterations, step, show=lambda z: self.films(z).clamp(0, 1))
+        z, value = search.adam(start, loss, iterations, 0.1, show=lambda z: self.films(z).clamp(0, 1))
         return search.end(self.films(z), labels, value)
-
-    def check_size(self, function: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """What a network makes of the mean film, or a UserError in place of torch's own."""
-        try:
-            with torch.no_grad():
-                return function()
-        except RuntimeError as error:
-            raise UserError(
-                f"the network doesn't take films of {tuple(self.mean.shape)} pixels, the prior's: fit the prior to "
-                f"films of the network's size ({str(error).splitlines()[0]})"
-            ) from error
 
 
 @dataclass(frozen=True)
@@ -101,15 +86,11 @@ class MapEstimator:
 
     prior: FilmPrior
     iterations: int = 150
-    step: float = 0.1
-    takes_rounds: ClassVar[bool] = True
 
     def attack(self, view: AttackerView, n_films: int | None, seed: int) -> Reconstruction:
         prior = self.prior
         if tuple(view.in_shape[-2:]) != tuple(prior.mean.shape):
-            raise UserError(
-                f"the prior's films are {tuple(prior.mean.shape)}, the view's {view.in_shape[-2:]}: use one size"
-            )
+            raise UserError(f"films are {view.in_shape[-2:]}, the prior's {tuple(prior.mean.shape)}: use one size")
         if view.denominator and view.local_steps > 1:
             raise UserError("the likelihood of several private local steps isn't known here: attack rounds of one step")
         labels = films_and_labels(view, n_films)
@@ -125,7 +106,7 @@ class MapEstimator:
         if len(labels) > 1:  # equal films would stay equal
             generator = torch.Generator().manual_seed(seed)
             start = 0.3 * torch.randn(len(labels), len(prior.spread), generator=generator)
-        return prior.search("attacker with a prior", loss, labels, self.iterations, self.step, start)
+        return prior.search("attacker with a prior", loss, labels, self.iterations, start)
 
 
 def noisy_misfit(view: AttackerView, model: nn.Module, films: torch.Tensor, labels, target) -> torch.Tensor:
@@ -155,13 +136,9 @@ def _layer_distance(view: AttackerView, model: nn.Module, films: torch.Tensor, l
 def head_features(view: AttackerView, constant: float) -> torch.Tensor:
     """Features of the one film behind an update of a linear head without bias, float32 [D], exactly.
 
-    The gradient is (p - y) x^T: all rows are the features times a number, which the constant among them gives away.
-
-    Parameters
-    ----------
-    constant : value of the last feature (``primia_lite.models.BIAS_INPUT``)
+    The gradient is (p - y) x^T: all rows are the features times a number, which the last feature, a ``constant``
+    (``primia_lite.models.BIAS_INPUT``), gives away.
     """
-    view.check_one_round()
     weight, *others = view.gradient()
     if others or weight.dim() != 2:
         raise UserError("this network isn't a linear head without bias: use InvertingGradients or DenseLayerInversion")
@@ -179,12 +156,9 @@ class FeatureInversion:
 
     Attributes
     ----------
-    extract
-        Grey values 0 to 255, [N, H, W] -> [N, D], differentiable.
-    constant
-        Value of the last feature.
-    free_pixels
-        Search over all pixels from the mean film on, instead of over the prior's coordinates.
+    extract : grey values 0 to 255, [N, H, W] -> [N, D], differentiable
+    constant : value of the last feature
+    free_pixels : search over all pixels from the mean film on, instead of over the prior's coordinates
     """
 
     extract: Callable[[torch.Tensor], torch.Tensor]
@@ -192,44 +166,40 @@ class FeatureInversion:
     constant: float
     iterations: int = 100
     free_pixels: bool = False
-    takes_rounds: ClassVar[bool] = False
 
     def attack(self, view: AttackerView, n_films: int | None, seed: int) -> Reconstruction:
         prior, features, unknown = self.prior, head_features(view, self.constant), torch.tensor([-1])
-        made = tuple(prior.check_size(lambda: self.extract(255.0 * prior.mean[None])).shape)
+        made = tuple(self.extract(255.0 * prior.mean[None]).shape)
         if made != (1, *features.shape):
             raise UserError(
-                f"features of shape {tuple(features.shape)}, but extract makes {made} of one film: give the network "
-                "that made them"
+                f"features are {tuple(features.shape)}, extract makes {made}: give the network that made them"
             )
 
         def distance(films: torch.Tensor) -> torch.Tensor:
             return 1 - F.cosine_similarity(self.extract(255.0 * films[:, 0]), features[None]).sum()
 
+        what, steps = "inverting features", self.iterations
         if not self.free_pixels:
-            return prior.search(
-                "inverting features", lambda z: distance(prior.films(z)) + 1e-4 * (z * z).mean(), unknown,
-                self.iterations,
-            )  # fmt: skip
-        search = Search("inverting features", self.iterations)
-        x, value = search.adam(
-            prior.mean[None, None], lambda x: distance(x) + 1e-2 * total_variation(x), self.iterations, 0.02,
-            signed=True, bounded=True,
-        )  # fmt: skip
+            return prior.search(what, lambda z: distance(prior.films(z)) + 1e-4 * (z * z).mean(), unknown, steps)
+        search, start = Search(what, steps), prior.mean[None, None]
+        x, value = search.adam(start, lambda x: distance(x) + 1e-2 * total_variation(x), steps, 0.02, pixels=True)
         return search.end(x, unknown, value)
 
 
 def class_image(
-    model: nn.Module, label: int, prior: FilmPrior, normalise: Callable[[torch.Tensor], torch.Tensor], *,
+    model: nn.Module,
+    label: int,
+    prior: FilmPrior,
+    normalise: Loss,
+    *,
     iterations: int = 100,
-) -> Reconstruction:  # fmt: skip
+) -> Reconstruction:
     """Model inversion in Fredrikson's sense (Fredrikson, Jha, Ristenpart, CCS 2015): what the finished model takes for
-    the essence of a class, from its weights alone. Loss: -log p(class), with the prior's pull.
-
-    ``normalise`` makes of pixels in [0, 1] what the model takes.
-    """
+    the essence of a class, from its weights alone. ``normalise`` makes of pixels in [0, 1] what the model takes. Loss:
+    -log p(class), with the prior's pull."""
     model = copy.deepcopy(model).eval()
-    n_classes = prior.check_size(lambda: model(normalise(prior.mean[None, None]))).shape[-1]
+    with torch.no_grad():
+        n_classes = model(normalise(prior.mean[None, None])).shape[-1]
     if not 0 <= label < n_classes:
         raise UserError(f"label is {label}: the model has classes 0 to {n_classes - 1}")
     target = torch.tensor([label])

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -51,8 +52,7 @@ def best_start(attack: Callable[[int], Reconstruction], restarts: int = 1) -> Re
     best.stopped = found[-1].stopped
     if not (best.stopped or math.isfinite(best.loss)):
         raise UserError(
-            "no finite loss was seen, so there is nothing to return: check the weights and the update for very large "
-            "numbers, or give a smaller step or another start"
+            "no finite loss was seen: are there very large numbers in weights or update, or is the step too large?"
         )
     best.iterations, best.cpu_s = sum(each.iterations for each in found), time.process_time() - began
     return best
@@ -64,64 +64,43 @@ def noise_films(shape: tuple[int, ...], seed: int) -> torch.Tensor:
 
 
 class _NotFinite(Exception):
-    """Ends a line search whose loss is no number."""
+    """Ends a descent whose loss is no number."""
 
 
 class Search:
     """Descents from one start, with one progress bar; ``iterations`` is how many steps they take at most."""
 
-    def __init__(self, what: str, iterations: int, keep: int = 24):
+    def __init__(self, what: str, iterations: int):
         from tqdm.auto import tqdm
 
         if iterations < 1:
             raise UserError(f"iterations is {iterations}: at least one is needed")
         self.bar = tqdm(total=iterations, desc=what, unit="step", leave=False, disable=not in_notebook())
-        self.marks = set(np.unique(np.geomspace(1, iterations, keep).astype(int)) - 1)
+        self.marks = set(np.unique(np.geomspace(1, iterations, 24).astype(int)) - 1)
         self.what, self.done, self.stopped, self.history = what, 0, False, []
 
     def adam(
-        self, x: torch.Tensor, loss: Loss, iterations: int, step: float, *, signed: bool = False, bounded: bool = False,
-        show: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
+        self, x: torch.Tensor, loss: Loss, iterations: int, step: float, *, pixels: bool = False,
+        show: Loss = lambda x: x,
     ) -> tuple[torch.Tensor, float]:  # fmt: skip
-        """Adam, the step a tenth after 3/8, 5/8 and 7/8 of the way (Geiping et al. 2020).
-
-        Parameters
-        ----------
-        signed : follow the gradient's signs
-        bounded : keep to [0, 1]
-        show : makes images of a point
-
-        Returns
-        -------
-        The best point, and its loss (infinite if none was finite).
-        """
+        """Adam, the step a tenth after 3/8, 5/8 and 7/8 of the way (Geiping et al. 2020): the best point, and its loss
+        (infinite if none was finite). Over ``pixels`` it follows the gradient's signs within [0, 1]; ``show`` makes
+        images of a point."""
         x = x.detach().clone().requires_grad_()
         optimizer = torch.optim.Adam([x], lr=step)
         schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [int(iterations * f) for f in (3 / 8, 5 / 8, 7 / 8)])
-        best, least = x.detach().clone(), math.inf
-        try:
+        with self._descent(x):
             for number in range(iterations):
                 value = loss(x)
-                if not torch.isfinite(value):
-                    self._not_finite(number)
-                    break
+                self._count(x, value, show if number in self.marks or number == iterations - 1 else None)
                 (gradient,) = torch.autograd.grad(value, x)
-                x.grad = gradient.sign() if signed else gradient
-                value = float(value.detach())
-                if value < least:
-                    best, least = x.detach().clone(), value
-                if number in self.marks or number == iterations - 1:
-                    self.history.append((self.done + 1, value, show(x.detach()).clone()))
+                x.grad = gradient.sign() if pixels else gradient
                 optimizer.step()
                 schedule.step()
-                if bounded:
+                if pixels:
                     with torch.no_grad():
                         x.clamp_(0, 1)
-                self.done += 1
-                self.bar.update()
-        except KeyboardInterrupt:
-            self.stopped = True
-        return best, least
+        return self.best, self.least
 
     def lbfgs(self, x: torch.Tensor, loss: Loss, iterations: int, *, record: bool = False) -> torch.Tensor:
         """The best point of L-BFGS with a strong Wolfe line search."""
@@ -130,38 +109,41 @@ class Search:
             [x], max_iter=iterations, max_eval=2 * iterations, history_size=20, line_search_fn="strong_wolfe",
             tolerance_grad=0, tolerance_change=0,
         )  # fmt: skip
-        best, least, first = x.detach().clone(), math.inf, self.done
 
-        def closure():
-            nonlocal best, least
+        def closure() -> torch.Tensor:
             optimizer.zero_grad()
             value = loss(x)
-            if not torch.isfinite(value):
-                raise _NotFinite
+            marked = record and self.done - self.first in self.marks
+            self._count(x, value, (lambda x: x.clamp(0, 1)) if marked else None)
             value.backward()
-            size = float(value.detach())
-            if size < least:
-                best, least = x.detach().clone(), size
-            if record and self.done - first in self.marks:
-                self.history.append((self.done + 1, size, x.detach().clamp(0, 1)))
-            self.done += 1
-            self.bar.update()
             return value
 
-        try:
+        with self._descent(x):
             optimizer.step(closure)
+        return self.best
+
+    @contextmanager
+    def _descent(self, x: torch.Tensor) -> Iterator[None]:
+        """What ends early, by the user or by a loss that is no number, ends with its best."""
+        self.first, self.best, self.least = self.done, x.detach().clone(), math.inf
+        try:
+            yield
         except KeyboardInterrupt:
             self.stopped = True
         except _NotFinite:
-            self._not_finite(self.done - first)
-        return best
+            steps = self.done - self.first
+            warnings.warn(f"{self.what}: the loss wasn't finite after {steps} steps", RuntimeWarning, stacklevel=4)
 
-    def _not_finite(self, steps: int) -> None:
-        warnings.warn(
-            f"{self.what}: the loss wasn't finite after {steps} steps, this start ends there, with its best so far",
-            RuntimeWarning,
-            stacklevel=3,
-        )
+    def _count(self, x: torch.Tensor, value: torch.Tensor, show: Loss | None) -> None:
+        if not torch.isfinite(value):
+            raise _NotFinite
+        size = float(value.detach())
+        if size < self.least:
+            self.best, self.least = x.detach().clone(), size
+        self.done += 1
+        if show:
+            self.history.append((self.done, size, show(x.detach()).clone()))
+        self.bar.update()
 
     def end(self, images: torch.Tensor, labels: torch.Tensor, loss: float) -> Reconstruction:
         """Close the bar; a loss that is no number counts as infinite."""

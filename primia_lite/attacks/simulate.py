@@ -22,10 +22,8 @@ NO_NOISE = 1e-3 * NOISELESS
 
 def initial_state(training: Training, films: Films, seed: int = 0) -> State:
     """Random weights of the network that a recipe names."""
-    network = models.build(
-        training.model, training.n_classes, films.inputs.shape[2:], seed=seed, **training.model_options
-    )
-    return network.state_dict()
+    in_shape = films.inputs.shape[2:]
+    return models.build(training.model, training.n_classes, in_shape, seed=seed, **training.model_options).state_dict()
 
 
 def clipping_alone(max_grad_norm: float = 1.0) -> Privacy:
@@ -41,8 +39,7 @@ def _declared(hospitals: list[Films], privacy: Privacy | None, threat: ThreatMod
         units = exact if threat.knows_batch_size else {declare_size(n) for n in exact}
     if len(sizes) > 1 or len(units) > 1:
         raise UserError(
-            f"hospitals of {sorted(sizes)} films that declare {sorted(units)} units: a sum weighs their films "
-            "unequally, and has no one denominator; give each as many"
+            "hospitals of unlike numbers of films or units: their sum has no one denominator, give each as many"
         )
     return units.pop() if privacy else None
 
@@ -60,17 +57,13 @@ def simulate_view(
 
     Parameters
     ----------
-    films
-        One hospital's, or one for each of the hospitals whose updates are summed (the plain sum: secure aggregation
-        would show the server just that).
-    state
-        Global weights, or those of each round (``threat.sees == "rounds"``).
+    films : one hospital's, or of each hospital whose updates are summed (secure aggregation would show just that sum)
+    state : global weights, or those of each round (``threat.sees == "rounds"``)
     privacy
         A private step's denominator is public. Where the threat model grants the number of films, hospitals declare
         their true number of units, the most exact case for the attacker; else they round it to tens, as the product's
         do, so that it doesn't give the number away.
-    seed
-        Draws sampling and noise, for teaching and tests; None draws them from the operating system.
+    seed : draws sampling and noise, for teaching and tests; None draws them from the operating system
     """
     threat = threat or ThreatModel()
     hospitals = [films] if isinstance(films, Films) else list(films)

@@ -7,7 +7,7 @@ scores are computed by a referee (:mod:`primia_lite.metrics`).
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -51,20 +51,10 @@ class ThreatModel:
         if self.knows_labels and not self.knows_batch_size:
             raise UserError("whoever knows the labels knows how many films there are: grant the batch size, too")
 
-    def describe(self) -> dict[str, str]:
-        """For a table."""
-        return {
-            "server": f"{self.server}: {SERVERS[self.server]}",
-            "sees": f"{SEES[self.sees]}, and the weights that it started from",
-            "number of films": "known" if self.knows_batch_size else "guessed",
-            "labels": "known" if self.knows_labels else "inferred from the update",
-            "never sees": "films, losses, who was sampled, the noise",
-        }
-
 
 @dataclass(frozen=True, eq=False)
 class AttackerView:
-    """All that an attacker has of the films that it is after.
+    """All that an attacker has of the films that it is after; more than its threat model grants is dropped or refused.
 
     Attributes
     ----------
@@ -81,11 +71,6 @@ class AttackerView:
     max_grad_norm, noise_std : clipping bound C, and σC, of a private step; 0 without DP
     denominator : what a private step's sum was divided by, sample rate times the units that a hospital declares. It is
         public, whatever the threat model; 0 without DP (then the gradient is a mean)
-
-    Raises
-    ------
-    UserError
-        More than the threat model grants, or parts that contradict each other, don't fit the network or aren't finite.
     """
 
     threat: ThreatModel
@@ -104,27 +89,16 @@ class AttackerView:
     denominator: float = 0.0
 
     def __post_init__(self):
-        grant = object.__setattr__
         if not self.threat.knows_batch_size:
-            grant(self, "n_films", None)
+            object.__setattr__(self, "n_films", None)
         if not self.threat.knows_labels:
-            grant(self, "labels", None)
+            object.__setattr__(self, "labels", None)
         if not self.updates or len(self.updates) != len(self.weights):
             raise UserError(f"{len(self.updates)} updates, {len(self.weights)} sets of weights: give one pair a round")
         if len(self.updates) > 1 and self.threat.sees != "rounds":
             raise UserError(f"{self.threat.name!r} sees one round; {len(self.updates)} were given")
         if self.hospitals > 1 and self.threat.sees != "sum":
             raise UserError(f"{self.threat.name!r} sees one hospital; a sum over {self.hospitals} was given")
-        if self.n_films is not None and self.n_films < 1:
-            raise UserError(f"n_films is {self.n_films}: an update of no film shows none")
-        private = (self.max_grad_norm > 0, self.denominator > 0)
-        if private[0] != private[1] or min(self.max_grad_norm, self.noise_std, self.denominator) < 0:
-            raise UserError(
-                f"max_grad_norm is {self.max_grad_norm:g}, denominator {self.denominator:g}: a private step has both, "
-                "and they are public; any other has neither"
-            )
-        if self.noise_std and not private[0]:
-            raise UserError(f"noise_std is {self.noise_std:g}, but max_grad_norm 0: noise comes with a clipping bound")
         if self.labels is not None and self.n_films is not None and len(self.labels) != self.total_films:
             raise UserError(f"{len(self.labels)} labels for {self.total_films} films: give one each")
         self._check_tensors()
@@ -132,33 +106,29 @@ class AttackerView:
 
     def _check_tensors(self) -> None:
         own = {name: value.shape for name, value in self.network.state_dict().items()}
-        for state in self.weights:
-            if {name: value.shape for name, value in state.items()} != own:
-                raise UserError("the weights don't fit the network: give those that the update started from")
+        needed = {name for name, _ in self.network.named_parameters()}
+        for state in (*self.weights, *self.updates):
+            shapes = {name: value.shape for name, value in state.items()}
+            if not needed <= shapes.keys() or not shapes.items() <= own.items():
+                raise UserError("weights and updates must fit the network, each of its parameters: are they another's?")
         for update in self.updates:
-            if missing := [name for name, _ in self.network.named_parameters() if name not in update]:
-                raise UserError(f"the update lacks {missing[0]!r}: an attack needs all parameters of the network")
             for name, value in update.items():
-                if own.get(name) != value.shape:
-                    raise UserError(
-                        f"the update's {name!r} {tuple(value.shape)} doesn't fit the network: is it another's?"
-                    )
                 if not torch.isfinite(value).all():
                     raise UserError(f"the update's {name!r} isn't finite: nothing can be inferred from it")
 
     def _check_films(self) -> None:
         """One blank film through a copy of the network, so that no attack ends in torch's own errors."""
         network = copy.deepcopy(self.network).eval()  # a BatchNorm can't train on one film, and would note it
-        what = f"the network doesn't take films of shape {tuple(self.in_shape)}"
         try:
             with torch.no_grad():
                 out = network(torch.zeros(1, *self.in_shape))
-        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{what}: give in_shape as it takes them, without the batch ({reason})") from error
-        if not isinstance(out, torch.Tensor) or out.dim() != 2 or len(out) != 1:
-            got = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
-            raise UserError(f"{what}, or gives no logits: of one it makes {got} in place of (1, classes)")
+            if out.dim() != 2 or len(out) != 1:
+                raise ValueError(f"of one film it makes {tuple(out.shape)} instead of logits (1, classes)")
+        except Exception as error:  # whatever torch or the network says
+            raise UserError(
+                f"the network doesn't take films of shape {tuple(self.in_shape)}: give in_shape as it takes them, "
+                f"without the batch ({str(error).strip().partition(chr(10))[0]})"
+            ) from error
 
     @classmethod
     def from_gradient(
@@ -194,35 +164,29 @@ class AttackerView:
         """Whether there is noise to speak of: not without DP, and not with clipping alone."""
         return self.noise_std > NOISELESS * self.max_grad_norm
 
-    def of_round(self, round_number: int) -> AttackerView:
-        """What this view holds of one of its rounds, for attacks that take one."""
-        weights, updates = (self.weights[round_number],), (self.updates[round_number],)
-        return replace(self, network=self.model(round_number), weights=weights, updates=updates)
+    def named_gradient(self, round_number: int | None = None) -> dict[str, torch.Tensor]:
+        """Mean gradient over a round's local steps by parameter, from the update; of a sum over hospitals, the sum of
+        theirs; of a private step the noisy sum of the clipped gradients over the public denominator.
 
-    def check_one_round(self) -> None:
-        """Raise UserError if there are several rounds: an attack that takes one would pass over the others."""
-        if len(self.updates) > 1:
+        Without ``round_number`` of the only round: a UserError if there are several, as an attack that takes one would
+        pass over the others, or if nothing, or the same everywhere, came back: then there is nothing to invert.
+        """
+        if round_number is None and len(self.updates) > 1:
             raise UserError(
-                f"the view has {len(self.updates)} rounds, and this attack takes one: pass view.of_round(0) (or "
-                "another's number), or use MapEstimator, which adds rounds up"
+                f"this attack takes one round, the view has {len(self.updates)}: MapEstimator adds rounds up"
             )
-
-    def gradient(self, round_number: int = 0) -> list[torch.Tensor]:
-        """Mean gradient over a round's local steps, a tensor for each parameter, from the update; of a sum over
-        hospitals, the sum of theirs; of a private step the noisy sum of the clipped gradients over the public
-        denominator. A UserError if it is zero or constant throughout: then there is nothing to invert."""
         scale = -1.0 / (self.learning_rate * self.local_steps) if self.learning_rate else 0.0
-        out = [self.updates[round_number][name] * scale for name, _ in self.network.named_parameters()]
-        if all(float(value.abs().max()) == 0 for value in out):
+        update = self.updates[round_number or 0]
+        out = {name: update[name] * scale for name, _ in self.network.named_parameters()}
+        if all(float(value.abs().max()) == 0 for value in out.values()):
             raise UserError("the update is all zeros: there is nothing to invert (was the learning rate 0?)")
-        if all(value.numel() < 2 or float(value.max() - value.min()) == 0 for value in out):
+        if all(value.numel() < 2 or float(value.max() - value.min()) == 0 for value in out.values()):
             raise UserError("the update is constant in every layer: there is nothing to invert")
         return out
 
-    def named_gradient(self, round_number: int = 0) -> dict[str, torch.Tensor]:
-        """:meth:`gradient` by parameter name."""
-        names = [name for name, _ in self.network.named_parameters()]
-        return dict(zip(names, self.gradient(round_number), strict=True))
+    def gradient(self, round_number: int | None = None) -> list[torch.Tensor]:
+        """:meth:`named_gradient` in the parameters' order."""
+        return list(self.named_gradient(round_number).values())
 
     def model(self, round_number: int = 0) -> nn.Module:
         """The network with the weights of a round, a copy."""
@@ -238,11 +202,14 @@ class AttackerView:
 
     def describe(self) -> dict[str, str]:
         """For a table: the threat model, and what this view holds."""
-        rows = self.threat.describe()
-        if self.n_films:
-            rows["number of films"] = f"{self.total_films} in a step"
-        numbers = sum(value.numel() for value in self.updates[0].values())
-        rows["update"] = f"{numbers:,} numbers after {self.local_steps} local step(s)"
+        threat, numbers = self.threat, sum(value.numel() for value in self.updates[0].values())
         noise = f"noise σC = {self.noise_std:g}" if self.noisy else "no noise"
-        rows["privacy"] = f"clipped to {self.max_grad_norm:g}, {noise}" if self.denominator else "none"
-        return rows
+        return {
+            "server": f"{threat.server}: {SERVERS[threat.server]}",
+            "sees": f"{SEES[threat.sees]}, and the weights that it started from",
+            "number of films": f"{self.total_films} in a step" if self.n_films else "guessed",
+            "labels": "known" if threat.knows_labels else "inferred from the update",
+            "never sees": "films, losses, who was sampled, the noise",
+            "update": f"{numbers:,} numbers after {self.local_steps} local step(s)",
+            "privacy": f"clipped to {self.max_grad_norm:g}, {noise}" if self.denominator else "none",
+        }

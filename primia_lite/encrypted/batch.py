@@ -2,9 +2,6 @@
 
 A slot is a film (Gilad-Bachrach et al., CryptoNets, ICML 2016): weights are scalars, and nothing is rotated. Every slot
 is a result, so there is nothing to mask: replies are re-randomised only, and the noise in them isn't hidden.
-
-N // d films side by side in the coefficients of one ciphertext would be slower: a reply is sealed for every class and
-every few films, and sealing is what costs.
 """
 
 from __future__ import annotations
@@ -12,17 +9,24 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import astuple, dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import tenseal.sealapi as sealapi
 from torch import nn
 
 from primia_lite.config import UserError
-from primia_lite.encrypted.kernels import EvaluationKeys, head_weights, layer_weights
+from primia_lite.encrypted.kernels import (
+    EvaluationKeys,
+    head_weights,
+    layer_weights,
+    rescale,
+    square,
+    weighted_sum,
+)
 from primia_lite.encrypted.packing import CNNPacking, HeadPacking, LinearPacking, Packing
 from primia_lite.encrypted.parameters import Parameters, choose, choose_single_product
-from primia_lite.encrypted.seal import Context, refuse_too_large
+from primia_lite.encrypted.seal import Context
 
 # Of the ciphertexts of one batch at the server.
 MAX_BATCH_BYTES = 1 << 30
@@ -43,12 +47,7 @@ class _BatchPacking(Packing):
 
 @dataclass(frozen=True)
 class BatchLinearPacking(_BatchPacking, HeadPacking):
-    """A linear head; ciphertext j holds feature j of all films, two films in a complex slot.
-
-    Attributes
-    ----------
-    features, classes : shape of the head
-    """
+    """A linear head; ciphertext j holds feature j of all films, two films in a complex slot."""
 
     features: int
     classes: int
@@ -71,10 +70,8 @@ class BatchLinearPacking(_BatchPacking, HeadPacking):
 
     def error(self, context: Context, weights: np.ndarray | None = None) -> float:
         """As of :class:`LinearPacking`. All coefficients' noise meets in a slot."""
-        if weights is None:
-            norm = self.wrap_limit(context) / self.most_norm
-        else:
-            norm = float(np.linalg.norm(weights, axis=1).max())
+        largest = self.wrap_limit(context) / self.most_norm
+        norm = largest if weights is None else float(np.linalg.norm(weights, axis=1).max())
         noise = math.hypot(self.noise(context, norm), norm * 2.0**self.weight_bits / math.sqrt(12))
         rounding = self.most_norm * self.fresh_scale / math.sqrt(12)
         return math.hypot(math.sqrt(context.n / 2) * noise, rounding) / self.reply_scale(context)
@@ -107,8 +104,7 @@ class BatchCNNPacking(_BatchPacking, CNNPacking):
         size = self.uploads * 16 * self.parameters.poly_modulus_degree * (self.parameters.levels + 1)
         if size > MAX_BATCH_BYTES:
             raise UserError(
-                f"a batch of films of {self.side} px needs {size >> 20} MiB at the server, {MAX_BATCH_BYTES >> 20} are "
-                "allowed: a ciphertext for each pixel; send films one at a time, or smaller ones"
+                f"a batch of films of {self.side} px is larger than {MAX_BATCH_BYTES >> 20} MiB, a ciphertext a pixel"
             )
 
     @functools.cached_property
@@ -168,100 +164,71 @@ class BatchLinearKernel:
     def __init__(self, packing: BatchLinearPacking, model: nn.Linear, context: Context):
         weights = head_weights(packing, model, context)
         self.context, self.error = context, packing.error(context, weights)
-        self.scalars = [[_scalar(context, w, 2.0**packing.weight_bits, 0) for w in row] for row in weights]
+        self.scalars = [[context.encode_slots(w, 2.0**packing.weight_bits) for w in row] for row in weights]
 
     def __call__(self, inputs: list[sealapi.Ciphertext], keys: EvaluationKeys) -> list[sealapi.Ciphertext]:
-        return [_weighted(self.context, inputs, row) for row in self.scalars]
+        return [weighted_sum(self.context, inputs, row) for row in self.scalars]
+
+
+class _Layer(NamedTuple):
+    """Weights [units, inputs] and biases [units] of a layer, what they are scaled by and at which levels, and the scale
+    of its squares; None in the last layer, which has none."""
+
+    weights: np.ndarray
+    biases: np.ndarray
+    scale: float
+    level: int
+    bias_scale: float
+    bias_level: int
+    squared: float | None
 
 
 class BatchCNNKernel:
     """Weights of a ``ckksnet`` for :class:`BatchCNNPacking`."""
 
     def __init__(self, packing: BatchCNNPacking, model: nn.Sequential, context: Context):
-        self.packing, self.context, self.scales = packing, context, packing.scales(context)
-        self.error = packing.error(context)
-        layers = layer_weights(model)
-        (kernel, self.bias), *self.dense = layers
-        self._check(layers)
-        self.taps = [
-            [_scalar(context, w, self.scales["convolution"], 0) for w in row]
-            for row in kernel.reshape(packing.channels, -1)
+        self.packing, self.context, self.error = packing, context, packing.error(context)
+        scales, fresh, last = packing.scales(context), packing.fresh_scale, packing.reply_level
+        places = [(scales["convolution"], 0, fresh, 1, scales["square"])]
+        if packing.hidden:
+            places.append((scales["dense"], 2, fresh, 3, scales["square 2"]))
+        places.append((2.0**packing.last_weight_bits, last, scales["reply"], last, None))
+        self.layers = [
+            _Layer(weights.reshape(len(weights), -1), biases, *place)
+            for (weights, biases), place in zip(layer_weights(model), places, strict=True)
         ]
-
-    def _check(self, layers: list[tuple[np.ndarray, np.ndarray]]) -> None:
-        """Numbers are encoded when they are needed; whether the largest of each layer can be is seen here."""
-        p, scales = self.packing, self.scales
-        places = [(scales["convolution"], 0, p.fresh_scale, 1)]
-        if p.hidden:
-            places.append((scales["dense"], 2, p.fresh_scale, 3))
-        places.append((2.0**p.last_weight_bits, p.reply_level, scales["reply"], p.reply_level))
-        for (weight, bias), (weight_scale, weight_level, bias_scale, bias_level) in zip(layers, places, strict=True):
-            _scalar(self.context, np.abs(weight).max(), weight_scale, weight_level)
-            _scalar(self.context, np.abs(bias).max(), bias_scale, bias_level)
+        # Numbers are encoded when they are needed; whether the largest of each layer can be is seen here.
+        for layer in self.layers:
+            context.encode_slots(np.abs(layer.weights).max(), layer.scale, layer.level)
+            context.encode_slots(np.abs(layer.biases).max(), layer.bias_scale, layer.bias_level)
+        first = self.layers[0]
+        self.taps = [[context.encode_slots(w, first.scale) for w in row] for row in first.weights]
 
     def __call__(self, inputs: list[sealapi.Ciphertext], keys: EvaluationKeys) -> list[sealapi.Ciphertext]:
-        p = self.packing
-        grid = np.empty((p.seen, p.seen), object)
-        grid.ravel()[:] = inputs
-        patches = p.patches(grid)
-        state = []
-        for row, bias in zip(self.taps, self.bias, strict=True):
-            for patch in patches:
-                out = _weighted(self.context, patch, row)
-                state.append(self._activate(out, bias, 1, self.scales["square"], keys))
-        if p.hidden:
-            weights, bias = self.dense[0]
+        convolution, *dense = self.layers
+        grid = np.array(inputs, object).reshape(self.packing.seen, self.packing.seen)
+        state = [
+            self._unit(convolution, patch, row, bias, keys)
+            for row, bias in zip(self.taps, convolution.biases, strict=True)
+            for patch in self.packing.patches(grid)
+        ]
+        for layer in dense:
+            # All scalars together would be gigabytes, and one is made in no time.
+            encode = lambda w, layer=layer: self.context.encode_slots(w, layer.scale, layer.level)  # noqa: E731
             state = [
-                self._activate(self._dense(state, row, "dense", 2), b, 3, self.scales["square 2"], keys)
-                for row, b in zip(weights, bias, strict=True)
+                self._unit(layer, state, map(encode, row), bias, keys)
+                for row, bias in zip(layer.weights, layer.biases, strict=True)
             ]
-        replies = []
-        for row, bias in zip(*self.dense[-1], strict=True):
-            out = self._dense(state, row, None, p.reply_level)
-            out.scale = self.scales["reply"]
-            self.context.evaluator.add_plain_inplace(
-                out, _scalar(self.context, bias, self.scales["reply"], p.reply_level)
-            )
-            replies.append(out)
-        return replies
+        return state
 
-    def _dense(self, state, row: np.ndarray, layer: str | None, level: int) -> sealapi.Ciphertext:
-        scale = self.scales[layer] if layer else 2.0**self.packing.last_weight_bits
-        # All of them together would be gigabytes, and one is made in no time.
-        return _weighted(self.context, state, (_scalar(self.context, w, scale, level) for w in row))
-
-    def _activate(self, out: sealapi.Ciphertext, bias: float, level: int, scale: float, keys: EvaluationKeys):
-        evaluator = self.context.evaluator
-        evaluator.rescale_to_next_inplace(out)
-        out.scale = self.packing.fresh_scale
-        evaluator.add_plain_inplace(out, _scalar(self.context, bias, self.packing.fresh_scale, level))
-        evaluator.square_inplace(out)
-        evaluator.relinearize_inplace(out, keys.relin)
-        evaluator.rescale_to_next_inplace(out)
-        out.scale = scale
-        return out
-
-
-def _scalar(context: Context, value: float, scale: float, level: int) -> sealapi.Plaintext:
-    """The same number in every slot."""
-    out = sealapi.Plaintext()
-    with refuse_too_large():
-        context.encoder.encode(float(value), context.level_ids[level], scale, out)
-    return out
-
-
-def _weighted(context: Context, ciphertexts, scalars) -> sealapi.Ciphertext:
-    """Sum of products."""
-    evaluator, total, term = context.evaluator, None, sealapi.Ciphertext()
-    for ciphertext, scalar in zip(ciphertexts, scalars, strict=True):
-        if scalar.is_zero():
-            continue
-        if total is None:
-            total = sealapi.Ciphertext()
-            evaluator.multiply_plain(ciphertext, scalar, total)
+    def _unit(self, layer: _Layer, inputs, scalars, bias: float, keys: EvaluationKeys) -> sealapi.Ciphertext:
+        out = weighted_sum(self.context, inputs, scalars)
+        if layer.squared is None:
+            out.scale = layer.bias_scale
         else:
-            evaluator.multiply_plain(ciphertext, scalar, term)
-            evaluator.add_inplace(total, term)
-    if total is None:
-        raise UserError("all weights of a unit are zero, and what doesn't depend on the films can't be sent: train it")
-    return total
+            rescale(self.context, out, layer.bias_scale)
+        bias = self.context.encode_slots(bias, layer.bias_scale, layer.bias_level)
+        self.context.evaluator.add_plain_inplace(out, bias)
+        if layer.squared is not None:
+            square(self.context, out, keys, layer.squared)
+        return out

@@ -27,9 +27,7 @@ class CkksClient:
     Parameters
     ----------
     packing : from the server (:func:`~primia_lite.encrypted.wire.packing_from`), or of a plan
-    decimals
-        Logits are rounded to so many, 6 at most. What isn't shown can't help an attacker; but this is a heuristic, not
-        a proof.
+    decimals : logits are rounded to so many, at most 6: a heuristic against attackers who are shown them, not a proof
     flooding : noise before the rounding, for logits that are shared; a proof, see
         :mod:`~primia_lite.encrypted.flooding` for what it assumes
 
@@ -43,25 +41,20 @@ class CkksClient:
 
     def __init__(self, packing: Packing, decimals: int = 3, flooding: Flooding | None = None):
         if decimals not in range(MAX_DECIMALS + 1):
-            raise UserError(
-                f"decimals is {decimals}: take 0 to {MAX_DECIMALS}; with more, logits of a batch give the key away"
-            )
+            raise UserError(f"decimals is {decimals}: take 0 to {MAX_DECIMALS}; more of a batch give the key away")
         started = time.perf_counter()
-        self.packing, self.decimals, self.flooding = packing, decimals, flooding
+        self.packing, self.decimals = packing, decimals
         self.costs = Costs("client", packing.parameters.levels)
         self.context = Context(packing.parameters)
         self.flooding_std, self.queries_left, self._lock = 0.0, None, threading.Lock()
         if flooding is not None:
             if not (isinstance(packing, LinearPacking) and packing.flooded):
-                raise UserError(
-                    "this packing has no room for flooding: take a linear head, and CkksServer(..., flooded=True)"
-                )
+                raise UserError("this packing has no room for flooding: take a linear head, and flooded=True")
             self._flood = flooding_std(packing.noise_bound(self.context), flooding.queries, flooding.statistical_bits)
             self.flooding_std, self.queries_left = self._flood / packing.reply_scale(self.context), flooding.queries
             if self.flooding_std > 1:
                 raise UserError(
-                    f"flooding by noise of standard deviation {self.flooding_std:.3g} leaves nothing of the logits: "
-                    "take fewer queries or statistical bits"
+                    f"flooding of {self.flooding_std:.3g} leaves nothing of the logits: take fewer queries or bits"
                 )
         self.key = SecretKey(self.context)
         self.costs.note("make keys", started)
@@ -70,21 +63,17 @@ class CkksClient:
         """What the server needs: the packing, the public key, and the evaluation keys that the packing asks for."""
         started = time.perf_counter()
         keys = [self.key.public_key()]
-        if self.packing.relinearise:
-            keys.append(self.key.relin_keys())
-        if self.packing.rotations:
-            keys.append(self.key.galois_keys(list(self.packing.rotations)))
+        keys += [self.key.relin_keys()] if self.packing.relinearise else []
+        keys += [self.key.galois_keys(self.packing.rotations)] if self.packing.rotations else []
         out = join_keys(self.packing, keys)
         self.refuse_secret(out)
         self.costs.note("publish keys", started, len(out))
         return out
 
     def refuse_secret(self, data: bytes) -> None:
-        """Raise a UserError if the secret key, in SEAL's form or as coefficients, is inside ``data``."""
+        """A UserError if the secret key, in SEAL's form or as coefficients, is inside ``data``."""
         if self.key.is_inside(data):
-            raise UserError(
-                "the secret key is inside what is about to be sent: send CkksClient.public() and encrypt() only"
-            )
+            raise UserError("the secret key is inside what is about to be sent: send public() and encrypt() only")
 
     def encrypt(self, film: np.ndarray) -> list[bytes]:
         """Of one film's features [D] or pixels [H, W], as the model takes them; of a batch [films, ...]."""
@@ -107,21 +96,14 @@ class CkksClient:
         """Logits, float64 [classes], rounded to ``decimals``; of a batch [films, classes], as many films as a batch can
         have: those behind the ones that were sent mean nothing.
 
-        Raises
-        ------
-        CiphertextError
-            A reply that isn't one of this packing.
-        UserError
-            More decryptions than the flooding covers, or logits of a CNN so large that they may have wrapped round.
+        A CiphertextError for a reply that isn't one of this packing; a UserError for more decryptions than the flooding
+        covers, or for logits of a CNN so large that they may have wrapped round.
         """
         started = time.perf_counter()
         logits = self.decrypt_exact(replies)
         largest, most = float(np.abs(logits).max()), self.packing.most_logit(self.context)
         if largest > most:
-            raise UserError(
-                f"logits reach {largest:.1f}, beyond {most:.1f} they may have wrapped round: normalise the film as the "
-                "network's training films were; if it is, the network's last layer must be scaled down"
-            )
+            raise UserError(f"logits of {largest:.1f} may have wrapped round ({most:.1f} is safe): normalise the film")
         error = self.packing.error(self.context)
         if error is not None:
             error = math.hypot(error, self.flooding_std, 10.0**-self.decimals / math.sqrt(12))
@@ -140,12 +122,10 @@ class CkksClient:
         for reply, places in zip(replies, self.packing.logit_places, strict=True):
             integers = self.context.integers(reply, scale=scale, level=level)
             out += self.key.coefficients(integers, places, level)
-        if self.flooding is not None:
+        if self.queries_left is not None:
             with self._lock:
                 if not self.queries_left:
-                    raise UserError(
-                        f"{self.flooding.queries} decryptions are what the flooding covers: make a new CkksClient"
-                    )
+                    raise UserError("the flooding covers no more decryptions: make a new CkksClient")
                 self.queries_left -= 1
             out = [a + b for a, b in zip(out, wide_gaussian(len(out), self._flood), strict=True)]
         return np.array(out, dtype=np.float64) / scale

@@ -4,31 +4,23 @@ from __future__ import annotations
 
 import collections
 import time
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Cost:
-    """One step's cost.
+class Cost(NamedTuple):
+    """One ``party``'s ``step``: wall clock, KiB that go out of it, and rescalings that remain.
 
-    Attributes
-    ----------
-    step, party : what, and who
-    seconds : wall clock
-    kib : bytes that go out of it, over 1,024
-    levels_left : rescalings that remain
-    error
-        Standard deviation of a logit where the step is ``compute`` or ``decrypt``: at the server with its weights; at
-        the client, which doesn't know them, at most, with flooding and rounding. None of a CNN, where nobody knows it
-        beforehand.
+    ``error`` is the standard deviation of a logit where the step is ``compute`` or ``decrypt``: at the server with its
+    weights; at the client, which doesn't know them, at most, with flooding and rounding. None of a CNN, where nobody
+    knows it beforehand.
     """
 
     step: str
     party: str
     seconds: float
-    kib: float = 0.0
-    levels_left: int = 0
-    error: float | None = None
+    kib: float
+    levels_left: int
+    error: float | None
 
 
 class Costs(collections.deque):

@@ -15,8 +15,8 @@ Threat model, weaker than that of masks:
 - The server must follow the protocol. One that passes a single hospital's ciphertexts off as the sum is told that
   update by whoever decrypts it. **One sum that the server makes up gives the key away**: flooding hides the noise of
   honest sums, while a ciphertext can be chosen so that its decryption is the key itself, far above any noise, and no
-  hospital can tell it from a sum. With the key go all uploads that the server has or will get under it, past and
-  future, of every hospital. Masks withstand both.
+  hospital can tell it from a sum. With the key go all uploads that the server has or will get under it, of every
+  hospital. Masks withstand both.
 - What a server that follows the protocol is told, the flooded mean, doesn't help it to the key: see
   :mod:`primia_lite.encrypted.flooding` for the guarantee and what it assumes.
 - As with masks, each of two survivors learns the other's update, and a hospital that lies within the clip passes.
@@ -50,7 +50,7 @@ from primia_lite.secagg.fixed_point import check_clip
 # 60, costs no more than a small one and leaves most room for flooding. N = 4,096 is the least at 128-bit security; a
 # sum takes half of the modulus, so that what isn't one, under another key, is noticed.
 PARAMETERS = Parameters(4096, (60,), 58)
-_SCALE = 2.0**PARAMETERS.scale_bits
+_N, _SCALE = PARAMETERS.poly_modulus_degree, 2.0**PARAMETERS.scale_bits
 _SLACK = 2.0**40  # far above noise and what encoding rounds, far below a sum's room
 _TAIL = 60  # of a noise above its bound: e^-60
 
@@ -84,16 +84,13 @@ class Terms:
             raise UserError(f"clip is {self.clip}: it must be above 0 and finite")
         if not 2 <= self.threshold <= n:
             raise UserError(f"threshold is {self.threshold} of {n} hospitals: a sum of one would be its update; take 2")
-        if not self._std <= 2.0**41:
-            raise UserError(
-                f"flooding for {self.rounds} rounds of {self.length} entries leaves no precision: take fewer rounds "
-                "a key, or fewer statistical_bits"
-            )
+        if not self.integer_std <= 2.0**41:
+            raise UserError("flooding leaves no precision: take fewer rounds a key, or fewer statistical_bits")
 
     @property
     def chunks(self) -> int:
         """Ciphertexts of one update."""
-        return -(-self.length // PARAMETERS.poly_modulus_degree)
+        return -(-self.length // _N)
 
     def weight(self, *names: str) -> float:
         return sum(self.sizes[name] for name in names) / sum(self.sizes.values())
@@ -102,18 +99,17 @@ class Terms:
     def noise_bound(self) -> float:
         """Noise of a sum, L2 norm over a ciphertext, passed with probability e^-60 (Hsu, Kakade, Zhang 2012, for
         sub-Gaussian vectors; a fresh ciphertext's noise is that, and doesn't depend on the key)."""
-        n = PARAMETERS.poly_modulus_degree
-        return NOISE_STD * math.sqrt(len(self.sizes) * (n + 2 * math.sqrt(n * _TAIL) + 2 * _TAIL))
+        return NOISE_STD * math.sqrt(len(self.sizes) * (_N + 2 * math.sqrt(_N * _TAIL) + 2 * _TAIL))
 
     @property
-    def _std(self) -> float:
+    def integer_std(self) -> float:
         """Of flooding, in a ciphertext's integers. Each hospital may be asked to decrypt a round's sum once."""
         queries = self.rounds * len(self.sizes) * self.chunks
         return flooding_std(self.noise_bound, queries, self.statistical_bits)
 
     def flooding_std(self, *survivors: str) -> float:
         """Standard deviation of an entry of their mean, from flooding."""
-        return self._std / _SCALE * self.clip / self.weight(*survivors)
+        return self.integer_std / _SCALE * self.clip / self.weight(*survivors)
 
 
 class SumHospital:
@@ -131,10 +127,8 @@ class SumHospital:
             raise UserError(f"{self.name} was asked for round {session} after {self._sent}: it takes part in each once")
         values, clip = np.asarray(update()), self.terms.clip
         if values.shape != (self.terms.length,) or values.dtype != np.float32:
-            raise UserError(
-                f"hospital {self.name}'s update is {values.dtype} {list(values.shape)}: "
-                f"float32 [{self.terms.length}] was agreed on"
-            )
+            found, agreed = f"{values.dtype} {values.shape}", f"float32 [{self.terms.length}]"
+            raise UserError(f"hospital {self.name}'s update is {found}, {agreed} was agreed on")
         try:
             for part in _parts(values):
                 check_clip(part.astype(np.float64), clip)
@@ -146,42 +140,30 @@ class SumHospital:
 
     def decrypt(self, session: int, survivors: Iterable[str], sums: Iterable[bytes]) -> Iterator[bytes]:
         """The survivors' mean, flooded, float32 of 4,096 entries at a time, as bytes. Whose ciphertexts are in the
-        sums the server says: the hospital can't check it. Each round is decrypted once.
-
-        Raises
-        ------
-        TooFewSurvivors
-            Below the threshold.
-        CiphertextError
-            What came is no sum of the hospitals' ciphertexts.
-        """
+        sums the server says: the hospital can't check it. Each round is decrypted once, and no sum of fewer than the
+        threshold (TooFewSurvivors); what is no sum of the hospitals' ciphertexts is a CiphertextError."""
         names, terms = set(survivors), self.terms
         if not names <= terms.sizes.keys() or len(names) < terms.threshold:
             raise TooFewSurvivors(
-                f"{self.name} was asked to decrypt a sum of {sorted(names)}: {terms.threshold} of "
-                f"{sorted(terms.sizes)} are the fewest"
+                f"{self.name} was asked to decrypt a sum of {sorted(names)}: {terms.threshold} are the fewest"
             )
         if not self._decrypted < session <= terms.rounds:
             raise UserError(
-                f"{self.name} was asked to decrypt round {session} after {self._decrypted}: it does so once a round, "
-                f"and the key serves {terms.rounds} rounds"
+                f"round {session} after {self._decrypted}: once each, and the key serves {terms.rounds} rounds"
             )
         self._decrypted = session
         return self._flooded(sums, terms.clip / terms.weight(*names))
 
     def _flooded(self, sums: Iterable[bytes], factor: float) -> Iterator[bytes]:
-        terms, context, n = self.terms, self._key.context, PARAMETERS.poly_modulus_degree
         for i, data in enumerate(sums):
-            if i >= terms.chunks:
-                raise CiphertextError(f"more than {terms.chunks} sums came")
-            entries = min(n, terms.length - i * n)
-            integers = self._key.polynomial(context.receive(data, scale=_SCALE, seeded=False))
+            entries = min(_N, self.terms.length - i * _N)
+            if entries < 1:
+                raise CiphertextError(f"more than {self.terms.chunks} sums came")
+            integers = self._key.polynomial(self._key.context.receive(data, scale=_SCALE, seeded=False))
             # Other keys give numbers all over the modulus, up to 2^59; what isn't used is 0 but for noise.
-            if (np.abs(integers) > np.where(np.arange(n) < entries, _SCALE, 0) + _SLACK).any():
-                raise CiphertextError(
-                    f"{self.name} can't decrypt sum {i}: a part of it was encrypted under another key, or altered"
-                )
-            flooded = integers[:entries] + rounded_gaussian(entries, terms._std, SecureGenerator())
+            if (np.abs(integers) > np.where(np.arange(_N) < entries, _SCALE, 0) + _SLACK).any():
+                raise CiphertextError(f"sum {i} holds what was encrypted under another key, or altered")
+            flooded = integers[:entries] + rounded_gaussian(entries, self.terms.integer_std, SecureGenerator())
             yield (flooded * (factor / _SCALE)).astype("<f4").tobytes()
 
 
@@ -215,23 +197,20 @@ class SumServer:
         if len(coming) < self.terms.chunks:
             self._coming[name] = coming
             return
+        for total, part in zip(self._sums, coming, strict=bool(self._added)):
+            self._context.evaluator.add_inplace(total, part)
+        self._sums = self._sums or coming
         self._added.append(name)
-        if not self._sums:
-            self._sums = coming
-        else:
-            for total, part in zip(self._sums, coming, strict=True):
-                self._context.evaluator.add_inplace(total, part)
 
     def sums(self) -> Iterator[bytes]:
         """For a hospital to decrypt; TooFewSurvivors if fewer updates than the threshold came."""
         if len(self._added) < self.terms.threshold:
             gone = sorted(set(self.terms.sizes) - set(self._added))
             raise TooFewSurvivors(
-                f"round {self.session} ended: {len(self._added)} hospitals sent their update, fewer than the threshold "
-                f"of {self.terms.threshold} (missing: {', '.join(gone)}). There is no sum, and what was charged to "
-                "ledgers stays charged. Ask again once they are back"
+                f"round {self.session} ended below the threshold of {self.terms.threshold}, without {', '.join(gone)}. "
+                "There is no sum, and what was charged to ledgers stays charged. Ask again once they are back"
             )
-        return (dump(total) for total in self._sums)
+        return map(dump, self._sums)
 
     def finish(self, parts: Iterable[bytes]) -> np.ndarray:
         """float32 [L]: the mean that a hospital sent back."""
@@ -246,12 +225,8 @@ class CkksAggregation:
 
     Parameters
     ----------
-    threshold : fewest hospitals whose sum is decrypted
-    clip : the largest absolute value of an update's entry
+    threshold, clip : see :class:`Terms`
     rounds : after so many the hospitals take a new key
-    absent
-        Simulates drop-outs: called with round and step (``encrypt``, ``decrypt``), gives those who are gone from there
-        on in this round.
     listen
         Called with each message: round, step, ``request`` or ``reply``, the hospital, and the bytes. All that a server
         sees goes through here.
@@ -268,10 +243,9 @@ class CkksAggregation:
         clip: float = 32.0,
         rounds: int = 1000,
         *,
-        absent: Callable[[int, str], Iterable[str]] | None = None,
-        listen: Callable[[int, str, str, str, bytes], None] | None = None,
+        listen: Callable[[int, str, str, str, bytes], None] = lambda *_: None,
     ):
-        self.threshold, self.clip, self.rounds, self.absent, self.listen = threshold, clip, rounds, absent, listen
+        self.threshold, self.clip, self.rounds, self.listen = threshold, clip, rounds, listen
         self.terms: Terms | None = None
         self.key: SecretKey | None = None
         self._hospitals: dict[str, SumHospital] = {}
@@ -288,51 +262,33 @@ class CkksAggregation:
         check(compute_update, sizes)
         if integer_sum:
             raise UserError(
-                "shared noise needs sums of integers that are exact, but CKKS only approximates, and flooding blurs "
-                "its sums; and whoever works with the server has the key, so a share of the noise would protect "
-                "nobody: use SecureAggregation, or let each hospital add its own noise (Privacy without shared)"
+                "shared noise needs exact sums of integers, but CKKS approximates, and whoever works with the server "
+                "has the key: use SecureAggregation, or let each hospital add its own noise"
             )
         self._agree(Terms(dict(sizes), length(template), self.clip, self.threshold, self.rounds))
         self._session += 1
-        server, gone = SumServer(self.terms, self._session), self._absent(number, "encrypt")
+        session, server = self._session, SumServer(self.terms, self._session)
         for name in sorted(compute_update):
-            self._tell(number, "encrypt", "request", name, json.dumps(["encrypt", self._session]).encode())
-            if name not in gone:
-                update = lambda name=name: flat(compute_update[name]().delta, template, name)  # noqa: E731
-                for data in self._hospitals[name].encrypt(self._session, update):
-                    self._tell(number, "encrypt", "reply", name, data)
-                    server.receive(name, data)
-        sums = server.sums()
-        gone |= self._absent(number, "decrypt")
-        for name in server.survivors:
-            request = ["decrypt", self._session, server.survivors]
-            self._tell(number, "decrypt", "request", name, json.dumps(request).encode())
-            if name not in gone:
-                mean = server.finish(self._decrypted(server, sums, name, number))
-                return Aggregate(unflat(mean, template), server.survivors)
-        raise TooFewSurvivors(f"round {number} ended: nobody is left who could decrypt the sum")
+            self.listen(number, "encrypt", "request", name, json.dumps(["encrypt", session]).encode())
+            update = lambda name=name: flat(compute_update[name]().delta, template, name)  # noqa: E731
+            for data in self._hospitals[name].encrypt(session, update):
+                self.listen(number, "encrypt", "reply", name, data)
+                server.receive(name, data)
+        survivors, name = server.survivors, server.survivors[0]
+        self.listen(number, "decrypt", "request", name, json.dumps(["decrypt", session, survivors]).encode())
+        sums = self._heard(server.sums(), number, "request", name)
+        parts = self._heard(self._hospitals[name].decrypt(session, survivors, sums), number, "reply", name)
+        return Aggregate(unflat(server.finish(parts), template), survivors)
 
-    def _decrypted(self, server: SumServer, sums: Iterator[bytes], name: str, number: int) -> Iterator[bytes]:
-        def sent():
-            for data in sums:
-                self._tell(number, "decrypt", "request", name, data)
-                yield data
-
-        for data in self._hospitals[name].decrypt(self._session, server.survivors, sent()):
-            self._tell(number, "decrypt", "reply", name, data)
+    def _heard(self, messages: Iterable[bytes], number: int, kind: str, name: str) -> Iterator[bytes]:
+        for data in messages:
+            self.listen(number, "decrypt", kind, name, data)
             yield data
 
     def _agree(self, terms: Terms) -> None:
         if terms != self.terms or self._session >= self.rounds:
             self.terms, self._session, self.key = terms, 0, SecretKey(Context(PARAMETERS))
             self._hospitals = {name: SumHospital(name, self.key, terms) for name in terms.sizes}
-
-    def _absent(self, number: int, step: str) -> set[str]:
-        return set(self.absent(number, step) if self.absent else ())
-
-    def _tell(self, *what) -> None:
-        if self.listen:
-            self.listen(*what)
 
 
 def read_upload(key: SecretKey, terms: Terms, name: str, ciphertexts: Iterable[bytes]) -> np.ndarray:
@@ -342,5 +298,4 @@ def read_upload(key: SecretKey, terms: Terms, name: str, ciphertexts: Iterable[b
 
 
 def _parts(values: np.ndarray) -> Iterator[np.ndarray]:
-    n = PARAMETERS.poly_modulus_degree
-    return (values[start : start + n] for start in range(0, len(values), n))
+    return (values[start : start + _N] for start in range(0, len(values), _N))

@@ -34,13 +34,8 @@ def flooding_std(noise_bound: float, queries: int, statistical_bits: float) -> f
 
 @dataclass(frozen=True)
 class Flooding:
-    """How much noise a client adds before it rounds.
-
-    Attributes
-    ----------
-    queries : decryptions under one key; the client refuses more
-    statistical_bits : of the guarantee
-    """
+    """How much noise a client adds before it rounds: ``statistical_bits`` of the guarantee for so many ``queries``,
+    decryptions under one key; the client refuses more."""
 
     queries: int = 1000
     statistical_bits: float = 30.0
@@ -57,11 +52,11 @@ _FINE_STD, _STEP_BITS = 2.0**40, 30
 def wide_gaussian(size: int, std: float) -> list[int]:
     """Whole numbers: normal samples from the operating system's generator, rounded, of any width.
 
-    An integer plus such a number is a function of the integer plus a Gaussian, so rounding gives nothing away. Up to a
-    standard deviation of 2^41 this is :func:`primia_lite.privacy.noise.rounded_gaussian`. A wider one is the sum of a
-    fine sample of 2^40 and a coarse one in steps of 2^30, drawn in the same way. Both are 1,024 steps wide and more, so
-    by Poisson's summation formula the sum is distributed as a Gaussian of ``std`` plus a uniform number one step wide,
-    rounded, to within e^(-2 pi^2 1024^2), and so is again a (randomised) function of the integer plus the Gaussian.
+    An integer plus such a number is a function of the integer plus a Gaussian, so rounding gives nothing away. Above
+    2^41 it is the sum of a fine sample of 2^40 and a coarse one in steps of 2^30. Both are 1,024 steps wide and more,
+    so by Poisson's summation formula the sum is distributed as a Gaussian of ``std`` plus a uniform number one step
+    wide, rounded, to within e^(-2 pi^2 1024^2), and so is again a (randomised) function of the integer plus the
+    Gaussian.
     """
     fine = std if std <= 2 * _FINE_STD else _FINE_STD
     out = rounded_gaussian(size, fine, SecureGenerator()).tolist()

@@ -39,34 +39,56 @@ def layer_weights(model: nn.Sequential) -> list[tuple[np.ndarray, np.ndarray]]:
     return [(layer.weight.detach().double().numpy(), layer.bias.detach().double().numpy()) for layer in layers]
 
 
-class LinearKernel:
-    """Weights of a linear head for :class:`LinearPacking`.
+def weighted_sum(context: Context, ciphertexts, plaintexts) -> sealapi.Ciphertext:
+    """Sum of products. SEAL doesn't multiply by 0, and there is nothing to add."""
+    evaluator, total, term = context.evaluator, None, sealapi.Ciphertext()
+    for ciphertext, plaintext in zip(ciphertexts, plaintexts, strict=True):
+        if plaintext.is_zero():
+            continue
+        if total is None:
+            total = sealapi.Ciphertext()
+            evaluator.multiply_plain(ciphertext, plaintext, total)
+        else:
+            evaluator.multiply_plain(ciphertext, plaintext, term)
+            evaluator.add_inplace(total, term)
+    if total is None:
+        raise UserError("all weights of a unit are zero, and what doesn't depend on the films can't be sent: train it")
+    return total
 
-    Attributes
-    ----------
-    error : standard deviation of a logit, from these weights
-    """
+
+def rescale(context: Context, state: sealapi.Ciphertext, scale: float) -> None:
+    """Rescaling divides by a prime, which the scale was multiplied by: it is set to what the packing says."""
+    context.evaluator.rescale_to_next_inplace(state)
+    state.scale = scale
+
+
+def square(context: Context, state: sealapi.Ciphertext, keys: EvaluationKeys, scale: float) -> None:
+    context.evaluator.square_inplace(state)
+    context.evaluator.relinearize_inplace(state, keys.relin)
+    rescale(context, state, scale)
+
+
+class LinearKernel:
+    """Weights of a linear head for :class:`LinearPacking`. ``error`` is a logit's standard deviation with them."""
 
     def __init__(self, packing: LinearPacking, model: nn.Linear, context: Context):
         weights = head_weights(packing, model, context)
         self.context, self.error = context, packing.error(context, weights)
-        self.plaintexts = []
-        for part in packing.parts:
-            rows = packing.reversed_rows(weights, part)
-            # SEAL doesn't multiply by 0, and there is nothing to add.
-            self.plaintexts.append(context.encode_coefficients(rows, 2.0**packing.weight_bits) if rows.any() else None)
+        rows = [packing.reversed_rows(weights, part) for part in packing.parts]
+        self.plaintexts = {
+            place: context.encode_coefficients(row, 2.0**packing.weight_bits)
+            for place, row in enumerate(rows)
+            if row.any()
+        }
 
     def __call__(self, inputs: list[sealapi.Ciphertext], keys: EvaluationKeys) -> list[sealapi.Ciphertext]:
-        evaluator, total = self.context.evaluator, None
-        for ciphertext, plaintext in zip(inputs, self.plaintexts, strict=True):
-            if plaintext is None:
-                continue
-            evaluator.multiply_plain_inplace(ciphertext, plaintext)
-            if total is None:
-                total = ciphertext
-            else:
-                evaluator.add_inplace(total, ciphertext)
-        return [total]
+        """In place, so that one product takes as little time as it can."""
+        evaluator, terms = self.context.evaluator, [inputs[place] for place in self.plaintexts]
+        for term, plaintext in zip(terms, self.plaintexts.values(), strict=True):
+            evaluator.multiply_plain_inplace(term, plaintext)
+        for term in terms[1:]:
+            evaluator.add_inplace(terms[0], term)
+        return terms[:1]
 
 
 class CNNKernel:
@@ -83,17 +105,16 @@ class CNNKernel:
 
     def _convolution(self, weight: np.ndarray, bias: np.ndarray) -> None:
         p = self.packing
-        taps = weight.reshape(p.channels, -1)
-        self.taps = []
-        for upload in range(p.uploads):
+        taps, block = weight.reshape(p.channels, -1), np.arange(p.blocks)
+        self.taps = []  # [turns][uploads]
+        for turn in range(p.channels // p.copies):
             row = []
-            for turn in range(p.channels // p.copies):
+            for upload in range(p.uploads):
                 slots = np.zeros((p.blocks, p.block))
-                for block in range(p.blocks):
-                    # After turning by `turn` times the copies, this block has the tap of a later one.
-                    tap = p.tap_of(upload, (block + turn * p.copies) % p.blocks)
-                    if tap < taps.shape[1]:
-                        slots[block, : p.positions] = taps[block % p.channels, tap]
+                # After turning by `turn` times the copies, a block has the tap of a later one.
+                tap = p.tap_of(upload, (block + turn * p.copies) % p.blocks)
+                there = tap < taps.shape[1]
+                slots[there, : p.positions] = taps[block[there] % p.channels, tap[there], None]
                 # Products come before the rotation, so the weights are turned back.
                 slots = np.roll(slots, turn * p.copies, axis=0)
                 row.append(self.context.encode_slots(slots.ravel(), self.scales["convolution"]))
@@ -125,37 +146,37 @@ class CNNKernel:
     def _last(self, weight: np.ndarray, bias: np.ndarray) -> None:
         """A slot's value times its weight, averaged over slots, is coefficient 0 of the product; X^c brings it to
         coefficient c. Both repeat, so nothing of other classes lies there."""
-        p = self.packing
+        p, context, first = self.packing, self.context, 0
         matrix = weight if p.hidden else self._columns(weight)
         period = p.hidden or p.period
-        self.last, self.last_bias, first = [], [], 0
+        self.last, self.last_bias = [], []
         for places in p.logit_places:
             slots = np.zeros(p.parameters.slots, complex)
             for c in places:
-                power = np.zeros(self.context.n)
-                power[c] = 1.0
                 spread = np.tile(matrix[first + c] * period, p.parameters.slots // period)
-                slots += spread * self.context.slots_of(power)
-            self.last.append(self.context.encode_slots(slots, 2.0**p.last_weight_bits, p.reply_level))
-            self.last_bias.append(
-                self.context.encode_coefficients(bias[first : first + len(places)], self.scales["reply"], p.reply_level)
-            )
+                slots += spread * context.slots_of(np.eye(1, c + 1, c)[0])
+            own = bias[first : first + len(places)]
+            self.last.append(context.encode_slots(slots, 2.0**p.last_weight_bits, p.reply_level))
+            self.last_bias.append(context.encode_coefficients(own, self.scales["reply"], p.reply_level))
             first += len(places)
 
     def __call__(self, inputs: list[sealapi.Ciphertext], keys: EvaluationKeys) -> list[sealapi.Ciphertext]:
-        p, evaluator = self.packing, self.context.evaluator
-        turns = [self._sum(inputs, [row[turn] for row in self.taps]) for turn in range(p.channels // p.copies)]
-        state = turns[0]
-        for step, turned in zip(p.steps["channels"], turns[1:], strict=True):
+        p, context, evaluator = self.packing, self.context, self.context.evaluator
+        state, *turns = (weighted_sum(context, inputs, row) for row in self.taps)
+        for step, turned in zip(p.steps["channels"], turns, strict=True):
             evaluator.rotate_vector_inplace(turned, step, keys.galois)
             evaluator.add_inplace(state, turned)
-        evaluator.rescale_to_next_inplace(state)
-        state.scale = p.fresh_scale
-        self._fold(state, p.steps["taps"], keys)
-        evaluator.add_plain_inplace(state, self.bias)
-        self._square(state, keys, self.scales["square"])
+        self._activate(state, p.steps["taps"], self.bias, keys, self.scales["square"])
         if p.hidden:
-            state = self._hidden(state, keys)
+            turned = [state]
+            for step in range(1, p.baby_steps):
+                turned.append(sealapi.Ciphertext())
+                evaluator.rotate_vector(state, step, keys.galois, turned[-1])
+            state, *parts = (weighted_sum(context, turned, row) for row in self.diagonals)
+            for number, part in enumerate(parts, 1):
+                evaluator.rotate_vector_inplace(part, number * p.baby_steps, keys.galois)
+                evaluator.add_inplace(state, part)
+            self._activate(state, p.steps["columns"], self.hidden_bias, keys, self.scales["square 2"])
         replies = []
         for weights, bias in zip(self.last, self.last_bias, strict=True):
             out = sealapi.Ciphertext()
@@ -165,48 +186,15 @@ class CNNKernel:
             replies.append(out)
         return replies
 
-    def _hidden(self, state: sealapi.Ciphertext, keys: EvaluationKeys) -> sealapi.Ciphertext:
-        p, evaluator = self.packing, self.context.evaluator
-        turned = [state]
-        for step in range(1, p.baby_steps):
-            out = sealapi.Ciphertext()
-            evaluator.rotate_vector(state, step, keys.galois, out)
-            turned.append(out)
-        total = None
-        for number, row in enumerate(self.diagonals):
-            part = self._sum(turned, row)
-            if number:
-                evaluator.rotate_vector_inplace(part, number * p.baby_steps, keys.galois)
-                evaluator.add_inplace(total, part)
-            else:
-                total = part
-        evaluator.rescale_to_next_inplace(total)
-        total.scale = p.fresh_scale
-        self._fold(total, p.steps["columns"], keys)
-        evaluator.add_plain_inplace(total, self.hidden_bias)
-        self._square(total, keys, self.scales["square 2"])
-        return total
-
-    def _sum(self, ciphertexts, plaintexts) -> sealapi.Ciphertext:
-        evaluator, total, term = self.context.evaluator, sealapi.Ciphertext(), sealapi.Ciphertext()
-        evaluator.multiply_plain(ciphertexts[0], plaintexts[0], total)
-        for ciphertext, plaintext in zip(ciphertexts[1:], plaintexts[1:], strict=True):
-            evaluator.multiply_plain(ciphertext, plaintext, term)
-            evaluator.add_inplace(total, term)
-        return total
-
-    def _fold(self, state: sealapi.Ciphertext, steps: list[int], keys: EvaluationKeys) -> None:
+    def _activate(self, state: sealapi.Ciphertext, steps, bias, keys: EvaluationKeys, scale: float) -> None:
+        """Rescaled, added to itself turned by these steps, plus its bias, squared."""
+        rescale(self.context, state, self.packing.fresh_scale)
         term = sealapi.Ciphertext()
         for step in steps:
             self.context.evaluator.rotate_vector(state, step, keys.galois, term)
             self.context.evaluator.add_inplace(state, term)
-
-    def _square(self, state: sealapi.Ciphertext, keys: EvaluationKeys, scale: float) -> None:
-        evaluator = self.context.evaluator
-        evaluator.square_inplace(state)
-        evaluator.relinearize_inplace(state, keys.relin)
-        evaluator.rescale_to_next_inplace(state)
-        state.scale = scale
+        self.context.evaluator.add_plain_inplace(state, bias)
+        square(self.context, state, keys, scale)
 
 
 def packing_for(model: nn.Module, in_shape: tuple[int, ...]) -> LinearPacking | CNNPacking:
@@ -243,9 +231,6 @@ def _cnn_packing(convolution: nn.Conv2d, dense: list[nn.Linear], in_shape: tuple
     packing = CNNPacking(side, kernel, stride, convolution.out_channels, hidden, dense[-1].out_features)
     if (units := packing.channels * packing.positions) != dense[0].in_features:
         raise UserError(
-            f"the convolution of films of {side} px gives {units} numbers, the next layer takes "
-            f"{dense[0].in_features}: give the in_shape that the network was trained for"
+            f"films of {side} px give {units} numbers, the next layer takes {dense[0].in_features}: in_shape?"
         )
-    if hidden and dense[1].in_features != hidden:
-        raise UserError(f"the last layer takes {dense[1].in_features} numbers, the one before gives {hidden}")
     return packing

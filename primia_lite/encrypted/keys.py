@@ -28,10 +28,8 @@ class SecretKey:
         self._key = self._generator.secret_key()
         self._generator.create_public_key(self._public)
         self._encryptor = sealapi.Encryptor(context.seal, self._public, self._key)
-        # SEAL keeps its number-theoretic transform only.
-        rows, first = context.ntt_values(self._key), context.moduli[0]
-        values = context.inverse_ntt(rows[0]).astype(np.int64)
-        self.ternary = np.where(values > first // 2, values - first, values).astype(np.int8)
+        rows = context.ntt_values(self._key)  # SEAL keeps its number-theoretic transform only
+        self.ternary = context.from_ntt(rows[0]).astype(np.int8)
         self._marks = self._pieces(rows)
 
     def _pieces(self, rows: np.ndarray) -> list[bytes]:
@@ -53,7 +51,7 @@ class SecretKey:
     def relin_keys(self) -> bytes:
         return dump(self._generator.create_relin_keys())
 
-    def galois_keys(self, steps: list[int]) -> bytes:
+    def galois_keys(self, steps: Sequence[int]) -> bytes:
         """For rotations by just these numbers of slots."""
         elements = [pow(3, step % (self.context.n // 2), 2 * self.context.n) for step in steps]
         return dump(self._generator.create_galois_keys(elements))
@@ -69,7 +67,7 @@ class SecretKey:
         """
         return any(mark in data for mark in self._marks)
 
-    def coefficients(self, integers: np.ndarray, places: Sequence[int], level: int) -> list[int]:
+    def coefficients(self, integers: np.ndarray, places: Sequence[int], level: int = 0) -> list[int]:
         """Coefficients of c0 + c1 s, as integers in (-q/2, q/2], of a ciphertext uint64 [2, primes, N]."""
         moduli = self.context.moduli_at(level)
         ternary = self.ternary.astype(np.int64)
@@ -91,7 +89,7 @@ class SecretKey:
     def slots(self, data: bytes, scale: float, level: int) -> np.ndarray:
         """All slots of a batch's reply, complex [N / 2], in full precision."""
         context = self.context
-        integers = context.integers(data, scale=scale, level=level)
+        integers = context.integers(data, scale=scale, level=level)  # SEAL doesn't read what a stranger wrote
         ciphertext = context.load(context.compose(integers, scale=scale, level=level), sealapi.Ciphertext)
         context.evaluator.transform_to_ntt_inplace(ciphertext)
         return self.decrypt(ciphertext)
@@ -99,8 +97,7 @@ class SecretKey:
     def polynomial(self, ciphertext: sealapi.Ciphertext) -> np.ndarray:
         """All of c0 + c1 s, int64 [N] in (-q/2, q/2], of a ciphertext of one prime, in full precision."""
         (values,) = self.context.ntt_values(self._decrypted(ciphertext))
-        values, q = self.context.inverse_ntt(values).astype(np.int64), self.context.moduli[0]
-        return np.where(values > q // 2, values - q, values)
+        return self.context.from_ntt(values)
 
     def _decrypted(self, ciphertext: sealapi.Ciphertext) -> sealapi.Plaintext:
         plaintext = sealapi.Plaintext()

@@ -32,7 +32,8 @@ class Packing:
     reply_level : rescalings behind a reply
     logit_places : of each reply, the coefficients that are its logits
     wrap_limit : the absolute value from which on logits wrap round
-    error : a logit's standard deviation before the client rounds it
+    error : a logit's standard deviation before the client rounds it; None of a CNN, where the noise of each layer is
+        squared by the next, with the film and the weights
     encode : a film or a batch to plaintexts
     """
 
@@ -50,6 +51,9 @@ class Packing:
         """A client refuses larger logits. None by default: the server compiles no head that could pass the limit with
         features of the largest norm, and a client encodes no larger ones."""
         return math.inf
+
+    def error(self, context: Context, weights: np.ndarray | None = None) -> float | None:
+        return None
 
 
 class HeadPacking(Packing):
@@ -76,10 +80,7 @@ class HeadPacking(Packing):
 
     def check_norm(self, features: np.ndarray) -> None:
         if not (norm := float(np.linalg.norm(features, axis=1).max())) <= self.most_norm:
-            raise UserError(
-                f"these features have norm {norm:.4g}; above {self.most_norm} logits could wrap round unseen: "
-                "scale them to norm 1, as primia_lite.models.frozen does"
-            )
+            raise UserError(f"these features have norm {norm:.4g}, above {self.most_norm}: scale them to norm 1")
 
 
 @dataclass(frozen=True)
@@ -90,12 +91,8 @@ class LinearPacking(HeadPacking):
     Features lie in coefficients 0 to d - 1, class a's weights, reversed, in those from a d on; coefficient
     a d + d - 1 of the product is their inner product. Where classes x features is more than N, features go into
     several ciphertexts, whose products add up. N = 2048 is the smallest with room for a result: what a larger N saves
-    in ciphertexts it loses on the reply, which is sealed whole.
-
-    Attributes
-    ----------
-    features, classes : shape of the head
-    flooded : with room for the noise of :mod:`~primia_lite.encrypted.flooding`: two primes and twice the bytes
+    in ciphertexts it loses on the reply, which is sealed whole. ``flooded`` leaves room for the noise of
+    :mod:`~primia_lite.encrypted.flooding`: two primes and twice the bytes.
     """
 
     features: int
@@ -206,8 +203,7 @@ class CNNPacking(Packing):
                 raise UserError(f"{name} is {number}: packing needs a power of two")
         if self.period > self.parameters.slots:
             raise UserError(
-                f"{self.channels} channels at {self.positions} positions need {self.period} slots, a "
-                f"ciphertext has {self.parameters.slots}: take a larger stride, or fewer channels"
+                f"channels x positions need {self.period} slots, more than a ciphertext has: take a larger stride"
             )
         if self.hidden > self.period:
             raise UserError(f"hidden is {self.hidden}, wider than the convolution's {self.period} outputs: narrow it")
@@ -216,9 +212,8 @@ class CNNPacking(Packing):
     def parameters(self) -> Parameters:
         # 19 bits above a rescaling's error are a scale of 30 at N = 8192. With a hidden layer all 218 bits of that N
         # are used; without one there is room for another bit of the logits, see `wrap_limit`.
-        return choose(
-            self.reply_level, precision_bits=19, integer_bits=8 if self.hidden else 9, weight_bits=self.last_weight_bits
-        )
+        integer_bits = 8 if self.hidden else 9
+        return choose(self.reply_level, precision_bits=19, integer_bits=integer_bits, weight_bits=self.last_weight_bits)
 
     @property
     def last_weight_bits(self) -> int:
@@ -236,10 +231,6 @@ class CNNPacking(Packing):
         """Squares make a bound by the weights useless, so no network is refused for them when it is compiled; a logit
         that wrapped round may lie anywhere, and half of the range is refused here."""
         return self.wrap_limit(context) / 2
-
-    def error(self, context: Context) -> None:
-        """Not known beforehand: noise of each layer is squared by the next, with the film and the weights."""
-        return None
 
     @property
     def positions(self) -> int:
@@ -321,25 +312,23 @@ class CNNPacking(Packing):
         windows = np.lib.stride_tricks.sliding_window_view(film, (self.kernel, self.kernel))
         return windows[:: self.stride, :: self.stride].reshape(self.positions, -1)
 
-    def tap_of(self, upload: int, block: int) -> int:
-        """Which tap lies in a block; from kernel² on: none."""
+    def tap_of(self, upload: int, block):
+        """Which tap lies in a block (or in each of an array of blocks); from kernel² on: none."""
         return upload * (self.blocks // self.copies) + block // self.copies
 
     def check_pixels(self, films: np.ndarray) -> None:
         if not (largest := float(np.abs(films).max())) <= self.most_pixel:
             raise UserError(
-                f"these pixels reach {largest:.4g}; above {self.most_pixel:g} logits could wrap round unseen: "
-                "normalise them as the network's training films were, see primia_lite.models.prepare"
+                f"pixels reach {largest:.4g}, above {self.most_pixel:g}: normalise them (primia_lite.models.prepare)"
             )
 
     def encode(self, context: Context, film: np.ndarray) -> list[sealapi.Plaintext]:
         self.check_pixels(film)
-        patches, out = self.patches(film), []
+        taps, out = self.patches(film).T, []
         for upload in range(self.uploads):
             slots = np.zeros((self.blocks, self.block))
-            for block in range(self.blocks):
-                if (tap := self.tap_of(upload, block)) < patches.shape[1]:
-                    slots[block, : self.positions] = patches[:, tap]
+            tap = self.tap_of(upload, np.arange(self.blocks))
+            slots[tap < len(taps), : self.positions] = taps[tap[tap < len(taps)]]
             out.append(context.encode_slots(slots.ravel(), self.fresh_scale))
         return out
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from primia_lite.config import UserError
 
@@ -16,7 +16,8 @@ _LEAST_BITS, _MOST_BITS = 20, 60
 
 @dataclass(frozen=True)
 class Parameters:
-    """A set of CKKS parameters, at least 128-bit secure, or refused.
+    """A set of CKKS parameters. Refused are those weaker than 128 bits, whose scale rescaling would take apart, or
+    without room for the result.
 
     Attributes
     ----------
@@ -25,11 +26,6 @@ class Parameters:
         each rescaling, last the special prime of key switching. A single prime: no rescaling, no key switching.
     scale_bits : log2 of the scale of what is encrypted
     rescaled : whether the circuit rescales; if not, all primes but the special one are one modulus together
-
-    Raises
-    ------
-    UserError
-        Weaker than 128 bits, primes that rescaling would take the scale apart with, or no room for the result.
     """
 
     poly_modulus_degree: int
@@ -38,19 +34,14 @@ class Parameters:
     rescaled: bool = True
 
     def __post_init__(self):
-        bits = tuple(int(b) for b in self.coeff_mod_bit_sizes)
-        object.__setattr__(self, "coeff_mod_bit_sizes", bits)
-        most = MAX_BITS_128.get(self.poly_modulus_degree)
+        n, bits, most = self.poly_modulus_degree, self.coeff_mod_bit_sizes, MAX_BITS_128.get(self.poly_modulus_degree)
         if most is None:
-            raise UserError(
-                f"poly_modulus_degree is {self.poly_modulus_degree}: choose one of {', '.join(map(str, MAX_BITS_128))}"
-            )
+            raise UserError(f"poly_modulus_degree is {n}: choose one of {', '.join(map(str, MAX_BITS_128))}")
         if not bits or min(bits) < _LEAST_BITS or max(bits) > _MOST_BITS:
             raise UserError(f"coeff_mod_bit_sizes are {bits}: give primes of {_LEAST_BITS} to {_MOST_BITS} bits")
         if sum(bits) > most:
             raise UserError(
-                f"{sum(bits)} bits of modulus at N = {self.poly_modulus_degree} are weaker than 128-bit security: it "
-                f"allows {most}; take fewer or smaller primes, or a larger poly_modulus_degree"
+                f"{sum(bits)} bits at N = {n} are weaker than 128-bit security, which allows {most}: take fewer"
             )
         if uneven := [b for b in bits[1:-1] if self.rescaled and b != self.scale_bits]:
             raise UserError(
@@ -59,11 +50,10 @@ class Parameters:
             )
         if len(bits) > 1 and bits[-1] < max(bits):
             raise UserError(f"the last prime has {bits[-1]} bits: the special prime must be the largest, {max(bits)}")
-        room, name = (bits[0], "first prime has") if self.rescaled else (sum(bits[:-1] or bits), "primes have")
+        room = bits[0] if self.rescaled else sum(bits[:-1] or bits)
         if not 1 <= self.scale_bits < room:
             raise UserError(
-                f"scale_bits is {self.scale_bits}, the {name} {room} bits: the result has room in "
-                "the difference; make the prime larger, or the scale smaller"
+                f"scale_bits is {self.scale_bits} of {room}: the difference is the result's room; make it smaller"
             )
 
     @property
@@ -75,9 +65,6 @@ class Parameters:
     def slots(self) -> int:
         return self.poly_modulus_degree // 2
 
-    def to_json(self) -> dict:
-        return asdict(self)
-
 
 def rescaling_error_bits(poly_modulus_degree: int) -> float:
     """log2 of a slot's standard deviation after one rescaling, in units of 1 / scale. Rescaling rounds both parts of a
@@ -88,59 +75,41 @@ def rescaling_error_bits(poly_modulus_degree: int) -> float:
     return 0.5 * math.log2(n * (1 + 2 * n / 3) / 24)
 
 
-def choose(
-    depth: int, *, precision_bits: int = 18, integer_bits: int = 8, slots: int = 1, weight_bits: int = 0
-) -> Parameters:
-    """The smallest parameters for a circuit in slots.
+def choose(depth: int, *, precision_bits: int = 18, integer_bits: int = 8, weight_bits: int = 0) -> Parameters:
+    """The smallest parameters at 128-bit security for a circuit in slots.
 
     The scale is ``precision_bits`` above the error of a rescaling (:func:`rescaling_error_bits`); each level has a
-    prime of that size; first prime and special prime have ``integer_bits`` and ``weight_bits`` more, for results up to
-    2^(integer_bits - 1). The smallest N that allows for those bits at 128-bit security, and for the slots, is taken.
+    prime of that size; first prime and special prime have ``integer_bits`` and ``weight_bits`` more.
 
     Parameters
     ----------
     depth : multiplications one after the other that are rescaled
     precision_bits : log2 of 1 / the standard deviation of one rescaling's error
     integer_bits : room for the result's integer part and sign
-    slots : numbers in one ciphertext
     weight_bits : log2 of the scale of a last product's weights, which isn't rescaled
     """
-    if min(depth, weight_bits) < 0 or min(precision_bits, integer_bits, slots) < 1:
-        raise UserError("depth must be at least 0; precision_bits, integer_bits and slots at least 1")
+    if min(depth, weight_bits) < 0 or min(precision_bits, integer_bits) < 1:
+        raise UserError("depth must be at least 0, precision_bits and integer_bits at least 1")
     for n in MAX_BITS_128:
         scale = math.ceil(precision_bits + rescaling_error_bits(n))
         edge = scale + integer_bits + weight_bits
         bits = (edge, *[scale] * depth, edge)
-        if 2 * slots <= n and sum(bits) <= MAX_BITS_128[n] and scale >= _LEAST_BITS and edge <= _MOST_BITS:
+        if sum(bits) <= MAX_BITS_128[n] and scale >= _LEAST_BITS and edge <= _MOST_BITS:
             return Parameters(n, bits, scale)
-    raise UserError(
-        f"no CKKS parameters have depth {depth}, {precision_bits} bits of precision and {slots} slots at 128-bit "
-        "security: take a shallower network, less precision, or fewer slots"
-    )
+    raise UserError(f"no CKKS parameters have depth {depth} and {precision_bits} bits of precision: take less of one")
 
 
-def choose_single_product(weight_bits: int, *, integer_bits: int = 8, primes: int = 1) -> Parameters:
-    """The smallest parameters for one product with plain weights, which isn't rescaled.
+def choose_single_product(weight_bits: int, primes: int = 1) -> Parameters:
+    """The smallest parameters at 128-bit security for one product with plain weights, which isn't rescaled.
 
-    All bits that N allows at 128-bit security are used, for one prime, or for so many equal ones and the special prime
-    that SEAL asks for beside them. What weights and the result's integer part leave of the modulus is the scale of what
-    is encrypted. The smallest N where that has at least 20 bits is taken.
-
-    Parameters
-    ----------
-    weight_bits : log2 of the weights' scale
-    integer_bits : room for the result's integer part and sign
-    primes : that are one modulus together
+    All bits that N allows are used, for one prime, or for so many equal ones, one modulus together, and the special
+    prime that SEAL asks for beside them. What weights (``weight_bits`` is log2 of their scale) and 8 bits for the
+    result's integer part and sign leave is the scale of what is encrypted, at least 20 bits.
     """
-    if weight_bits < 0 or min(integer_bits, primes) < 1:
-        raise UserError("weight_bits must be at least 0; integer_bits and primes at least 1")
     for n, most in MAX_BITS_128.items():
         each = min(most // (primes + (primes > 1)), _MOST_BITS)
-        scale = primes * each - integer_bits - weight_bits
+        scale = primes * each - 8 - weight_bits
         if each >= _LEAST_BITS and scale >= _LEAST_BITS:
             special = (min(most - primes * each, _MOST_BITS),) if primes > 1 else ()
             return Parameters(n, (each,) * primes + special, scale, rescaled=False)
-    raise UserError(
-        f"no CKKS parameters have room for weights of {weight_bits} bits and results of {integer_bits} in {primes} "
-        "prime(s) at 128-bit security: take more primes, or fewer bits"
-    )
+    raise UserError(f"no CKKS parameters have room for weights of {weight_bits} bits in {primes} prime(s)")

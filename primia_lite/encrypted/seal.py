@@ -70,23 +70,25 @@ class Context:
 
     # --- encoding -----------------------------------------------------------------------------------------------------
 
-    def encode_slots(self, values: np.ndarray, scale: float, level: int = 0) -> sealapi.Plaintext:
-        """Real or complex [up to N / 2]; a UserError if they are too large for the modulus at this level."""
+    def encode_slots(self, values, scale: float, level: int = 0) -> sealapi.Plaintext:
+        """Real or complex [up to N / 2], or one real number for all slots; a UserError if they are too large for the
+        modulus at this level."""
         out = sealapi.Plaintext()
-        with refuse_too_large():
+        try:
             self.encoder.encode(np.asarray(values).tolist(), self.level_ids[level], scale, out)
+        except ValueError as error:
+            raise UserError(f"numbers are too large for these parameters ({error}): scale them down") from error
         return out
 
     def encode_coefficients(self, values: np.ndarray, scale: float, level: int = 0) -> sealapi.Plaintext:
         """Real [up to N], the polynomial's coefficients themselves: products of polynomials are convolutions."""
-        whole = np.zeros(self.n)
-        whole[: len(values)] = values
-        return self.encode_slots(self.slots_of(whole), scale, level)
+        return self.encode_slots(self.slots_of(values), scale, level)
 
     def slots_of(self, coefficients: np.ndarray) -> np.ndarray:
-        """Values of a real polynomial [N] at the slots' roots, complex [N / 2]."""
-        half = self.n // 2
-        folded = (coefficients[:half] + 1j * coefficients[half:]) * self._twist[:half]
+        """Values of a real polynomial [up to N] at the slots' roots, complex [N / 2]."""
+        whole, half = np.zeros(self.n), self.n // 2
+        whole[: len(coefficients)] = coefficients
+        folded = (whole[:half] + 1j * whole[half:]) * self._twist[:half]
         out = np.fft.ifft(folded, norm="forward")[self._place]
         out.imag *= self._sign
         return out
@@ -108,21 +110,9 @@ class Context:
         return out
 
     def receive(self, data: bytes, *, scale: float, level: int = 0, seeded: bool = True) -> sealapi.Ciphertext:
-        """A ciphertext of two polynomials in NTT form that a stranger sent, of just this scale and level.
-
-        Raises
-        ------
-        CiphertextError
-            Anything else: other parameters, a truncated or altered header, a number of bytes that doesn't fit, or
-            coefficients beyond their primes.
-        """
-        primes = len(self.moduli_at(level))
-        full = self._size(2, primes)
-        body = _unwrap(data, full)
-        self._check(body, level, scale, ntt=True)
-        if len(body) != full and not (seeded and len(body) == self._size(1, primes) + _SEED_BYTES):
-            raise CiphertextError(f"this ciphertext has {len(body)} bytes inside instead of {full}: was it cut?")
-        out = self._loaded(body, sealapi.Ciphertext)
+        """A ciphertext of two polynomials in NTT form that a stranger sent, of just this scale and level; anything else
+        (other parameters, cut, altered, coefficients beyond their primes) is a CiphertextError."""
+        out = self._loaded(self._body(data, scale, level, True, seeded), sealapi.Ciphertext)
         if out.is_transparent():
             raise CiphertextError("this ciphertext isn't encrypted, its second polynomial is 0")
         return out
@@ -141,9 +131,7 @@ class Context:
             body = _unwrap(data, 40 + 8 * rows + full * digits * (_HEADER.size + each))
             fits = _keys_fit(body, rows, full, digits, {_HEADER.size + each, _HEADER.size + seeded})
         if not fits:
-            raise CiphertextError(
-                "keys that were cut, altered, or made with other parameters: send CkksClient.public()"
-            )
+            raise CiphertextError("keys that were cut, altered, or of other parameters: send CkksClient.public()")
         return self._loaded(body, kind)
 
     def _loaded(self, body: bytes, kind: type):
@@ -152,38 +140,33 @@ class Context:
         except (RuntimeError, ValueError, IndexError, MemoryError) as error:
             raise CiphertextError(f"SEAL can't read these bytes: {error}") from error
 
-    def integers(self, data: bytes, *, scale: float, level: int, ntt: bool = False) -> np.ndarray:
+    def integers(self, data: bytes, *, scale: float, level: int = 0, ntt: bool = False) -> np.ndarray:
         """Coefficients (or NTT values) of a ciphertext's two polynomials, uint64 [2, primes, N], from its bytes, which
         are checked as :meth:`receive` does."""
-        moduli = self.moduli_at(level)
-        full = self._size(2, len(moduli))
-        body = _unwrap(data, full)
-        self._check(body, level, scale, ntt)
-        if len(body) != full:
-            raise CiphertextError(f"this ciphertext has {len(body)} bytes inside instead of {full}: was it cut?")
-        start = _FIELDS.size + _HEADER.size + 8
-        out = np.frombuffer(body, np.uint64, offset=start).reshape(2, len(moduli), self.n)
+        body, moduli = self._body(data, scale, level, ntt, seeded=False), self.moduli_at(level)
+        out = np.frombuffer(body, np.uint64, offset=_FIELDS.size + _HEADER.size + 8).reshape(2, len(moduli), self.n)
         if (out >= np.array(moduli, np.uint64)[None, :, None]).any():
             raise CiphertextError("coefficients of this ciphertext are beyond their prime: was it altered?")
         return out
 
-    def compose(self, integers: np.ndarray, *, scale: float, level: int, ntt: bool = False) -> bytes:
-        """The ciphertext of those coefficients (or NTT values), uint64 [2, primes, N], as bytes: :meth:`integers`
-        undone."""
+    def compose(self, integers: np.ndarray, *, scale: float, level: int = 0, ntt: bool = False) -> bytes:
+        """:meth:`integers` undone."""
         polynomials, primes, n = integers.shape
         fields = _FIELDS.pack(*self.level_ids[level], ntt, polynomials, n, primes, scale, 1)
         inner = _HEADER.pack(_MAGIC, _HEADER.size, *_VERSION, _STORED, 0, _HEADER.size + 8 + integers.nbytes)
         return _wrap(fields + inner + struct.pack("<Q", integers.size) + np.ascontiguousarray(integers).tobytes())
 
-    def inverse_ntt(self, values: np.ndarray) -> np.ndarray:
-        """Coefficients of the polynomial with these number-theoretic transforms, uint64 [N], modulo the first prime."""
-        last = len(self.level_ids) - 1
+    def from_ntt(self, values: np.ndarray) -> np.ndarray:
+        """Coefficients of the polynomial with these number-theoretic transforms, uint64 [N], modulo the first prime:
+        int64 [N] in (-q/2, q/2]."""
+        last, first = len(self.level_ids) - 1, self.moduli[0]
         pair = np.zeros((2, 1, self.n), np.uint64)
         pair[:, 0] = values
         # As a ciphertext's polynomial, SEAL transforms it.
         holder = self.load(self.compose(pair, scale=1.0, level=last, ntt=True), sealapi.Ciphertext)
         self.evaluator.transform_from_ntt_inplace(holder)
-        return self.integers(dump(holder), scale=1.0, level=last)[0, 0]
+        found = self.integers(dump(holder), scale=1.0, level=last)[0, 0].astype(np.int64)
+        return np.where(found > first // 2, found - first, found)
 
     def ntt_values(self, plaintext) -> np.ndarray:
         """Number-theoretic transforms of a plaintext or secret key modulo each of its primes, uint64 [primes, N]."""
@@ -194,23 +177,21 @@ class Context:
     def _size(self, polynomials: int, primes: int) -> int:
         return _FIELDS.size + _HEADER.size + 8 + 8 * polynomials * primes * self.n
 
-    def _check(self, body: bytes, level: int, scale: float, ntt: bool) -> None:
+    def _body(self, data: bytes, scale: float, level: int, ntt: bool, seeded: bool) -> bytes:
+        """What is inside a ciphertext's bytes, if it is of two polynomials of this level, scale and form."""
+        primes = len(self.moduli_at(level))
+        full = self._size(2, primes)
+        body = _unwrap(data, full)
         if len(body) < _FIELDS.size:
             raise CiphertextError(f"{len(body)} bytes are no ciphertext: was it cut?")
-        *parms, form, polynomials, n, primes, found, _ = _FIELDS.unpack_from(body)
-        if parms != self.level_ids[level] or (n, primes) != (self.n, len(self.moduli_at(level))):
+        *parms, form, polynomials, n, count, found, _ = _FIELDS.unpack_from(body)
+        if parms != self.level_ids[level] or (n, count) != (self.n, primes):
             raise CiphertextError("this ciphertext was made with other parameters, or is at another level")
         if (form, polynomials, found) != (ntt, 2, scale):
             raise CiphertextError("this ciphertext's form, size or scale isn't that of the plan: encrypt by the plan")
-
-
-@contextlib.contextmanager
-def refuse_too_large() -> Iterator[None]:
-    """SEAL's complaint about numbers that it can't encode, as ours."""
-    try:
-        yield
-    except ValueError as error:
-        raise UserError(f"numbers are too large for these parameters ({error}): scale film or weights down") from error
+        if len(body) != full and not (seeded and len(body) == self._size(1, primes) + _SEED_BYTES):
+            raise CiphertextError(f"this ciphertext has {len(body)} bytes inside instead of {full}: was it cut?")
+        return body
 
 
 def _keys_fit(body: bytes, rows: int, full: int, digits: int, sizes: set[int]) -> bool:

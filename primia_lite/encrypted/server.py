@@ -22,8 +22,8 @@ from primia_lite.encrypted.batch import (
 )
 from primia_lite.encrypted.costs import Costs
 from primia_lite.encrypted.kernels import CNNKernel, EvaluationKeys, LinearKernel, packing_for
-from primia_lite.encrypted.masks import Blind
 from primia_lite.encrypted.packing import CNNPacking, LinearPacking, Packing
+from primia_lite.encrypted.reply_masks import Blind
 from primia_lite.encrypted.seal import CiphertextError, Context
 from primia_lite.encrypted.wire import spec_of, split_keys
 
@@ -68,9 +68,7 @@ def plan(model: nn.Module, in_shape: tuple[int, ...], batch_size: int = 1, flood
     packing = packing_for(model, in_shape)
     if flooded:
         if batch_size > 1 or not isinstance(packing, LinearPacking):
-            raise UserError(
-                "flooding takes a linear head, one film at a time: noise after a square has no useful bound"
-            )
+            raise UserError("flooding takes a linear head, one film at a time: noise after a square has no good bound")
         packing = replace(packing, flooded=True)
     if batch_size > 1:
         return Plan(*batch_packing(packing, batch_size))
@@ -78,30 +76,19 @@ def plan(model: nn.Module, in_shape: tuple[int, ...], batch_size: int = 1, flood
 
 
 class Session:
-    """One client's public material at the server, in ``public``.
-
-    Raises
-    ------
-    CiphertextError
-        Bytes that aren't the public material for this model.
-    """
+    """One client's public material at the server; a CiphertextError if ``public`` isn't that for this model."""
 
     def __init__(self, server: CkksServer, public: bytes):
         context, packing, self.server = server.context, server.packing, server
-        keys = split_keys(public, packing)
-        kinds = [sealapi.PublicKey]
-        kinds += [sealapi.RelinKeys] if packing.relinearise else []
-        kinds += [sealapi.GaloisKeys] if packing.rotations else []
+        keys, steps = split_keys(public, packing), packing.rotations
+        kinds = [sealapi.PublicKey, *[sealapi.RelinKeys] * packing.relinearise, *[sealapi.GaloisKeys] * bool(steps)]
         if len(keys) != len(kinds):
             raise CiphertextError(f"{len(keys)} keys came, this model needs {len(kinds)}: send CkksClient.public()")
-        loaded = {
-            kind: context.receive_keys(key, kind, len(packing.rotations)) for kind, key in zip(kinds, keys, strict=True)
-        }
-        galois = loaded.get(sealapi.GaloisKeys)
-        if not all(galois.has_key(pow(3, step, 2 * context.n)) for step in packing.rotations):
+        loaded = {kind: context.receive_keys(key, kind, len(steps)) for kind, key in zip(kinds, keys, strict=True)}
+        self.keys = EvaluationKeys(loaded.get(sealapi.RelinKeys), loaded.get(sealapi.GaloisKeys))
+        if not all(self.keys.galois.has_key(pow(3, step, 2 * context.n)) for step in steps):
             raise CiphertextError("Galois keys that this model needs are missing: send CkksClient.public()")
         self.encryptor = sealapi.Encryptor(context.seal, loaded[sealapi.PublicKey])
-        self.keys = EvaluationKeys(loaded.get(sealapi.RelinKeys), galois)
         self._blinds: list[list[Blind]] = []
 
     @property
@@ -109,22 +96,17 @@ class Session:
         """Films whose replies' masks are made."""
         return len(self._blinds)
 
-    def prepare(self, films: int = 1) -> None:
-        """Make, in idle time, what will hide the replies to so many films; later ones get theirs when they come."""
-        self._blinds += [self._new_blinds() for _ in range(films)]
+    def prepare(self) -> None:
+        """Make, in idle time, what will hide the replies to one more film; others get theirs when they come."""
+        self._blinds.append(self._new_blinds())
 
     def _new_blinds(self) -> list[Blind]:
         context, packing = self.server.context, self.server.packing
         return [Blind(context, self.encryptor, packing.reply_level, places) for places in packing.logit_places]
 
     def diagnose(self, uploads: list[bytes]) -> list[bytes]:
-        """One film's ciphertexts in, masked and re-randomised replies out.
-
-        Raises
-        ------
-        CiphertextError
-            Ciphertexts that aren't of this packing, checked before any work; or that SEAL can't compute with.
-        """
+        """One film's ciphertexts in, masked and re-randomised replies out; a CiphertextError for those that aren't of
+        this packing, before any work, or that SEAL can't compute with."""
         server, packing, note = self.server, self.server.packing, self.server.costs.note
         started = time.perf_counter()
         inputs = server.receive(uploads)
@@ -150,15 +132,8 @@ class Session:
 
 
 class CkksServer:
-    """The model's owner: has the plain model, and of a client its public material and ciphertexts, never more.
-
-    Parameters
-    ----------
-    model : the trained part, see :func:`plan`
-    in_shape : of one film as it takes it
-    flooded : with room for the client's flooding
-    batch_size : films that come together
-    """
+    """The model's owner: has the plain model, and of a client its public material and ciphertexts, never more. For the
+    parameters see :func:`plan`."""
 
     def __init__(self, model: nn.Module, in_shape: tuple[int, ...], flooded: bool = False, batch_size: int = 1):
         self.packing = plan(model, in_shape, batch_size, flooded).packing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import struct
 from dataclasses import asdict
@@ -28,13 +29,7 @@ def spec_of(packing: Packing) -> dict:
 
 
 def packing_from(spec: dict) -> Packing:
-    """The packing of a description, which may be a stranger's.
-
-    Raises
-    ------
-    UserError
-        Another kind, or numbers that don't make a packing.
-    """
+    """The packing of a description, which may be a stranger's; a UserError if it makes none."""
     try:
         numbers = {key: value for key, value in spec.items() if key != "kind"}
         if not all(isinstance(value, int) and 0 <= value <= _MOST_NUMBER for value in numbers.values()):
@@ -50,13 +45,7 @@ def join(parts: list[bytes]) -> bytes:
 
 
 def split(body: bytes) -> list[bytes]:
-    """The ciphertexts of a body.
-
-    Raises
-    ------
-    CiphertextError
-        Lengths that don't fit.
-    """
+    """The ciphertexts of a body; a CiphertextError if its lengths don't fit."""
     if len(body) < 4 or (number := _COUNT.unpack_from(body)[0]) > _MOST_PARTS:
         raise CiphertextError("this body isn't a list of ciphertexts: send what wire.join returned")
     parts, place = [], 4
@@ -79,13 +68,7 @@ def join_keys(packing: Packing, keys: list[bytes]) -> bytes:
 
 
 def split_keys(data: bytes, packing: Packing) -> list[bytes]:
-    """The keys of a client's public material for this packing.
-
-    Raises
-    ------
-    CiphertextError
-        Something else, or for another packing.
-    """
+    """The keys of a client's public material; a CiphertextError if it isn't that, or for another packing."""
     if len(data) > MAX_PUBLIC_BYTES:
         raise CiphertextError(f"{len(data)} bytes of keys are more than the {MAX_PUBLIC_BYTES} allowed")
     start = len(_MAGIC) + 4
@@ -101,11 +84,8 @@ def split_keys(data: bytes, packing: Packing) -> list[bytes]:
         raise CiphertextError("these keys are for another model: ask the server for its description first")
     if min(lengths, default=-1) < 0 or place + sum(lengths) != len(data):
         raise CiphertextError("the public material was cut, or has bytes too many")
-    keys = []
-    for length in lengths:
-        keys.append(data[place : place + length])
-        place += length
-    return keys
+    ends = itertools.accumulate(lengths, initial=place)
+    return [data[start:end] for start, end in itertools.pairwise(ends)]
 
 
 def most_key_bytes(packing: Packing) -> int:

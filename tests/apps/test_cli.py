@@ -215,7 +215,7 @@ def offered(tmp_path, monkeypatch):
 
     from primia_lite.apps.service import commands
     from primia_lite.apps.service import server as service
-    from primia_lite.encrypted.card import ModelCard
+    from primia_lite.encrypted.model_card import ModelCard
 
     for file in ("a.pt", "litenet-eps=8.pt", "8.pt", "sub=1/a.pt"):
         ModelCard("litenet", {}, ("x", "y"), 32, (5,), {"weight": torch.zeros(2, 5)}, file).save(tmp_path / file)

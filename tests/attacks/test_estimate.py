@@ -86,12 +86,8 @@ def test_labels_are_weighed_by_their_densities(inputs, sketch, own, gradients):
     pixels[labels == 1] = 255
     out = reconstruct(view, LinearEstimator(torch.tensor(g), pixels, labels))
     u = update_of(view)[:8]
-    density = [
-        multivariate_normal(g[labels == k, :8].mean(0), np.cov(g[labels == k, :8].T, bias=True) + 0.25 * np.eye(8)).pdf(
-            u
-        )
-        for k in (0, 1)
-    ]
+    parts = [g[labels == k, :8] for k in (0, 1)]
+    density = [multivariate_normal(p.mean(0), np.cov(p.T, bias=True) + 0.25 * np.eye(8)).pdf(u) for p in parts]
     share = density[1] / sum(density)
     assert 0.02 < share < 0.98
     np.testing.assert_allclose(out.images.mean(), share, atol=1e-5)
@@ -132,23 +128,17 @@ def test_all_of_the_clipping_bound_goes_to_the_scores(gradients):
 
 
 def test_wrong_views_and_sizes_are_named(inputs, sketch, own, gradients, estimate):
-    view = look(inputs, sketch, 0, 0.5)
-    with pytest.raises(UserError, match="private"):
-        reconstruct(simulate_view(inputs.subset([0]), SKETCH, sketch), estimate)
-    with pytest.raises(UserError, match="size"):
-        reconstruct(view, LinearEstimator(gradients[:, 1:], own.images, own.labels))
-    with pytest.raises(UserError, match="size"):
-        reconstruct(view, LinearEstimator(gradients, own.images[:, ::2], own.labels))
-    with pytest.raises(UserError, match="each"):
-        LinearEstimator(gradients[1:], own.images, own.labels)
-    with pytest.raises(UserError, match="two"):
-        LinearEstimator(gradients[:1], own.images[:1], own.labels[:1])
-    with pytest.raises(UserError, match="label"):
-        reconstruct(view, LinearEstimator(gradients, own.images, np.full(len(own), 7)))
-    with pytest.raises(UserError, match="units"):
-        pca_weights(sketch, own.images, inputs.normalisation, components=9)
-    with pytest.raises(UserError, match="size"):
-        pca_weights(sketch, own.images[:, ::2], inputs.normalisation)
-    conv = Training("convnet")
-    with pytest.raises(UserError, match="mlp"):
-        pca_weights(initial_state(conv, inputs), own.images, inputs.normalisation)
+    view, norms = look(inputs, sketch, 0, 0.5), inputs.normalisation
+    for call, word in (
+        (lambda: reconstruct(simulate_view(inputs.subset([0]), SKETCH, sketch), estimate), "private"),
+        (lambda: reconstruct(view, LinearEstimator(gradients[:, 1:], own.images, own.labels)), "size"),
+        (lambda: reconstruct(view, LinearEstimator(gradients, own.images[:, ::2], own.labels)), "size"),
+        (lambda: LinearEstimator(gradients[1:], own.images, own.labels), "each"),
+        (lambda: LinearEstimator(gradients[:1], own.images[:1], own.labels[:1]), "two"),
+        (lambda: reconstruct(view, LinearEstimator(gradients, own.images, np.full(len(own), 7))), "label"),
+        (lambda: pca_weights(sketch, own.images, norms, components=9), "units"),
+        (lambda: pca_weights(sketch, own.images[:, ::2], norms), "size"),
+        (lambda: pca_weights(initial_state(Training("convnet"), inputs), own.images, norms), "mlp"),
+    ):
+        with pytest.raises(UserError, match=word):
+            call()

@@ -46,16 +46,6 @@ def test_the_prior_is_the_films_covariance(public, prior):
     assert prior.spread.tolist() == sorted(prior.spread.tolist(), reverse=True)
 
 
-def test_the_prior_draws_films_like_those(public, prior):
-    z = torch.randn(4000, 48, generator=torch.Generator().manual_seed(0))
-    drawn = prior.films(z)
-    assert drawn.shape == (4000, 1, SIDE, SIDE)
-    torch.testing.assert_close(drawn.mean((0, 1)), prior.mean, rtol=0, atol=0.02)
-    spread = (public / 255.0).std(0).mean()
-    assert float(drawn.std(0).mean()) == pytest.approx(spread, rel=0.1)
-    assert torch.equal(prior.films(torch.zeros(1, 48))[0, 0], prior.mean)
-
-
 def test_a_prior_repeats_and_needs_more_films_than_components(public):
     torch.manual_seed(3)
     before = torch.random.get_rng_state()
@@ -65,12 +55,9 @@ def test_a_prior_repeats_and_needs_more_films_than_components(public):
         FilmPrior.fit(public[:8], 8)
 
 
-def test_a_prior_of_another_size_is_refused(public, films):
+def test_a_prior_of_another_size_and_private_local_steps_of_unknown_likelihood_are_refused(public, films, prior):
     with pytest.raises(UserError, match="size"):
         reconstruct(seen(films, [0]), MapEstimator(FilmPrior.fit(public[:20, :30, :30], 4)))
-
-
-def test_a_prior_refuses_private_local_steps_whose_likelihood_it_does_not_know(films, prior):
     view = seen(films, [0], privacy=Privacy(0.5, 1.0, 1e9, unit="film"), local_steps=4)
     with pytest.raises(UserError, match="private"):
         reconstruct(view, MapEstimator(prior))
@@ -144,8 +131,7 @@ def test_rounds_add_up(films, prior, gallery):
     state, privacy = initial_state(RECIPE, films), Privacy(0.3, 1.0, 1e9, unit="film")
     gain = []
     for n in (1, 4):
-        view = simulate_view(films.subset([0]), RECIPE, [state] * n, ROUNDS, privacy,
-                       seed=0)  # fmt: skip
+        view = simulate_view(films.subset([0]), RECIPE, [state] * n, ROUNDS, privacy, seed=0)
         out = reconstruct(view, MapEstimator(prior, 30))
         gain.append(gallery.score(out.images.numpy(), [0])[0]["pncc"])
     assert gain[1] > gain[0] + 0.1
@@ -171,9 +157,8 @@ def view_of_features(features: torch.Tensor) -> AttackerView:
 def test_features_that_dont_fit_are_refused(prior):
     with pytest.raises(UserError, match="constant"):
         head_features(view_of_features(torch.tensor([1.0, 2.0, 0.0])), 0.1)
-    for extract, word in ((lambda x: x.flatten(1), "features"), (lambda x: nn.Linear(900, 3)(x.flatten(1)), "pixels")):
-        with pytest.raises(UserError, match=word):
-            reconstruct(view_of_features(torch.ones(7)), FeatureInversion(extract, prior, 1.0))
+    with pytest.raises(UserError, match="features"):
+        reconstruct(view_of_features(torch.ones(7)), FeatureInversion(lambda x: x.flatten(1), prior, 1.0))
 
 
 @pytest.mark.parametrize("free_pixels", [False, True])
@@ -193,15 +178,6 @@ def test_features_are_inverted(free_pixels, films, chest, prior, gallery):
     assert score["psnr_gain"] > 2 and out.labels.tolist() == [-1] and out.iterations == 60
 
 
-def test_a_class_image_needs_a_prior_of_the_models_size_and_a_class_that_it_has(public, films, prior):
-    network = models.build("convnet", 3, (1, SIDE, SIDE))
-    with pytest.raises(UserError, match="prior"):
-        class_image(network, 0, FilmPrior.fit(public[:20, :28, :28], 4), films.normalise)
-    for label in (-1, 3):
-        with pytest.raises(UserError, match="label"):
-            class_image(network, label, prior, films.normalise)
-
-
 def test_a_class_image_is_what_the_model_takes_for_that_class(films, prior):
     network = models.build("convnet", 3, (1, SIDE, SIDE))
     before = {name: value.clone() for name, value in network.state_dict().items()}
@@ -214,3 +190,6 @@ def test_a_class_image_is_what_the_model_takes_for_that_class(films, prior):
         assert found > mean + 0.02 and out.labels.tolist() == [label]
         assert out.loss < out.history[0][1] and 0 <= out.images.min() <= out.images.max() <= 1
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    for label in (-1, 3):
+        with pytest.raises(UserError, match="label"):
+            class_image(network, label, prior, films.normalise)

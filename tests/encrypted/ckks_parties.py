@@ -22,6 +22,10 @@ def head(features: int, classes: int = 3) -> nn.Linear:
     return nn.Linear(features, classes, bias=False)
 
 
+def weights_of(model: nn.Linear) -> np.ndarray:
+    return model.weight.detach().double().numpy()
+
+
 def cnn(side: int, kernel: int, stride: int, channels: int, hidden: int, classes: int) -> nn.Sequential:
     torch.manual_seed(side)
     outputs = channels * ((side - kernel) // stride + 1) ** 2
@@ -31,9 +35,10 @@ def cnn(side: int, kernel: int, stride: int, channels: int, hidden: int, classes
     )
 
 
-def unit(features: int, seed: int = 0) -> np.ndarray:
-    x = np.random.default_rng(seed).normal(size=features)
-    return x / np.linalg.norm(x)
+def unit(*shape: int, seed: int = 0) -> np.ndarray:
+    """Rows of norm 1."""
+    x = np.random.default_rng(seed).normal(size=shape)
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
 def pair(model, shape, decimals=6, **options):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from ckks_parties import head, pair
+from ckks_parties import head, pair, weights_of
 from scipy.stats import binomtest, chisquare
 
 from primia_lite.config import UserError
 from primia_lite.encrypted.client import CkksClient
-from primia_lite.encrypted.masks import Blind, Mask, uniform
 from primia_lite.encrypted.parameters import Parameters
+from primia_lite.encrypted.reply_masks import Blind, Mask, uniform
 from primia_lite.encrypted.seal import Context, dump
 
 KEEP = [7, 100, 4095]
@@ -49,6 +49,11 @@ def uniformity(draws: np.ndarray, modulus: int) -> dict[str, float]:
     }
 
 
+def looks_uniform(draws: np.ndarray, modulus: int) -> None:
+    for name, p in uniformity(draws, modulus).items():
+        assert p > 1e-5, (name, p)
+
+
 def float_mask(context) -> np.ndarray:
     """The control, uint64 [N]: floats over not quite half of the modulus, and then doubled."""
     modulus = context.moduli[0]
@@ -57,13 +62,14 @@ def float_mask(context) -> np.ndarray:
     return (2 * half % modulus).astype(np.uint64)
 
 
-def test_masks_are_uniform_modulo_each_prime(context):
+def test_masks_are_uniform_modulo_each_prime_and_independently(context):
     drawn = values(context)
     others = np.setdiff1d(np.arange(context.n), KEEP)
     for place, modulus in enumerate(context.moduli_at(0)):
         assert drawn[:, place].max() < modulus
-        for name, p in uniformity(drawn[:, place][:, others], modulus).items():
-            assert p > 1e-5, (name, p)
+        looks_uniform(drawn[:, place][:, others], modulus)
+    first, second = (drawn[:, place].ravel() & np.uint64(15) for place in (0, 1))
+    assert chisquare(np.bincount((first * np.uint64(16) + second).astype(int), minlength=256)).pvalue > 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -72,14 +78,12 @@ def wide():
     return Context(Parameters(4096, (54,), 24))
 
 
-@pytest.mark.parametrize(("kind", "passes"), [("mask", True), ("control", False)])
-@pytest.mark.parametrize("look", ["parity", "low", "edge"])
-def test_parity_low_bits_and_range_tell_a_mask_from_the_control(wide, look, kind, passes):
+def test_parity_low_bits_and_range_tell_a_mask_from_the_control(wide):
     """The control's centred numbers are even, empty in the bits that a float has none for, and never near q/2."""
     modulus, others = wide.moduli[0], np.setdiff1d(np.arange(wide.n), KEEP)
-    draws = values(wide, 50)[:, 0] if kind == "mask" else np.stack([float_mask(wide) for _ in range(50)])
-    p = uniformity(draws[:, others], modulus)[look]
-    assert p > 1e-5 if passes else p < 1e-9
+    looks_uniform(values(wide, 50)[:, 0][:, others], modulus)
+    control = uniformity(np.stack([float_mask(wide) for _ in range(50)])[:, others], modulus)
+    assert max(control[look] for look in ("parity", "low", "edge")) < 1e-9
 
 
 def test_parity_shows_products_through_the_control(wide):
@@ -97,29 +101,17 @@ def test_parity_shows_products_through_the_control(wide):
 def test_reuse_shows_products_through_the_control(wide):
     """The difference of two replies: that of the products if they have one mask, which a Mask refuses."""
     modulus, others = wide.moduli[0], np.setdiff1d(np.arange(wide.n), KEEP)
-    products = [uniform(1 << 40, wide.n) for _ in range(2)]
-    true = (products[0].astype(np.int64) - products[1].astype(np.int64))[others]
+    products, control = [uniform(1 << 40, wide.n) for _ in range(2)], float_mask(wide)
 
-    def difference(replies) -> np.ndarray:
-        return ((replies[0].astype(np.int64) - replies[1].astype(np.int64)) % modulus)[others]
+    def difference(first, second) -> np.ndarray:
+        return (first.astype(np.int64) - second.astype(np.int64))[others] % modulus
 
-    control = float_mask(wide)
-    shown = difference([(control + product) % np.uint64(modulus) for product in products])
-    np.testing.assert_array_equal(centred(shown, modulus), true)
-    mask = Mask([modulus], wide.n, KEEP)
-    replies = [mask.hide(products[0][None])[0]]
+    shown = difference(*((control + product) % np.uint64(modulus) for product in products))
+    np.testing.assert_array_equal(shown, difference(*products))
+    masks = [Mask([modulus], wide.n, KEEP) for _ in products]
+    looks_uniform(difference(*(m.hide(p[None])[0] for m, p in zip(masks, products, strict=True))), modulus)
     with pytest.raises(UserError, match="reply"):
-        mask.hide(products[1][None])
-    replies.append(Mask([modulus], wide.n, KEEP).hide(products[1][None])[0])
-    for name, p in uniformity(difference(replies), modulus).items():
-        assert p > 1e-5, (name, p)
-
-
-def test_primes_are_masked_independently(context):
-    """Uniform modulo q is uniform modulo each prime, independently."""
-    drawn = values(context)
-    first, second = (drawn[:, place].ravel() & np.uint64(15) for place in (0, 1))
-    assert chisquare(np.bincount((first * np.uint64(16) + second).astype(int), minlength=256)).pvalue > 1e-5
+        masks[0].hide(products[1][None])
 
 
 @pytest.mark.parametrize("modulus", [3, 1000, (1 << 20) + 7])
@@ -142,92 +134,69 @@ def test_kept_coefficients_are_untouched_and_the_rest_moves(context):
 
 @pytest.fixture(scope="module")
 def parties():
-    model = head(40)
-    return model, *pair(model, (40,))
+    """Client, server, session, and the prime of a head of 40 features."""
+    client, server, session = pair(head(40), (40,))
+    return client, server, session, server.context.moduli[0]
 
 
-def parts(server, data, *, ntt, scale) -> np.ndarray:
-    return server.context.integers(data, scale=scale, level=0, ntt=ntt)
+def replied(server, data: bytes) -> np.ndarray:
+    """Integers of a reply, uint64 [2, 1, N]."""
+    return server.context.integers(data, scale=server.packing.reply_scale(server.context))
 
 
 def uploaded(client, server, film, *, ntt=True) -> np.ndarray:
-    """Integers of an upload, uint64 [2, N]."""
-    scale = server.packing.fresh_scale
-    (data,) = client.encrypt(film)
+    """Integers of an upload, uint64 [2, 1, N]."""
+    (data,), scale = client.encrypt(film), server.packing.fresh_scale
     ciphertext = server.context.receive(data, scale=scale)
     if not ntt:
         server.context.evaluator.transform_from_ntt_inplace(ciphertext)
-    return parts(server, dump(ciphertext), ntt=ntt, scale=scale)[:, 0]
-
-
-def test_two_encryptions_of_a_film_differ_everywhere(parties):
-    _, client, server, _ = parties
-    first, second = (uploaded(client, server, np.ones(40) / 40) for _ in range(2))
-    for a, b in zip(first, second, strict=True):
-        assert (a == b).mean() < 1e-3
+    return server.context.integers(dump(ciphertext), scale=scale, ntt=ntt)
 
 
 @pytest.mark.parametrize("ntt", [True, False])
-def test_uploads_are_uniform(parties, ntt):
-    _, client, server, _ = parties
-    drawn = np.stack([uploaded(client, server, np.ones(40) / 40, ntt=ntt) for _ in range(16)])
+def test_uploads_are_uniform_and_differ_everywhere(parties, ntt):
+    client, server, _, modulus = parties
+    drawn = np.stack([uploaded(client, server, np.ones(40) / 40, ntt=ntt)[:, 0] for _ in range(16)])
+    assert (drawn[0] == drawn[1]).mean() < 1e-3
     for polynomial in (0, 1):
-        for name, p in uniformity(drawn[:, polynomial], server.context.moduli[0]).items():
-            assert p > 1e-5, (polynomial, name, p)
+        looks_uniform(drawn[:, polynomial], modulus)
 
 
 def test_an_upload_is_noise_under_another_key(parties):
-    _, client, server, _ = parties
-    modulus, film = server.context.moduli[0], np.linspace(-0.2, 0.2, 40)
-    integers = [uploaded(client, server, film, ntt=False)[:, None] for _ in range(3)]
-    own = np.array(client.key.coefficients(integers[0], range(40), 0), float) / server.packing.fresh_scale
+    client, server, _, modulus = parties
+    film = np.linspace(-0.2, 0.2, 40)
+    integers = [uploaded(client, server, film, ntt=False) for _ in range(3)]
+    own = np.array(client.key.coefficients(integers[0], range(40)), float) / server.packing.fresh_scale
     np.testing.assert_allclose(own, film, atol=1e-6)
     other, places = CkksClient(server.packing).key, range(0, server.context.n, 3)
-    read = [v % modulus for each in integers for v in other.coefficients(each, places, 0)]
-    for name, p in uniformity(np.array(read, np.uint64), modulus).items():
-        assert p > 1e-5, (name, p)
+    looks_uniform(np.array([v % modulus for each in integers for v in other.coefficients(each, places)]), modulus)
 
 
 def test_replies_to_one_upload_share_nothing_and_say_the_same(parties):
-    _, client, server, session = parties
-    upload = client.encrypt(np.ones(40) / 40)
-    session.prepare(1)  # one mask from before, one made now
+    client, server, session, modulus = parties
+    film = np.linspace(-0.2, 0.2, 40)
+    upload = client.encrypt(film)
+    session.prepare()  # one mask from before, one made now
     one, two = session.diagnose(upload), session.diagnose(upload)
-    scale, modulus = server.packing.reply_scale(server.context), server.context.moduli[0]
-    a, b = (parts(server, reply[0], ntt=False, scale=scale).astype(np.int64) for reply in (one, two))
+    assert session.prepared == 0
+    a, b = (replied(server, reply[0]).astype(np.int64) for reply in (one, two))
     for polynomial in ((a - b) % modulus).astype(np.uint64):
-        for name, p in uniformity(polynomial, modulus).items():
-            assert p > 1e-5, (name, p)
+        looks_uniform(polynomial, modulus)
     np.testing.assert_array_equal(client.decrypt(one), client.decrypt(two))
+    assert np.abs(client.decrypt(one) - weights_of(head(40)) @ film).max() < 1e-3
 
 
 def test_all_but_the_kept_coefficients_decrypt_to_noise(parties):
-    _, client, server, session = parties
+    client, server, session, modulus = parties
     (reply,) = session.diagnose(client.encrypt(np.ones(40) / 40))
-    scale, modulus = server.packing.reply_scale(server.context), server.context.moduli[0]
-    integers = parts(server, reply, ntt=False, scale=scale)
-    keep = server.packing.logit_places[0]
-    others = [k for k in range(0, server.context.n, 3) if k not in keep]
-    read = np.array([v % modulus for v in client.key.coefficients(integers, others, 0)], object)
-    for name, p in uniformity(read.astype(np.uint64), modulus).items():
-        assert p > 1e-5, (name, p)
-
-
-def test_prepared_replies_tell_the_same(parties):
-    model, client, _, session = parties
-    film = np.linspace(-0.2, 0.2, 40)
-    expected = model.weight.detach().double().numpy() @ film
-    session.prepare(2)
-    for _ in range(3):  # the third has nothing prepared
-        assert np.abs(client.decrypt(session.diagnose(client.encrypt(film))) - expected).max() < 1e-3
-    assert session.prepared == 0
+    others = [k for k in range(0, server.context.n, 3) if k not in server.packing.logit_places[0]]
+    read = client.key.coefficients(replied(server, reply), others)
+    looks_uniform(np.array([v % modulus for v in read], np.uint64), modulus)
 
 
 def test_a_blind_is_used_once(parties):
-    _, client, server, session = parties
+    client, server, session, _ = parties
     blind = Blind(server.context, session.encryptor, 0, server.packing.logit_places[0])
-    scale = server.packing.fresh_scale
-    [upload] = client.encrypt(np.zeros(40))
-    blind.seal(server.context.receive(upload, scale=scale))
+    blind.seal(*server.receive(client.encrypt(np.zeros(40))))
     with pytest.raises(UserError, match="used"):
-        blind.seal(server.context.receive(upload, scale=scale))
+        blind.seal(*server.receive(client.encrypt(np.zeros(40))))

@@ -26,7 +26,7 @@ def test_the_table_is_seals(n):
 
 
 @pytest.mark.parametrize(
-    ("n", "bits", "scale", "message"),
+    ("n", "bits", "scale", "word"),
     [
         (4096, (54, 30, 54), 30, "weaker"),
         (3000, (54,), 24, "choose"),
@@ -37,28 +37,25 @@ def test_the_table_is_seals(n):
         (8192, (), 30, "primes"),
     ],
 )
-def test_sets_that_are_weak_or_wrong_are_refused(n, bits, scale, message):
-    with pytest.raises(UserError, match=message):
+def test_sets_that_are_weak_or_wrong_are_refused(n, bits, scale, word):
+    with pytest.raises(UserError, match=word):
         Parameters(n, bits, scale)
 
 
 @pytest.mark.parametrize(("depth", "precision"), [(1, 14), (2, 18), (4, 14)])
 def test_chosen_parameters_keep_their_promise(depth, precision):
     """Products, rescaled: the slots' error is that of ``depth`` rescalings."""
-    parameters = choose(depth, precision_bits=precision, slots=64)
-    context = Context(parameters)
-    key = SecretKey(context)
-    rng = np.random.default_rng(0)
-    values = rng.uniform(-1, 1, parameters.slots)
-    data = key.encrypt(context.encode_slots(values, 2.0**parameters.scale_bits))
-    state = context.receive(data, scale=2.0**parameters.scale_bits)
+    parameters = choose(depth, precision_bits=precision)
+    context, fresh, rng = Context(parameters), 2.0**parameters.scale_bits, np.random.default_rng(0)
+    key, values = SecretKey(context), rng.uniform(-1, 1, parameters.slots)
+    state = context.receive(key.encrypt(context.encode_slots(values, fresh)), scale=fresh)
     for level in range(depth):
         signs = rng.choice([-1.0, 1.0], parameters.slots)  # not all equal: that would divide without rounding
         plain = context.encode_slots(signs, float(context.moduli_at(level)[-1]), level)
         context.evaluator.multiply_plain_inplace(state, plain)
         values = values * signs
         context.evaluator.rescale_to_next_inplace(state)
-        state.scale = 2.0**parameters.scale_bits
+        state.scale = fresh
     error = np.std(key.decrypt(state).real - values)
     promised = 2.0 ** (rescaling_error_bits(parameters.poly_modulus_degree) - parameters.scale_bits)
     assert promised <= 2.0**-precision
@@ -66,14 +63,23 @@ def test_chosen_parameters_keep_their_promise(depth, precision):
 
 
 def test_choose_takes_the_smallest_ring_and_says_when_there_is_none():
-    assert choose(0, slots=1).poly_modulus_degree == 4096
-    assert choose(2, slots=4096).poly_modulus_degree == 8192
-    assert choose(2, slots=4097).poly_modulus_degree == 16384
+    assert [choose(depth).poly_modulus_degree for depth in (0, 1, 2, 5)] == [4096, 4096, 8192, 16384]
     assert rescaling_error_bits(8192) == pytest.approx(np.log2(8192 / 6), abs=0.01)
     with pytest.raises(UserError, match="parameters"):
         choose(60)
     with pytest.raises(UserError, match="least"):
-        choose(1, slots=0)
+        choose(1, integer_bits=0)
+
+
+def test_a_single_product_takes_all_bits_of_the_smallest_ring():
+    for weight_bits, primes in ((0, 1), (20, 1), (40, 2), (60, 3)):
+        found = choose_single_product(weight_bits, primes)
+        modulus = sum(found.coeff_mod_bit_sizes[:primes])
+        assert found.scale_bits == modulus - 8 - weight_bits >= 20
+        smaller = [n for n in MAX_BITS_128 if n < found.poly_modulus_degree]
+        assert all(MAX_BITS_128[n] * primes / (primes + (primes > 1)) < 28 + weight_bits for n in smaller)
+    with pytest.raises(UserError, match="room"):
+        choose_single_product(40)
 
 
 @pytest.mark.parametrize(
@@ -94,16 +100,3 @@ def test_packings_have_the_sets_that_follow_from_depth_and_precision(packing, n,
     assert (found.poly_modulus_degree, found.coeff_mod_bit_sizes, found.scale_bits) == (n, bits, scale)
     assert found.levels == packing.reply_level
     assert packing.wrap_limit(Context(found)) > 85
-
-
-def test_a_single_product_takes_all_bits_of_the_smallest_ring():
-    for weight_bits, primes in ((0, 1), (20, 1), (40, 2), (60, 3)):
-        found = choose_single_product(weight_bits, integer_bits=8, primes=primes)
-        modulus = sum(found.coeff_mod_bit_sizes[:primes])
-        assert found.scale_bits == modulus - 8 - weight_bits >= 20
-        smaller = [n for n in MAX_BITS_128 if n < found.poly_modulus_degree]
-        assert all(MAX_BITS_128[n] * primes / (primes + (primes > 1)) < 28 + weight_bits for n in smaller)
-    with pytest.raises(UserError, match="primes"):
-        choose_single_product(40)
-    with pytest.raises(UserError, match="least"):
-        choose_single_product(20, primes=0)

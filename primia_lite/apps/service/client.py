@@ -21,9 +21,9 @@ import numpy as np
 
 from primia_lite.apps.service.connection import connector
 from primia_lite.config import UserError, printable
-from primia_lite.encrypted.card import prepare_film
 from primia_lite.encrypted.client import CkksClient
 from primia_lite.encrypted.flooding import Flooding
+from primia_lite.encrypted.model_card import prepare_film
 from primia_lite.encrypted.packing import Packing
 from primia_lite.encrypted.seal import CiphertextError
 from primia_lite.encrypted.wire import (
@@ -71,7 +71,7 @@ class RemoteServer:
     Attributes
     ----------
     name, description : of the model, as the service tells them, checked; see
-        :meth:`~primia_lite.encrypted.card.ModelCard.describe`
+        :meth:`~primia_lite.encrypted.model_card.ModelCard.describe`
     client : :class:`~primia_lite.encrypted.client.CkksClient`, with the key
     token : of the open session, None without
 
@@ -252,7 +252,7 @@ def _json(content: bytes):
 
 def _read(told) -> tuple[dict, Packing]:
     """A model's description and packing, from what a service tells of it; a UserError if it isn't what
-    :meth:`~primia_lite.encrypted.card.ModelCard.describe` tells, or more than a hospital should do for it."""
+    :meth:`~primia_lite.encrypted.model_card.ModelCard.describe` tells, or more than a hospital should do for it."""
     if not isinstance(told, dict):
         raise UserError("no description")
     out = {name: told.get(name) for name in ("model", "class_names", "image_size", "standardise", "trained_on")}

@@ -25,13 +25,13 @@ def serve(
 
     Parameters
     ----------
-    models : files saved by :meth:`~primia_lite.encrypted.card.ModelCard.save`, with a name before it (``NAME=FILE``)
+    models : files saved by :meth:`primia_lite.encrypted.ModelCard.save`, with a name before it (``NAME=FILE``)
         or named as its file
     workers : processes that compute; by default one for each core, at most 4
     """
     from primia_lite.apps.service.limits import NO_LIMITS
     from primia_lite.apps.service.server import uvicorn_server
-    from primia_lite.encrypted.card import ModelCard
+    from primia_lite.encrypted.model_card import ModelCard
 
     workers = min(4, cores()) if workers is None else workers
     if workers < 1:
@@ -80,7 +80,7 @@ def demo_card(n_films: int = 300, size: int = 64, seed: int = 0):
     """``litenet`` trained on phantom films, in a few seconds."""
     from primia_lite import models
     from primia_lite.data import load
-    from primia_lite.encrypted.card import ModelCard
+    from primia_lite.encrypted.model_card import ModelCard
     from primia_lite.privacy.rng import SecureGenerator
     from primia_lite.training import Training, train
 

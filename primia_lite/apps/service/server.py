@@ -33,7 +33,7 @@ from starlette.routing import Route
 from primia_lite.apps.service.limits import Limits, Rate, Refused
 from primia_lite.apps.service.workers import InProcess, SessionGone, Worker, WorkerDied
 from primia_lite.config import UserError
-from primia_lite.encrypted.card import ModelCard
+from primia_lite.encrypted.model_card import ModelCard
 from primia_lite.encrypted.server import plan
 from primia_lite.encrypted.wire import most_key_bytes, most_reply_bytes, most_upload_bytes, spec_of
 

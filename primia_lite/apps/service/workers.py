@@ -17,7 +17,7 @@ from collections import OrderedDict
 from multiprocessing.connection import Connection
 
 from primia_lite.config import UserError, printable
-from primia_lite.encrypted.card import ModelCard
+from primia_lite.encrypted.model_card import ModelCard
 from primia_lite.encrypted.seal import CiphertextError
 from primia_lite.encrypted.server import CkksServer, Session
 from primia_lite.encrypted.wire import join, split

@@ -37,9 +37,9 @@ from primia_lite.apps.service.server import Service, uvicorn_server
 from primia_lite.apps.service.workers import SessionGone, SessionStore, Worker
 from primia_lite.config import UserError, repo_root
 from primia_lite.data import load
-from primia_lite.encrypted.card import ModelCard, prepare_film
 from primia_lite.encrypted.client import CkksClient
 from primia_lite.encrypted.flooding import Flooding
+from primia_lite.encrypted.model_card import ModelCard, prepare_film
 from primia_lite.encrypted.packing import CNNPacking, LinearPacking
 from primia_lite.encrypted.seal import CiphertextError, payload
 from primia_lite.encrypted.server import CkksServer

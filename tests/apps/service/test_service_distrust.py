@@ -28,8 +28,8 @@ from primia_lite.apps.service.commands import running
 from primia_lite.apps.service.limits import NO_LIMITS
 from primia_lite.apps.service.server import Service
 from primia_lite.config import UserError, printable
-from primia_lite.encrypted.card import ModelCard
 from primia_lite.encrypted.client import CkksClient
+from primia_lite.encrypted.model_card import ModelCard
 from primia_lite.encrypted.packing import CNNPacking, LinearPacking
 from primia_lite.encrypted.seal import CiphertextError
 from primia_lite.encrypted.wire import join, spec_of

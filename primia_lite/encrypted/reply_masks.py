@@ -35,19 +35,8 @@ def uniform(modulus: int, size: int) -> np.ndarray:
 
 
 class Mask:
-    """Uniform in R_q, coefficient by coefficient and prime by prime, but 0 where the result is; to be used once.
-
-    Parameters
-    ----------
-    moduli : the primes of the reply
-    n : coefficients
-    places : of the result's coefficients
-
-    Raises
-    ------
-    UserError
-        Used a second time: the difference of two replies would show what it hid.
-    """
+    """Uniform in R_q, coefficient by coefficient and prime by prime (``moduli``), of ``n`` coefficients, but 0 in the
+    ``places`` of the result. A second use is a UserError: the difference of two replies would show what it hid."""
 
     def __init__(self, moduli: list[int], n: int, places: Sequence[int]):
         self._moduli = np.array(moduli, np.uint64)[:, None]
@@ -74,7 +63,7 @@ class Blind:
         self._mask = Mask(context.moduli_at(level), context.n, places)
 
     def seal(self, product: sealapi.Ciphertext) -> bytes:
-        """A product as the reply that goes out: re-randomised, masked, in coefficient form; bytes."""
+        """A product as the reply that goes out: re-randomised, masked, in coefficient form."""
         context, scale = self._context, product.scale
         self._zero.scale = scale
         context.evaluator.add_inplace(product, self._zero)

@@ -80,13 +80,8 @@ class ModelCard:
 
 
 def prepare_film(description: dict, image: np.ndarray) -> np.ndarray:
-    """A film as a served model takes it: public features [D], or pixels [H, W]; computed by the hospital.
-
-    Parameters
-    ----------
-    description : of the service, see :meth:`ModelCard.describe`
-    image : uint8 [H, W], of the size that the description says
-    """
+    """A film, uint8 [H, W] of the size that :meth:`ModelCard.describe` says, as a served model takes it: public
+    features [D], or pixels [H, W]; computed by the hospital."""
     from primia_lite.data import ChestXrays
 
     size, image = description["image_size"], np.asarray(image)
