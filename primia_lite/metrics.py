@@ -28,9 +28,9 @@ def auroc(probabilities: np.ndarray, labels: np.ndarray, weights: np.ndarray | N
     score, ill, weights = pneumonia_score(probabilities), labels > 0, _counted(labels, weights)
     if not np.isfinite(score).all():
         raise ValueError("probabilities hold NaN or infinity")
-    order = np.argsort(score)
+    order = np.flatnonzero(~ill)[np.argsort(score[~ill])]
     # Normals that score less than a film, and half of those that score the same (Mann and Whitney 1947).
-    below = np.insert(np.cumsum((weights * ~ill)[..., order], -1), 0, 0.0, -1)
+    below = np.insert(np.cumsum(weights[..., order], -1), 0, 0.0, -1)
     first, last = (np.searchsorted(score[order], score[ill], side) for side in ("left", "right"))
     wins = (weights[..., ill] * (below[..., first] + below[..., last])).sum(-1) / 2
     with np.errstate(invalid="ignore"):
