@@ -707,11 +707,7 @@ def test_thousands_of_altered_bodies_get_a_reply_or_a_sentence(card, deep):
                 store.close(token)
         for what, _, given, body, *_ in sources:
             assert asked(True, what, *given, body)[0]
-    # Enough of each kind is refused, and let through.
-    for name, what, least in (
-        ("head", "open", 20),
-        ("head", "diagnose", 200),
-        ("net", "diagnose", 3),
-        ("net", "open", 2),
-    ):
+    # Enough of each kind is refused, and let through; of a CNN's keys few that were altered are.
+    assert counts["net", "open", False] > 20
+    for name, what, least in (("head", "open", 10), ("head", "diagnose", 200), ("net", "diagnose", 2)):
         assert min(counts[name, what, fine] for fine in (True, False)) >= least, counts
