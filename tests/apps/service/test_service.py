@@ -487,6 +487,30 @@ def test_a_body_has_so_long_to_come(card):
     assert status == 408 and b"send it again" in sentence
 
 
+def test_slow_bodies_together_do_not_pass_the_limit_of_queries(card):
+    service = Service({"head": card}, Limits(queries=2))
+    client = CkksClient(service.packings["head"])
+    body = join(client.encrypt(film()))
+
+    async def ask_together():
+        async def keys():
+            return {"type": "http.request", "body": client.public(), "more_body": False}
+
+        status, answer = await post(service, "/models/head/sessions", keys)
+        token, all_are_in = json.loads(answer)["session"], asyncio.Event()
+
+        async def late():
+            await all_are_in.wait()
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        asked = [asyncio.create_task(post(service, f"/sessions/{token}/diagnose", late)) for _ in range(5)]
+        await asyncio.sleep(0.05)
+        all_are_in.set()
+        return [status, *(status for status, _ in await asyncio.gather(*asked))]
+
+    assert sorted(asyncio.run(ask_together())) == [200, 200, 201, 410, 410, 410]
+
+
 def test_bodies_that_come_at_once_have_a_limit(card):
     service = Service({"head": card}, dataclasses.replace(NO_LIMITS, timeout_s=0.3, body_bytes=25_000))
 
