@@ -8,7 +8,7 @@ kernels = ExitStack()
 
 
 def pytest_configure(config):
-    kernels.enter_context(own_kernel())
+    kernels.enter_context(own_kernel(warm=True))
 
 
 def pytest_unconfigure(config):

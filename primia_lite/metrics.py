@@ -20,6 +20,12 @@ def _counted(labels: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
     return np.ones(len(labels)) if weights is None else np.asarray(weights, dtype=float)
 
 
+def _share(among: np.ndarray, found: np.ndarray, weights: np.ndarray | None) -> float | np.ndarray:
+    among = _counted(among, weights) * among
+    with np.errstate(invalid="ignore"):
+        return among @ found / among.sum(-1)
+
+
 def auroc(probabilities: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None) -> float | np.ndarray:
     """Area under the ROC curve, normal versus pneumonia of any kind; nan where only one of them is present.
 
@@ -28,9 +34,9 @@ def auroc(probabilities: np.ndarray, labels: np.ndarray, weights: np.ndarray | N
     score, ill, weights = pneumonia_score(probabilities), labels > 0, _counted(labels, weights)
     if not np.isfinite(score).all():
         raise ValueError("probabilities hold NaN or infinity")
-    order = np.argsort(score)
+    order = np.flatnonzero(~ill)[np.argsort(score[~ill])]
     # Normals that score less than a film, and half of those that score the same (Mann and Whitney 1947).
-    below = np.insert(np.cumsum((weights * ~ill)[..., order], -1), 0, 0.0, -1)
+    below = np.insert(np.cumsum(weights[..., order], -1), 0, 0.0, -1)
     first, last = (np.searchsorted(score[order], score[ill], side) for side in ("left", "right"))
     wins = (weights[..., ill] * (below[..., first] + below[..., last])).sum(-1) / 2
     with np.errstate(invalid="ignore"):
@@ -39,8 +45,7 @@ def auroc(probabilities: np.ndarray, labels: np.ndarray, weights: np.ndarray | N
 
 def accuracy(probabilities: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None) -> float | np.ndarray:
     """Share of films whose likeliest class is the true one."""
-    weights = _counted(labels, weights)
-    return weights @ (probabilities.argmax(1) == labels) / weights.sum(-1)
+    return _share(np.ones(len(labels), dtype=bool), probabilities.argmax(1) == labels, weights)
 
 
 def mcc(probabilities: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None) -> float | np.ndarray:
@@ -76,18 +81,14 @@ def sensitivity(
     probabilities: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None, threshold: float = 0.5
 ) -> float | np.ndarray:
     """Share of the pneumonias whose score reaches ``threshold``."""
-    ill = _counted(labels, weights) * (labels > 0)
-    with np.errstate(invalid="ignore"):
-        return ill @ (pneumonia_score(probabilities) >= threshold) / ill.sum(-1)
+    return _share(labels > 0, pneumonia_score(probabilities) >= threshold, weights)
 
 
 def specificity(
     probabilities: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None, threshold: float = 0.5
 ) -> float | np.ndarray:
     """Share of the normals whose score stays below ``threshold``."""
-    well = _counted(labels, weights) * (labels == 0)
-    with np.errstate(invalid="ignore"):
-        return well @ (pneumonia_score(probabilities) < threshold) / well.sum(-1)
+    return _share(labels == 0, pneumonia_score(probabilities) < threshold, weights)
 
 
 def sensitivity_at(probabilities: np.ndarray, labels: np.ndarray, specificity: float) -> float:

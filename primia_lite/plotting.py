@@ -74,24 +74,8 @@ def draw_film(axis: plt.Axes, films: ChestXrays, index: int, *, masks: bool = Fa
             axis.contour(mask[index], levels=[0.5], colors=[colour], linewidths=1.1)
 
 
-def film_grid(
-    films: ChestXrays,
-    rows: Mapping[str, Sequence[int]],
-    *,
-    masks: bool = False,
-    titles: Mapping[int, str] | None = None,
-) -> plt.Figure:
-    """Films in labelled rows.
-
-    Parameters
-    ----------
-    rows
-        Row label -> film indices.
-    masks
-        Outline lung (blue) and lesion (orange) where the source has masks.
-    titles
-        Film index -> text above it.
-    """
+def film_grid(films: ChestXrays, rows: Mapping[str, Sequence[int]], *, masks: bool = False) -> plt.Figure:
+    """Films in labelled rows (label -> indices); ``masks`` as for :func:`draw_film`."""
     columns = max(len(index) for index in rows.values())
     figure, axes = plt.subplots(
         len(rows), columns, figsize=(1.75 * columns + 0.4, 1.75 * len(rows) + 0.35), squeeze=False
@@ -103,38 +87,26 @@ def film_grid(
             axis.set_axis_on()
             sns.despine(ax=axis, left=True, bottom=True)
             draw_film(axis, films, i, masks=masks)
-            if titles and i in titles:
-                axis.set_title(titles[i], fontsize=9)
         row[0].set_ylabel(label, fontsize=10)
     _caption(figure, source_note(films))
     return figure
 
 
-def plot_history(
-    histories: Mapping[str, Sequence[Mapping]],
-    rounds: int | None = None,
-    keys: Sequence[str] = ("auroc", "accuracy"),
-    note: str = "",
-) -> plt.Figure:
+def plot_history(histories: Mapping[str, Sequence[Mapping]], rounds: int | None = None, note: str = "") -> plt.Figure:
     """Validation scores by round, one line per run; ``note`` names the films (see :func:`source_note`)."""
-    names = {
-        "auroc": "AUROC, normal vs pneumonia",
-        "accuracy": "accuracy, all classes",
-        "loss": "loss (nats per film)",
-        "mcc": "MCC, all classes",
-    }
-    figure, axes = plt.subplots(1, len(keys), figsize=(4.6 * len(keys), 3.0), squeeze=False)
-    for axis, key in zip(axes[0], keys, strict=True):
+    names = {"auroc": "AUROC, normal vs pneumonia", "accuracy": "accuracy, all classes"}
+    figure, axes = plt.subplots(1, len(names), figsize=(9.2, 3.0))
+    for axis, (key, name) in zip(axes, names.items(), strict=True):
         for number, (label, history) in enumerate(histories.items()):
             x, y = [r["round"] for r in history if key in r], [r[key] for r in history if key in r]
             axis.plot(
                 x, y, label=label, color=OKABE_ITO[number % 8], marker=MARKERS[number % 8], markersize=4.5,
                 markevery=max(1, len(x) // 12), linewidth=1.6,
             )  # fmt: skip
-        axis.set(xlabel="round", ylabel=f"{names.get(key, key)}")
+        axis.set(xlabel="round", ylabel=name)
         if rounds:
             axis.set_xlim(0.5, rounds + 0.5)
-    axes[0][0].legend()
+    axes[0].legend()
     _caption(figure, "validation films", note)
     return figure
 
@@ -160,22 +132,11 @@ def plot_partition(hospitals: Mapping[str, ChestXrays]) -> plt.Figure:
 
 
 def plot_roc(
-    models: Mapping[str, np.ndarray],
-    labels: np.ndarray,
-    note: str = "",
+    models: Mapping[str, np.ndarray], labels: np.ndarray, note: str = "",
     readers: Mapping[str, tuple[float, float]] | None = None,
-) -> plt.Figure:
-    """ROC curves, normal versus pneumonia, and calibration of the same models.
-
-    Parameters
-    ----------
-    models
-        Name -> class probabilities [N, K] on the same films.
-    note
-        What the films are (see :func:`source_note`).
-    readers
-        Name -> sensitivity and specificity of a person who read them: a dot.
-    """
+) -> plt.Figure:  # fmt: skip
+    """ROC curves, normal versus pneumonia, and calibration of the same models: name -> class probabilities [N, K].
+    ``readers``: name -> sensitivity and specificity of a person who read the films, a dot."""
     from sklearn.metrics import roc_curve
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 4.1))
@@ -217,26 +178,17 @@ def plot_confusions(
 
 
 def plot_comparison(
-    table: Mapping[str, Mapping[str, Sequence[float]]],
-    reference: Mapping[str, Mapping[str, float]] | None = None,
-    note: str = "",
+    table: Mapping[str, Mapping[str, Sequence[float]]], reference: Mapping[str, Mapping[str, float]], note: str = ""
 ) -> plt.Figure:
-    """Scores of several ways to train: one dot a seed, a bar at the mean, dotted lines for published values.
-
-    Parameters
-    ----------
-    table
-        Score -> way of training -> values by seed.
-    reference
-        Score -> published label -> value.
-    """
+    """Scores of several ways to train (score -> way -> values by seed): one dot a seed, a bar at the mean, dotted lines
+    for published values (score -> label -> value)."""
     figure, axes = plt.subplots(1, len(table), figsize=(4.6 * len(table), 3.6), squeeze=False)
     for axis, (score, ways) in zip(axes[0], table.items(), strict=True):
         for number, values in enumerate(ways.values()):
             colour, marker = OKABE_ITO[number % 8], MARKERS[number % 8]
             axis.scatter(np.full(len(values), number), values, color=colour, marker=marker, s=34, zorder=3)
             axis.hlines(np.mean(values), number - 0.3, number + 0.3, color=colour, linewidth=2)
-        for label, value in (reference or {}).get(score, {}).items():
+        for label, value in reference.get(score, {}).items():
             axis.axhline(value, color="0.4", linestyle=":", linewidth=1.2)
             axis.annotate(
                 label, (1.0, value), xycoords=("axes fraction", "data"), ha="right", va="bottom",

@@ -62,18 +62,14 @@ def plot_threshold(probabilities: np.ndarray, labels: np.ndarray, threshold: flo
     return figure
 
 
-def plot_film(films: ChestXrays, index: int, probabilities: np.ndarray | None = None, masks: bool = True) -> plt.Figure:
+def plot_film(films: ChestXrays, index: int, probabilities: np.ndarray) -> plt.Figure:
     """One film large, with its masks, beside the model's probabilities for it."""
-    columns = 1 if probabilities is None else 2
-    figure, axes = plt.subplots(1, columns, figsize=(3.4 * columns, 3.3), squeeze=False)
-    axis = axes[0][0]
-    draw_film(axis, films, index, masks=masks)
+    figure, (axis, bar) = plt.subplots(1, 2, figsize=(6.8, 3.3))
+    draw_film(axis, films, index, masks=True)
     axis.set_title(f"film {index}: {films.class_names[films.labels[index]]}")
-    if probabilities is not None:
-        bar = axes[0][1]
-        colours = [OKABE_ITO[2] if k == films.labels[index] else "0.7" for k in range(len(films.class_names))]
-        bar.barh(films.class_names, probabilities[index], color=colours)
-        bar.invert_yaxis()
-        bar.set(xlim=(0, 1), xlabel="probability (green: the true class)")
-    figure.suptitle(source_note(films), fontsize=10 if columns > 1 else 7, color="0.35")
+    colours = [OKABE_ITO[2] if k == films.labels[index] else "0.7" for k in range(len(films.class_names))]
+    bar.barh(films.class_names, probabilities[index], color=colours)
+    bar.invert_yaxis()
+    bar.set(xlim=(0, 1), xlabel="probability (green: the true class)")
+    figure.suptitle(source_note(films), fontsize=10, color="0.35")
     return figure

@@ -106,6 +106,10 @@ def test_a_film_with_a_weight_counts_as_often(name):
     weights = np.random.default_rng(5).integers(4, size=(6, 90))
     repeated = [score(probabilities[i], labels[i]) for i in (np.repeat(np.arange(90), w) for w in weights)]
     assert score(probabilities, labels, weights=weights) == pytest.approx(repeated)
+    if name == "auroc":
+        weights = np.random.default_rng(6).random((6, 90))
+        theirs = [sk.roc_auc_score(labels > 0, 1 - probabilities[:, 0], sample_weight=w) for w in weights]
+        assert score(probabilities, labels, weights) == pytest.approx(theirs)
 
 
 def mean_of(values, labels, weights):

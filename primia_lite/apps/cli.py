@@ -99,8 +99,7 @@ def _service_arguments(command: Callable[..., argparse.ArgumentParser]) -> None:
     serve.add_argument("--demo", action="store_true", help="train a small model on phantom films, and offer it")
     serve.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine only)")
     serve.add_argument("--port", type=int, default=8000)
-    serve.add_argument("--certfile", metavar="PEM", help="TLS certificate")
-    serve.add_argument("--keyfile", metavar="PEM", help="TLS key")
+    serve.add_argument("--behind-proxy", metavar="IP", help="of a reverse proxy that brings requests (docs/service.md)")
     serve.add_argument("--workers", type=int, help="processes that compute (default: one for each core, at most 4)")
     serve.add_argument("--no-limits", action="store_true", help="no limits on sessions and queries, for benchmarks")
     diagnose = command("diagnose", _diagnose, "encrypt a film, and have it diagnosed by a service")
@@ -148,7 +147,7 @@ def _serve(args: argparse.Namespace) -> int:
     from primia_lite.apps.service.commands import serve
 
     return serve(
-        args.models, demo=args.demo, host=args.host, port=args.port, certfile=args.certfile, keyfile=args.keyfile,
+        args.models, demo=args.demo, host=args.host, port=args.port, proxy=args.behind_proxy,
         limits=not args.no_limits, workers=args.workers,
     )  # fmt: skip
 

@@ -28,7 +28,6 @@ from primia_lite.runtime import cores
 
 MIN_MEMORY_GIB, MIN_DISK_GIB = 4, 2
 SET_UP = "run `make setup` (or the README's lines for a machine without make)"
-_COLOURS = {"ok": "32", "note": "33", "BROKEN": "31"}
 
 
 @dataclass(frozen=True)
@@ -44,14 +43,10 @@ class Check:
 def doctor(stream: TextIO | None = None) -> int:
     """Print the table. Returns 0, or 1 if something is broken."""
     stream = stream or sys.stdout
-    colour = stream.isatty() and "NO_COLOR" not in os.environ
     checks = list(examine())
     width = max(len(c.name) for c in checks)
     for check in checks:
-        state = f"{check.state:<6}"
-        if colour:
-            state = f"\x1b[{_COLOURS[check.state]}m{state}\x1b[0m"
-        print(f"{check.name:<{width}}  {state}  {check.value}", file=stream)
+        print(f"{check.name:<{width}}  {check.state:<6}  {check.value}", file=stream)
         if check.fix:
             print(f"{'':<{width}}          -> {check.fix}", file=stream)
     broken = [c.name for c in checks if c.state == "BROKEN"]
@@ -64,7 +59,6 @@ def examine() -> Iterator[Check]:
     checks = {
         "Python": lambda: [check_python(sys.version_info[:3])],
         "packages": lambda: [_packages(repo_root() / "requirements.lock")],
-        "torchvision": lambda: [_torchvision()],
         "cores": lambda: [Check("cores", "ok", f"{cores()}, {platform.machine()}, {platform.system()}")],
         "memory": lambda: [check_memory()],
         "disk": lambda: [check_disk(runs_dir())],
@@ -120,16 +114,6 @@ def _packages(lock: Path) -> Check:
         more = f" and {len(wrong) - 6} more" if len(wrong) > 6 else ""
         return Check("packages", "BROKEN", f"{', '.join(wrong[:6])}{more}", SET_UP)
     return Check("packages", "ok", f"{len(pins)} as pinned, torch {metadata.version('torch')}")
-
-
-def _torchvision() -> Check:
-    """torchvision isn't needed; one that was built for another torch breaks packages that look for it."""
-    try:
-        installed = metadata.version("torchvision")
-    except metadata.PackageNotFoundError:
-        return Check("torchvision", "ok", "absent, as it should be")
-    fix = "pip uninstall torchvision: it isn't needed, and one built for another torch breaks imports"
-    return Check("torchvision", "note", installed, fix)
 
 
 def check_memory() -> Check:

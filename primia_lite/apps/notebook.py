@@ -10,10 +10,12 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from primia_lite.config import UserError, elsewhere
 
@@ -51,19 +53,51 @@ def parameter_names(path: Path) -> set[str]:
         raise UserError(f"{path} can't be read as a notebook: {error}") from error
 
 
-def execute(
-    source: Path,
-    target: Path,
-    parameters: dict[str, Any],
-    *,
-    cell_timeout_s: int,
-    kernel_log: Path,
-    on_cell: Callable[[int, int], None] = lambda cell, n_cells: None,
-) -> Outcome:
-    """Run ``source`` in its own folder and write the executed copy to ``target``, also when a cell fails.
+class Stopped(Exception):
+    """The run ends: no further cell begins."""
 
-    A cell that takes longer than ``cell_timeout_s`` fails. ``kernel_log`` gets what the kernel prints; ``on_cell`` is
-    called with the number of the cell that starts, from 1, and the number of cells. Ctrl-C stops the kernel first.
+
+class Kernel:
+    """A kernel that runs a notebook; ``peak_mib`` is the most memory that it and its children held at a time."""
+
+    def __init__(self) -> None:
+        self.peak_mib, self._process, self._stopped, self._ended = 0.0, None, False, threading.Event()
+
+    def started(self, pid: int) -> None:
+        self._process = psutil.Process(pid)
+        threading.Thread(target=self._poll, daemon=True).start()
+
+    def cell_starts(self) -> None:
+        if self._stopped:
+            raise Stopped
+
+    def stop(self) -> None:
+        """From another thread: the notebook ends with its kernel."""
+        self._stopped = True
+        if self._process is not None:
+            with suppress(psutil.Error):
+                self._process.kill()
+
+    def ended(self) -> None:
+        self._ended.set()
+
+    def _poll(self) -> None:
+        while not self._ended.wait(POLL_S):
+            with suppress(psutil.Error):  # a process ended between the two calls
+                held = [self._process, *self._process.children(recursive=True)]
+                self.peak_mib = max(self.peak_mib, sum(each.memory_info().rss for each in held) / 2**20)
+
+
+def execute(
+    source: Path, target: Path, parameters: dict[str, Any], *, kernel: Kernel, environment: dict[str, str],
+    cell_timeout_s: int, kernel_log: Path, on_cell: Callable[[int, int], None] = lambda cell, n_cells: None,
+) -> Outcome:  # fmt: skip
+    """Run ``source`` in its own folder, within :func:`own_kernel`, and write the executed copy to ``target``, also when
+    a cell fails. Notebooks may run in several threads.
+
+    A cell that takes longer than ``cell_timeout_s`` fails. ``environment`` is added to what the kernel inherits;
+    ``kernel_log`` gets what it prints; ``on_cell`` is called with the number of the cell that starts, from 1, and the
+    number of cells.
     """
     import nbformat
     import papermill
@@ -71,42 +105,36 @@ def execute(
     from papermill.exceptions import PapermillExecutionError
 
     papermill_engines.register("primia-lite", _engine())
-    n_cells = len(nbformat.read(source, as_version=4).cells)
-    running: dict[str, Any] = {"cell": None, "text": ""}
+    running: dict[str, Any] = {"cell": None, "text": "", "n_cells": 0}
 
     def cell_started(index: int, cell: Any) -> None:
+        kernel.cell_starts()
         if "injected-parameters" in cell.metadata.get("tags", []):
             running["injected"] = True
             return
         running.update(cell=index + 1 - running.get("injected", False), text=cell.source)
-        on_cell(running["cell"], n_cells)
+        on_cell(running["cell"], running["n_cells"])
 
-    started, status, cell, text, message = time.perf_counter(), "ok", None, "", None
-    memory = PeakMemory()
+    started, failed, message = time.perf_counter(), True, None
     try:
+        running["n_cells"] = len(nbformat.read(source, as_version=4).cells)
         kernel_log.parent.mkdir(parents=True, exist_ok=True)
-        with own_kernel() as kernel_name, memory:
-            papermill.execute_notebook(
-                str(source),
-                str(target),
-                parameters=parameters,
-                engine_name="primia-lite",
-                kernel_name=kernel_name,
-                cwd=str(source.parent),
-                progress_bar=False,
-                start_timeout=WAIT_S,
-                execution_timeout=cell_timeout_s,
-                on_cell=cell_started,
-                kernel_log=kernel_log,
-            )
+        papermill.execute_notebook(
+            str(source), str(target), parameters, engine_name="primia-lite", kernel_name="python3", progress_bar=False,
+            start_timeout=WAIT_S, execution_timeout=cell_timeout_s, on_cell=cell_started, on_kernel=kernel.started,
+            kernel_log=kernel_log, kernel_options={"env": os.environ | environment, "cwd": str(source.parent)},
+        )  # fmt: skip
+        failed = False
     except PapermillExecutionError as error:
-        # A notebook stops at its first failing cell, so the last one started is the one to name.
-        status, cell, text, message = "failed", running["cell"], running["text"], f"{error.ename}: {error.evalue}"
+        message = f"{error.ename}: {error.evalue}"
     except Exception as error:  # a dead kernel, a timeout, a full disk: the next notebook may still run
-        status, cell, text = "failed", running["cell"], running["text"]
         message = _explain(error, cell_timeout_s, kernel_log)
-    seconds = time.perf_counter() - started
-    return Outcome(source.stem, status, seconds, memory.peak_mib, n_cells, cell, first_line(text) or None, message)
+    finally:
+        kernel.ended()
+    # A notebook stops at its first failing cell, so the last one started is the one to name.
+    cell, text = (running["cell"], first_line(running["text"]) or None) if failed else (None, None)
+    seconds, status = time.perf_counter() - started, "failed" if failed else "ok"
+    return Outcome(source.stem, status, seconds, kernel.peak_mib, running["n_cells"], cell, text, message)
 
 
 def first_line(text: str) -> str:
@@ -136,21 +164,26 @@ def _engine():
 
         @classmethod
         def execute_managed_notebook(
-            cls, nb_man, kernel_name, on_cell, kernel_log, start_timeout, execution_timeout, **unused
-        ):
+            cls, nb_man, kernel_name, on_cell, on_kernel, kernel_log, kernel_options, start_timeout, execution_timeout,
+            **unused,
+        ):  # fmt: skip
             start = nb_man.cell_start
 
             def cell_start(cell, cell_index=None, **options):
                 on_cell(cell_index, cell)
                 start(cell, cell_index, **options)
 
+            def kernel_start(notebook):
+                look_again(client.kc)
+                on_kernel(client.km.provisioner.pid)
+
             nb_man.cell_start = cell_start
             client = PapermillNotebookClient(
                 nb_man, kernel_name=kernel_name, startup_timeout=start_timeout, timeout=execution_timeout,
-                iopub_timeout=WAIT_S, on_notebook_start=lambda notebook: look_again(client.kc),
+                iopub_timeout=WAIT_S, on_notebook_start=kernel_start,
             )  # fmt: skip
             with open(kernel_log, "ab") as log:
-                return client.execute(stderr=log)
+                return client.execute(stderr=log, **kernel_options)
 
     return Engine
 
@@ -180,73 +213,29 @@ def _in_slices(get_msg, every_s: float):
 
 
 @contextmanager
-def own_kernel() -> Iterator[str]:
-    """Describe a kernel that is this very interpreter and put it first, whatever kernels and settings a user has. It
-    needs no home folder.
-
-    Yields
-    ------
-    its name, ``python3``
-    """
+def own_kernel(warm: bool = False) -> Iterator[None]:
+    """Meanwhile, kernel ``python3`` is this very interpreter, whatever kernels and settings a user has. It needs no
+    home folder. ``warm``: kernels are forked (:mod:`primia_lite.apps.warm`), which pays from the second one on."""
     with tempfile.TemporaryDirectory(prefix="primia-lite-", ignore_cleanup_errors=True) as folder:
-        place = Path(folder)
-        spec = place / "kernels" / "python3"
+        spec = Path(folder) / "kernels" / "python3"
         spec.mkdir(parents=True)
         command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-        warm = {"kernel_provisioner": {"provisioner_name": "primia-lite-warm"}}
-        content = {"argv": command, "display_name": "Python 3", "language": "python", "metadata": warm}
+        content = {"argv": command, "display_name": "Python 3", "language": "python"}
+        if warm:
+            content["metadata"] = {"kernel_provisioner": {"provisioner_name": "primia-lite-warm"}}
         (spec / "kernel.json").write_text(json.dumps(content), "utf-8")
         path = os.pathsep.join(filter(None, [folder, os.environ.get("JUPYTER_PATH")]))
-        runtime, ipython = str(place / "runtime"), str(place / "ipython")
-        with variables({"JUPYTER_PATH": path, "JUPYTER_RUNTIME_DIR": runtime, "IPYTHONDIR": ipython}):
-            yield "python3"
-
-
-@contextmanager
-def variables(values: dict[str, str]) -> Iterator[None]:
-    """Variables of the environment, while the context lasts."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-class PeakMemory:
-    """Memory of all child processes together, polled; ``peak_mib`` is the largest sum seen.
-
-    Pages that processes share are divided among them (proportional set size) where the system says so: a warm kernel
-    shares most of what it imports with its server.
-    """
-
-    def __init__(self) -> None:
-        self.peak_mib = 0.0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._poll, daemon=True)
-
-    def __enter__(self) -> PeakMemory:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _poll(self) -> None:
-        import psutil
-
-        me = psutil.Process()
-        while not self._stop.wait(POLL_S):
-            total = 0
-            for child in me.children(recursive=True):
-                try:
-                    memory = child.memory_full_info()
-                    total += getattr(memory, "pss", memory.rss)
-                except psutil.Error:  # it ended between the two calls
-                    continue
-            self.peak_mib = max(self.peak_mib, total / 2**20)
+        ours = {
+            "JUPYTER_PATH": path,
+            "JUPYTER_RUNTIME_DIR": f"{folder}/runtime",
+            "IPYTHONDIR": f"{folder}/ipython",
+        }
+        before = {name: os.environ.get(name) for name in ours}
+        os.environ.update(ours)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name)
+                if value is not None:
+                    os.environ[name] = value

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
+import queue
 import shutil
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Container, Iterator
-from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
+from collections.abc import Callable, Container
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from primia_lite.apps.notebook import Outcome, execute, parameter_names, variables
+from primia_lite.apps.notebook import Kernel, Outcome, execute, own_kernel, parameter_names
 from primia_lite.apps.summary import Progress, save_summary, summary_table
 from primia_lite.config import (
     DATA_SOURCES,
@@ -37,7 +34,6 @@ SOURCE, SKIP_BAD = "source", "skip_bad"  # the notebooks' parameters that the co
 CELL_TIMEOUT_S = {"smoke": 1800}  # for a slow and busy machine; other profiles train for longer
 LONG_CELL_TIMEOUT_S = 3 * 3600
 WRITTEN = ("PRIMIA_LITE_RUNS", "PRIMIA_LITE_FIGURES", "PRIMIA_LITE_RESULTS")  # by notebooks
-STOP_S = 20  # for the kernels of an interrupted run to end
 
 
 @dataclass(frozen=True)
@@ -103,152 +99,80 @@ def run_notebooks(
 
 
 def default_jobs(profile: str) -> int:
-    # SIGTERM, by which a run is stopped, kills a process on Windows before it can end its kernel.
-    return 2 if profile == "smoke" and cores() > 1 and os.name == "posix" else 1
+    return 2 if profile == "smoke" and cores() > 1 else 1
 
 
-@dataclass(frozen=True)
+@dataclass
 class Task:
-    """A notebook to run, with all that a process of its own must know."""
+    """A notebook to run, and its kernel."""
 
     plan: Plan
     profile: str
     label: str
     folder: Path
     environment: dict[str, str]
+    kernel: Kernel = field(default_factory=Kernel)
+
+    @property
+    def name(self) -> str:
+        return self.plan.path.stem
 
     def run(self, on_cell: Callable[[int, int], None]) -> Outcome:
-        todo, name = self.plan, self.plan.path.stem
-        command = f"primia-lite run --profile {self.profile} --data {self.label} --only {name}"
-        with variables({**self.environment, "PRIMIA_LITE_COMMAND": command}):
-            return execute(
-                todo.path,
-                self.folder / todo.path.name,
-                todo.parameters,
-                cell_timeout_s=CELL_TIMEOUT_S.get(self.profile, LONG_CELL_TIMEOUT_S),
-                kernel_log=self.folder / "state" / "jupyter" / f"{name}.log",
-                on_cell=on_cell,
-            )
+        command = f"primia-lite run --profile {self.profile} --data {self.label} --only {self.name}"
+        return execute(
+            self.plan.path,
+            self.folder / self.plan.path.name,
+            self.plan.parameters,
+            kernel=self.kernel,
+            environment=self.environment | {"PRIMIA_LITE_COMMAND": command},
+            cell_timeout_s=CELL_TIMEOUT_S.get(self.profile, LONG_CELL_TIMEOUT_S),
+            kernel_log=self.folder / "state" / "jupyter" / f"{self.name}.log",
+            on_cell=on_cell,
+        )
 
 
 def _run(tasks: list[Task], jobs: int) -> list[Outcome]:
-    """The outcomes in the tasks' order. A summary is kept after each, and when Ctrl-C ends the run."""
+    """The outcomes in the tasks' order, each from a thread. A summary is kept after each, and when Ctrl-C ends the run.
+    However this process ends, its kernels see it and end, too."""
     outcomes: dict[int, Outcome] = {}
-    progress = Progress(sys.stdout, len(tasks))
+    progress, events = Progress(sys.stdout, len(tasks)), queue.SimpleQueue()
+
+    def run(number: int, task: Task) -> None:
+        events.put((number, (0, 0)))
+        events.put((number, task.run(lambda *at: events.put((number, at)))))
 
     def save() -> list[Outcome]:
         found = [outcomes[number] for number in sorted(outcomes)]
         save_summary(tasks[0].folder, tasks[0].profile, tasks[0].label, found)
         return found
 
-    try:
-        with closing((_one_by_one if jobs == 1 else _side_by_side)(tasks, progress, jobs)) as ran:
-            for number, outcome in ran:
-                outcomes[number] = outcome
-                progress.end(number, outcome)
-                save()
-    except KeyboardInterrupt:
-        for number, running in progress.running.items():
-            took = time.perf_counter() - running.started
-            outcomes[number] = Outcome(running.name, "interrupted", took, 0.0, running.n_cells)
-        save()
-        raise
-    return save()
-
-
-def _one_by_one(tasks: list[Task], progress: Progress, jobs: int) -> Iterator[tuple[int, Outcome]]:
-    for number, task in enumerate(tasks, 1):
-        progress.start(number, task.plan.path.stem)
-        yield number, task.run(lambda cell, n_cells, number=number: progress.cell(number, cell, n_cells))
-
-
-def _side_by_side(tasks: list[Task], progress: Progress, jobs: int) -> Iterator[tuple[int, Outcome]]:
-    """Outcomes as they come, from ``jobs`` processes: each keeps a warm server of kernels for its next notebook."""
-    context = multiprocessing.get_context("spawn")
-    waiting = list(enumerate(tasks, 1))
-    running: dict[Connection, tuple[int, multiprocessing.Process]] = {}
-
-    def next_for(pipe: Connection, process: multiprocessing.Process) -> None:
-        number, task = waiting.pop(0)
-        progress.start(number, task.plan.path.stem)
-        running[pipe] = number, process
-        with suppress(OSError):  # the process has just died: its pipe says so
-            pipe.send(task)
-
-    try:
-        while waiting or running:
-            while waiting and len(running) < jobs:
-                ours, theirs = context.Pipe()
-                process = context.Process(target=_in_own_process, args=(theirs,))
-                with _without_ctrl_c():  # the new process, too, from its first moment on
-                    process.start()
-                    next_for(ours, process)
-                theirs.close()  # so that the end of the process ends the pipe
-            for pipe in wait(list(running), timeout=1):
-                number, process = running[pipe]
-                try:
-                    found = pipe.recv()
-                except (EOFError, OSError):  # OSError: in the middle of a message
-                    process.join()
-                    what = f"its process ended with status {process.exitcode}: out of memory? --jobs 1 needs less"
-                    found = Outcome(tasks[number - 1].plan.path.stem, "failed", 0.0, 0.0, 0, error=what)
-                if not isinstance(found, Outcome):
-                    progress.cell(number, *found)
-                    continue
-                del running[pipe]
-                if waiting and process.is_alive():
-                    next_for(pipe, process)
-                else:
-                    pipe.close()
-                yield number, found
-            progress.tick()
-    finally:
-        for _, process in running.values():
-            process.terminate()
+    with own_kernel(warm=len(tasks) > jobs), ThreadPoolExecutor(jobs) as pool:
         try:
-            for _, process in running.values():
-                process.join(STOP_S)
-        finally:  # also at a second Ctrl-C
-            for _, process in running.values():
-                process.kill()
-
-
-@contextmanager
-def _without_ctrl_c() -> Iterator[None]:
-    """Ctrl-C is ignored here, and in what is started here."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _in_own_process(pipe: Connection) -> None:
-    """Run the tasks that come, in a process of its own, which only the run's process stops: Ctrl-C reaches both."""
-
-    def stop(*_) -> None:
-        raise KeyboardInterrupt
-
-    def end_with_the_run() -> None:
-        """However it ends: a later run goes on with this notebook's state, and must be the only one to."""
-        wait([multiprocessing.parent_process().sentinel])
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(STOP_S)
-        os._exit(1)
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, stop)
-    threading.Thread(target=end_with_the_run, daemon=True).start()
-    try:
-        while True:
-            pipe.send(pipe.recv().run(lambda cell, n_cells: pipe.send((cell, n_cells))))
-    except EOFError:  # no task is left
-        return
-    except KeyboardInterrupt:
-        sys.exit(130)
+            for number, task in enumerate(tasks, 1):
+                pool.submit(run, number, task)
+            while len(outcomes) < len(tasks):
+                try:
+                    number, what = events.get(timeout=1)
+                except queue.Empty:
+                    progress.tick()
+                    continue
+                if isinstance(what, Outcome):
+                    outcomes[number] = what
+                    progress.end(number, what)
+                    save()
+                else:
+                    progress.cell(number, tasks[number - 1].name, *what)
+        except KeyboardInterrupt:
+            for number, running in progress.running.items():
+                took = time.perf_counter() - running.started
+                outcomes[number] = Outcome(running.name, "interrupted", took, 0.0, running.n_cells)
+            save()
+            raise
+        finally:
+            for task in tasks:
+                task.kernel.stop()
+            pool.shutdown(cancel_futures=True)
+    return save()
 
 
 def plan(

@@ -33,14 +33,12 @@ class Progress:
         self.live = stream.isatty()
         self.running: dict[int, Running] = {}
 
-    def start(self, number: int, name: str) -> None:
-        self.running[number] = Running(name, time.perf_counter())
-        if self.live:
-            self.tick()
-        else:
-            self._write(f"{self._head(number, name)} ...")
-
-    def cell(self, number: int, cell: int, n_cells: int) -> None:
+    def cell(self, number: int, name: str, cell: int, n_cells: int) -> None:
+        """A notebook is at a cell; at 0, before the first, it is announced."""
+        if number not in self.running:
+            self.running[number] = Running(name, time.perf_counter())
+            if not self.live:
+                self._write(f"{self._head(number, name)} ...")
         self.running[number].cell, self.running[number].n_cells = cell, n_cells
         self.tick()
 

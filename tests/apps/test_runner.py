@@ -80,15 +80,14 @@ def test_a_failing_notebook_is_named_and_does_not_stop_the_next(notebooks, capsy
     assert "never" not in notebooks.printed("01_second")
 
 
-@pytest.mark.parametrize(
-    ("cell", "error"), [("import os; os._exit(9)", "kernel died"), ("import time; time.sleep(600)", "longer than 10 s")]
-)
-def test_a_dead_kernel_and_an_endless_cell_are_named(notebooks, monkeypatch, cell, error):
-    monkeypatch.setitem(runner.CELL_TIMEOUT_S, "smoke", 10)
-    notebooks.write("00_first", "a = 1", cell)
-    assert notebooks.run(only="00") == 1
-    (row,) = notebooks.rows()
-    assert row["cell"] == 3 and error in row["error"], row
+def test_a_dead_kernel_and_an_endless_cell_are_named(notebooks, monkeypatch):
+    monkeypatch.setitem(runner.CELL_TIMEOUT_S, "smoke", 3)
+    notebooks.write("00_first", "a = 1", "import os; os._exit(9)")
+    notebooks.write("01_second", "a = 1", "import time; time.sleep(600)")
+    assert notebooks.run(only="00,01", jobs=2) == 1
+    dead, endless = notebooks.rows()
+    assert dead["cell"] == endless["cell"] == 3
+    assert "kernel died" in dead["error"] and "longer than 3 s" in endless["error"]
 
 
 def test_a_kernel_has_this_interpreter_folders_of_its_own_and_no_need_of_a_home(notebooks, tmp_path, monkeypatch):
@@ -223,15 +222,14 @@ def wait_for_the_end_of(kernels):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
-@pytest.mark.parametrize("jobs", [1, 2])
-def test_ctrl_c_stops_the_kernels_saves_the_summary_and_exits_130(notebooks, tmp_path, jobs):
-    process, kernels = start_sleepers(tmp_path, notebooks, jobs)
+def test_ctrl_c_stops_the_kernels_saves_the_summary_and_exits_130(notebooks, tmp_path):
+    process, kernels = start_sleepers(tmp_path, notebooks, 2)
     os.killpg(process.pid, signal.SIGINT)  # what a terminal does
     stdout, stderr = process.communicate(timeout=600)
     assert process.returncode == 130, (stdout, stderr)
-    assert stderr.strip().startswith("interrupted"), stderr  # nbclient may log its dead kernel after it
+    assert "interrupted" in stderr and "Traceback" not in stderr, stderr
     assert [(row["notebook"], row["status"]) for row in notebooks.rows()] == [
-        (name, "interrupted") for name in ("00_first", "01_second")[:jobs]
+        (name, "interrupted") for name in ("00_first", "01_second")
     ], "and none of the others begins"
     wait_for_the_end_of(kernels)
 
@@ -250,7 +248,7 @@ def test_two_run_at_once_and_the_summary_keeps_their_order(notebooks, tmp_path, 
         "while not (here / other).exists(): time.sleep(0.05)\ntime.sleep(late)\n"
         "print(os.environ['OMP_NUM_THREADS'], os.environ['PRIMIA_LITE_COMMAND'])"
     )
-    notebooks.write("00_first", "mine, other, late = 'a', 'b', 2", meet)
+    notebooks.write("00_first", "mine, other, late = 'a', 'b', 1", meet)
     notebooks.write("01_second", "mine, other, late = 'b', 'a', 0", meet)
     before = os.environ.get("OMP_NUM_THREADS")
     assert notebooks.run(only="00,01", jobs=2) == 0
@@ -262,20 +260,10 @@ def test_two_run_at_once_and_the_summary_keeps_their_order(notebooks, tmp_path, 
     assert command.strip() == "primia-lite run --profile smoke --data phantom --only 00_first"
 
 
-@pytest.mark.skipif(os.name == "nt", reason="kills a process")
-def test_a_process_that_dies_is_named_and_the_next_runs(notebooks):
-    notebooks.write("00_first", "a = 1", "import os, signal, psutil\nos.kill(psutil.Process().ppid(), signal.SIGKILL)")
-    notebooks.write("01_second", "a = 1", "1 / 0")
-    assert notebooks.run(jobs=2) == 1
-    rows = notebooks.rows()
-    assert [r["status"] for r in rows] == ["failed", "failed", "ok"]
-    assert "ended with status -9" in rows[0]["error"] and "ZeroDivisionError" in rows[1]["error"]
-
-
 @pytest.mark.parametrize(("profile", "jobs"), [("smoke", 2), ("paper", 1)])
 def test_published_timings_are_of_one_notebook_at_a_time(monkeypatch, profile, jobs):
     monkeypatch.setattr(runner, "cores", lambda: 4)
-    assert runner.default_jobs(profile) == (jobs if os.name == "posix" else 1)
+    assert runner.default_jobs(profile) == jobs
     monkeypatch.setattr(runner, "cores", lambda: 1)
     assert runner.default_jobs(profile) == 1
 
@@ -287,9 +275,9 @@ def test_live_progress_counts_cells_on_one_line():
 
     stream = Terminal()
     progress = summary.Progress(stream, 2)
-    progress.start(1, "00_first")
-    progress.start(2, "01_second")
-    progress.cell(1, 3, 9)
+    progress.cell(1, "00_first", 0, 0)
+    progress.cell(2, "01_second", 0, 0)
+    progress.cell(1, "00_first", 3, 9)
     assert "cell 3/9" in stream.getvalue()
     last = stream.getvalue().split(summary.CLEAR)[-1]
     assert last.startswith("[1/2] 00_first  cell 3/9  0 s; [2/2] 01_second  cell 0/0")
@@ -321,17 +309,13 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_weights(notebooks, tmp_path, 
     monkeypatch.setenv("PRIMIA_LITE_RUNS", str(tmp_path / "whole"))
     exec(KILLED_RUN, {"pause": 0.0})
     whole = capsys.readouterr().out
-    notebooks.write("00_first", "pause = 0.3", KILLED_RUN)
+    notebooks.write("00_first", "pause = 0.1", KILLED_RUN)
 
-    def start():
-        out = notebooks.out
-        code = (
-            "import sys; from primia_lite.apps.runner import run_notebooks; from pathlib import Path; "
-            f"sys.exit(run_notebooks('smoke', only='00', out={str(out)!r}, notebooks=Path({str(notebooks.folder)!r})))"
-        )
-        return subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stdout=subprocess.DEVNULL)
-
-    process = start()
+    code = (
+        "import sys; from primia_lite.apps.runner import run_notebooks; from pathlib import Path; run_notebooks("
+        f"'smoke', only='00', out={str(notebooks.out)!r}, notebooks=Path({str(notebooks.folder)!r}))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stdout=subprocess.DEVNULL)
     checkpoint = notebooks.out / "state" / "00_first" / "checkpoint.pt"
     deadline = time.time() + 600
     while not checkpoint.exists() and time.time() < deadline:
@@ -341,7 +325,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_weights(notebooks, tmp_path, 
     process.wait()
     assert checkpoint.exists() and not (notebooks.out / "summary.json").exists()
     assert 1 <= torch.load(checkpoint, weights_only=True)["round"] < 12
-    assert start().wait(timeout=600) == 0
+    assert notebooks.run(only="00") == 0
     assert notebooks.printed("00_first").strip() == whole.strip().splitlines()[-1]
 
 

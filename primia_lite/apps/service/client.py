@@ -8,7 +8,6 @@ they are shown, and a reply's sizes, level, scale and coefficients are checked; 
 from __future__ import annotations
 
 import contextlib
-import json
 import random
 import re
 import threading
@@ -35,6 +34,7 @@ from primia_lite.encrypted.wire import (
     packing_from,
     split,
 )
+from primia_lite.federation.claims import read_json
 
 # Of an answer that isn't a reply: descriptions of all models, or a sentence.
 _MOST_BYTES = 1 << 20
@@ -53,7 +53,7 @@ class ServiceError(UserError):
 class RemoteServer:
     """A model behind a service: ``diagnose`` takes a film and returns its logits.
 
-    Makes a key of its own, opens a session, and opens another if that one expired. To an address of this machine it
+    Makes a key of its own, opens a session, and opens another if that one ended. To an address of this machine it
     connects itself; elsewhere by the proxy that ``HTTP_PROXY``, ``HTTPS_PROXY`` or ``ALL_PROXY`` names, unless
     ``NO_PROXY`` excepts it.
 
@@ -183,12 +183,9 @@ class RemoteServer:
         raise refused
 
     def _sentence(self, response: httpx.Response) -> str:
-        try:
-            sentence = _json(response.content)["error"]
-            if isinstance(sentence, str):
+        with contextlib.suppress(UserError):
+            if isinstance(sentence := read_json(response.content, "the answer").get("error"), str):
                 return f"the service says: {printable(sentence, 500)}"
-        except (ValueError, LookupError, TypeError):
-            pass
         return f"{self._where} answered {response.status_code}, without a sentence of this service: check the address"
 
     @property
@@ -198,12 +195,11 @@ class RemoteServer:
     def _answer(self, method: str, path: str, content: bytes | None = None) -> dict:
         """The service's JSON."""
         try:
-            answer = _json(self._ask(method, path, content))
-        except ValueError as error:
+            return read_json(self._ask(method, path, content), "the answer", _MOST_BYTES)
+        except ServiceError:
+            raise
+        except UserError as error:
             raise ServiceError(self._another) from error
-        if not isinstance(answer, dict) or not answer:
-            raise ServiceError(self._another)
-        return answer
 
     def open(self) -> str:
         """Open a session, unless one is open."""
@@ -235,19 +231,12 @@ class RemoteServer:
         except ServiceError as error:
             if error.status not in (404, 410):
                 raise
-            self.token = None  # it expired, or the service was started anew
+            self.token = None  # it made room for others, or the service was started anew
             reply = self._ask("POST", f"/sessions/{self.open()}/diagnose", body)
         try:
             return self.client.decrypt(split(reply))
         except CiphertextError as error:
             raise ServiceError(f"{self._where} sent something else than a reply ({error})") from error
-
-
-def _json(content: bytes):
-    try:
-        return json.loads(content)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
 
 
 def _read(told) -> tuple[dict, Packing]:

@@ -18,8 +18,8 @@ from primia_lite.runtime import cores
 
 
 def serve(
-    models: Sequence[str], *, demo: bool = False, host: str = "127.0.0.1", port: int = 8000,
-    certfile: str | None = None, keyfile: str | None = None, limits: bool = True, workers: int | None = None,
+    models: Sequence[str], *, demo: bool = False, host: str = "127.0.0.1", port: int = 8000, proxy: str | None = None,
+    limits: bool = True, workers: int | None = None,
 ) -> int:  # fmt: skip
     """Offer models until stopped.
 
@@ -27,49 +27,50 @@ def serve(
     ----------
     models : files saved by :meth:`primia_lite.encrypted.ModelCard.save`, with a name before it (``NAME=FILE``)
         or named as its file
+    proxy : address of the reverse proxy before it; without one, only this machine is served
     workers : processes that compute; by default one for each core, at most 4
     """
-    from primia_lite.apps.service.limits import NO_LIMITS
-    from primia_lite.apps.service.server import uvicorn_server
+    from primia_lite.apps.service.connection import on_this_machine
+    from primia_lite.apps.service.server import NO_LIMITS, uvicorn_server
     from primia_lite.encrypted.model_card import ModelCard
 
     workers = min(4, cores()) if workers is None else workers
     if workers < 1:
         raise UserError(f"--workers is {workers}: at least one process must compute")
-    _check_port(host, port)
-    files = [_named(entry) for entry in models]
-    names = [name for name, _ in files] + ["demo"] * demo
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"two models are named {twice[0]}: give one another name, as NAME=FILE")
-    cards = {name: ModelCard.load(path) for name, path in files}
-    if demo:
-        cards["demo"] = demo_card()
-    if not cards:
-        raise UserError("name a model file to offer (notebook 05 saves some), or pass --demo")
-    name, scheme = f"[{host}]" if ":" in host else host, "https" if certfile else "http"
-    if scheme == "http" and host not in ("127.0.0.1", "localhost", "::1"):
-        print("warning: without TLS anybody on the way can alter requests and use sessions: give --certfile, --keyfile")
-    print(f"offering {', '.join(cards)} at {scheme}://{name}:{port} (Ctrl-C stops); not for clinical use", flush=True)
-    chosen = None if limits else NO_LIMITS
-    with contextlib.suppress(KeyboardInterrupt):
-        uvicorn_server(cards, host, port, limits=chosen, certfile=certfile, keyfile=keyfile, workers=workers).run()
+    if proxy is None and (host in ("0.0.0.0", "::") or not on_this_machine(host)):
+        raise UserError(
+            f"--host {host} can be reached from other machines: put a reverse proxy with TLS before it, as "
+            "docs/service.md shows, and name its address by --behind-proxy"
+        )
+    with _listen(host, port) as line:
+        files = [_named(entry) for entry in models]
+        names = [name for name, _ in files] + ["demo"] * demo
+        if len(set(names)) < len(names):
+            raise UserError(f"two models are named {max(names, key=names.count)}: give one another name, as NAME=FILE")
+        cards = {name: ModelCard.load(path) for name, path in files} | ({"demo": demo_card()} if demo else {})
+        if not cards:
+            raise UserError("name a model file to offer (notebook 05 saves some), or pass --demo")
+        where = f"[{host}]" if ":" in host else host
+        print(f"offering {', '.join(cards)} at http://{where}:{port} (Ctrl-C stops); not for clinical use", flush=True)
+        server = uvicorn_server(cards, limits=None if limits else NO_LIMITS, workers=workers, proxy=proxy)
+        with contextlib.suppress(KeyboardInterrupt):
+            server.run(sockets=[line])
     return 0
 
 
 def _named(entry: str) -> tuple[str, str]:
-    """Name and file of ``FILE`` or ``NAME=FILE``. Either may hold ``=``: what counts is which file is there."""
-    splits = [(entry[:i], entry[i + 1 :]) for i, letter in enumerate(entry) if letter == "="]
-    ways = [(Path(entry).stem, entry), *((name, path) for name, path in splits if name and path and "/" not in name)]
-    if found := [(name, path) for name, path in ways if Path(path).exists()]:
-        return found[0]
-    raise UserError(f"there is no {' and no '.join(path for _, path in ways)}: save a model there by ModelCard.save")
+    """Name and file of ``FILE`` or ``NAME=FILE``; a file's name may hold ``=``."""
+    name, path = Path(entry).stem, entry
+    if not Path(path).exists() and "=" in entry:
+        name, path = entry.split("=", 1)
+    if not name or not Path(path).is_file():
+        raise UserError(f"there is no {entry}: save a model there by ModelCard.save")
+    return name, path
 
 
-def _check_port(host: str, port: int) -> None:
+def _listen(host: str, port: int) -> socket.socket:
     try:
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port))
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:
         raise UserError(
             f"can't listen at {host}, port {port} ({error}): choose another with --port or --host"

@@ -1,12 +1,9 @@
-"""How a hospital reaches a service: proxies and certificates, as the environment or the system names them."""
+"""How a hospital reaches a service: the proxy and the certificates that the environment or the system names."""
 
 from __future__ import annotations
 
 import http.cookiejar
-import importlib.util
 import ipaddress
-import os
-import socket
 import ssl
 import urllib.request
 from collections.abc import Callable
@@ -14,19 +11,6 @@ from collections.abc import Callable
 import httpx
 
 from primia_lite.config import UserError
-
-
-def on_this_machine(host: str) -> bool:
-    """Loopback names and addresses, in all forms that systems read; and 0.0.0.0 and ::, which lead here, too."""
-    name = host.lower().rstrip(".")
-    if name == "localhost" or name.endswith(".localhost"):
-        return True
-    try:
-        address = ipaddress.ip_address(name.partition("%")[0] if ":" in name else socket.inet_aton(name))
-    except (OSError, ValueError):
-        return False
-    address = getattr(address, "ipv4_mapped", None) or address
-    return address.is_loopback or address.is_unspecified
 
 
 def connector(
@@ -39,16 +23,26 @@ def connector(
             raise ValueError("it has no http:// or no host")
     except (httpx.InvalidURL, ValueError) as error:
         raise UserError(f"{url!r} isn't an address ({error}): give one such as http://127.0.0.1:8000") from error
-    proxy, variable = proxy_for(address)
+    proxy = None if on_this_machine(address.host) else proxy_for(address)
     where = f"{address.scheme}://{address.netloc.decode()}{address.path.rstrip('/')}"
     if proxy is not None:
-        where += f" (by the proxy {proxy.url.scheme}://{proxy.url.netloc.decode()} of {variable})"
-    trusted = trusted_certificates(address.scheme, ca_file)
+        where += f" (by the proxy {proxy.url.scheme}://{proxy.url.netloc.decode()} of HTTP_PROXY or the like)"
+    try:
+        if ca_file:
+            trusted = ssl.create_default_context(cafile=ca_file)
+        else:  # without TLS nobody is to be trusted, and no variable to be read
+            secure = address.scheme == "https"
+            trusted = httpx.create_ssl_context() if secure else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    except (OSError, ValueError) as error:  # SSLError is an OSError
+        raise UserError(
+            f"the certificates of {ca_file or 'SSL_CERT_FILE or SSL_CERT_DIR'} can't be read ({error}): give a PEM "
+            "file with the one to trust"
+        ) from error
 
     def connect() -> httpx.Client:
         return httpx.Client(
             base_url=url, timeout=timeout_s, trust_env=False, headers={"Accept-Encoding": "identity"},
-            transport=transport or httpx.HTTPTransport(verify=trusted, proxy=proxy, trust_env=False),
+            transport=transport, proxy=proxy, verify=trusted,
             # A service has nothing to remember at a hospital.
             cookies=http.cookiejar.CookieJar(http.cookiejar.DefaultCookiePolicy(allowed_domains=[])),
         )  # fmt: skip
@@ -56,41 +50,31 @@ def connector(
     return connect, where
 
 
-def trusted_certificates(scheme: str, ca_file: str | None) -> ssl.SSLContext:
-    """Certificates: those of the file, else those that httpx takes, with its variables."""
+def on_this_machine(host: str) -> bool:
+    """Loopback names and addresses; and 0.0.0.0 and ::, which lead here, too."""
     try:
-        if ca_file:
-            return ssl.create_default_context(cafile=ca_file)
-        # Without TLS nobody is to be trusted, and no variable to be read.
-        return httpx.create_ssl_context() if scheme == "https" else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    except (OSError, ValueError) as error:  # SSLError is an OSError
-        named = [name for name in ("SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE") if os.environ.get(name)]
-        raise UserError(
-            f"the certificates of {ca_file or ' or '.join(named)} can't be read ({error}): give a PEM file with the "
-            "one to trust"
-        ) from error
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host.lower().rstrip(".") == "localhost"
+    address = getattr(address, "ipv4_mapped", None) or address
+    return address.is_loopback or address.is_unspecified
 
 
-def proxy_for(address: httpx.URL) -> tuple[httpx.Proxy | None, str]:
-    """The proxy for an address, as the environment or the system says, and the variable that names it."""
+def proxy_for(address: httpx.URL) -> httpx.Proxy | None:
+    """The proxy for an address, as the environment or the system says."""
     found = urllib.request.getproxies()
-    kind = address.scheme if found.get(address.scheme) else "all"
-    places = (address.host, address.netloc.decode())
-    if not found.get(kind) or on_this_machine(address.host) or any(map(urllib.request.proxy_bypass, places)):
-        return None, ""
-    # Lower case comes first, as for urllib.
-    variables = [name for name in sorted(os.environ, reverse=True) if name.lower() == f"{kind}_proxy"]
-    variable = variables[0] if variables else "this system's settings"
+    named = found.get(address.scheme) or found.get("all")
+    if not named or any(map(urllib.request.proxy_bypass, (address.host, address.netloc.decode()))):
+        return None
     try:
-        proxy = httpx.Proxy(found[kind] if "://" in found[kind] else f"http://{found[kind]}")
+        proxy = httpx.Proxy(named if "://" in named else f"http://{named}")
         if not proxy.url.host or proxy.url.raw_path != b"/" or proxy.url.fragment:
             raise ValueError
-    except (httpx.InvalidURL, ValueError):
+        httpx.HTTPTransport(proxy=proxy).close()
+    except (httpx.InvalidURL, ValueError, ImportError):
         # Not what it is: there may be a password in it.
         raise UserError(
-            f"the proxy of {variable} has an address that is none: give one such as http://proxy.example:3128, "
-            f"or name {address.host} in NO_PROXY"
+            "HTTP_PROXY, HTTPS_PROXY or ALL_PROXY names a proxy that can't be used: give one such as "
+            f"http://proxy.example:3128, or name {address.host} in NO_PROXY"
         ) from None
-    if proxy.url.scheme.startswith("socks") and not importlib.util.find_spec("socksio"):
-        raise UserError(f"the proxy of {variable} is a SOCKS proxy: give one for HTTP, or install socksio")
-    return proxy, variable
+    return proxy

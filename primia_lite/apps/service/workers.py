@@ -14,6 +14,7 @@ import logging
 import multiprocessing
 import signal
 from collections import OrderedDict
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
 from primia_lite.config import UserError, printable
@@ -37,7 +38,7 @@ class WorkerDied(Exception):
 
 
 class SessionGone(Exception):
-    """Of this token there is no session: it was closed, or its worker died."""
+    """Of this token there is no session: it was closed, made room, had its films, or its worker died."""
 
 
 # How a worker's answer begins.
@@ -45,47 +46,59 @@ _DONE, _REFUSED, _GONE, _FAULT = b"+", b"-", b"?", b"!"
 _RAISED = {_REFUSED: CiphertextError, _GONE: SessionGone, _FAULT: RuntimeError}
 
 
-class SessionStore:
-    """Models and clients' sessions, by token."""
+@dataclass
+class Held:
+    """A client's session, the size of its keys, and how many films it had."""
 
-    def __init__(self, cards: dict[str, ModelCard]):
-        self.servers = {
-            name: CkksServer(card.network(), tuple(card.in_shape), flooded=card.flooded) for name, card in cards.items()
-        }
-        self.sessions: OrderedDict[str, Session] = OrderedDict()
-
-    def open(self, name: str, token: str, public: bytes) -> None:
-        self.sessions[token] = self.servers[name].open(public)
-
-    def diagnose(self, token: str, uploads: bytes) -> bytes:
-        """A film's ciphertexts in one body, and the replies in one."""
-        if token not in self.sessions:
-            raise SessionGone(token)
-        self.sessions.move_to_end(token)
-        return join(self.sessions[token].diagnose(split(uploads)))
-
-    def close(self, token: str) -> None:
-        self.sessions.pop(token, None)
-
-    def prepare(self) -> bool:
-        """Make the masks of one film for a session that was used lately; False if all have theirs."""
-        for session, _ in zip(reversed(self.sessions.values()), range(_SESSIONS), strict=False):
-            if session.prepared < _MASKS:
-                session.prepare()
-                return True
-        return False
+    session: Session
+    key_bytes: int
+    films: int = 0
 
 
 class InProcess:
-    """A store in this process, behind the interface of :class:`Worker`; it can't be stopped."""
+    """Models and clients' sessions by token, the longest unused first; without a process to stop.
+
+    ``bounds``: how many sessions, bytes of their keys (if there are several), and films in each.
+    """
 
     pid = None
 
-    def __init__(self, cards: dict[str, ModelCard]):
-        self.store = SessionStore(cards)
+    def __init__(self, cards: dict[str, ModelCard], bounds: tuple[float, float, float]):
+        self.servers = {
+            name: CkksServer(card.network(), tuple(card.in_shape), flooded=card.flooded) for name, card in cards.items()
+        }
+        self.most_sessions, self.most_bytes, self.most_films = bounds
+        self.sessions: OrderedDict[str, Held] = OrderedDict()
 
     def call(self, what: str, *arguments: str | bytes) -> bytes:
-        return getattr(self.store, what)(*arguments) or b""
+        """``open``, ``diagnose`` or ``close``."""
+        return getattr(self, what)(*arguments) or b""
+
+    def open(self, name: str, token: str, public: bytes) -> None:
+        self.sessions[token] = Held(self.servers[name].open(public), len(public))
+        held = sum(each.key_bytes for each in self.sessions.values())
+        while len(self.sessions) > self.most_sessions or (len(self.sessions) > 1 and held > self.most_bytes):
+            held -= self.sessions.popitem(last=False)[1].key_bytes
+
+    def diagnose(self, token: str, uploads: bytes) -> bytes:
+        """A film's ciphertexts in one body, and the replies in one."""
+        if token not in self.sessions or self.sessions[token].films >= self.most_films:
+            raise SessionGone(token)
+        self.sessions.move_to_end(token)
+        self.sessions[token].films += 1
+        return join(self.sessions[token].session.diagnose(split(uploads)))
+
+    def close(self, token: str) -> None:
+        if self.sessions.pop(token, None) is None:
+            raise SessionGone(token)
+
+    def prepare(self) -> bool:
+        """Make the masks of one film for a session that was used lately; False if all have theirs."""
+        for held, _ in zip(reversed(self.sessions.values()), range(_SESSIONS), strict=False):
+            if held.session.prepared < _MASKS:
+                held.session.prepare()
+                return True
+        return False
 
     def kill(self, pid: None, why: str) -> None:
         pass
@@ -95,11 +108,11 @@ class InProcess:
 
 
 class Worker:
-    """A store in a process of its own. One call at a time: the caller sees to that. A worker whose reply has more than
-    ``most_bytes`` is replaced."""
+    """An :class:`InProcess` in a process of its own. One call at a time: the caller sees to that. A worker whose reply
+    has more than ``most_bytes`` is replaced."""
 
-    def __init__(self, cards: dict[str, ModelCard], most_bytes: int):
-        self._cards = {name: card.to_bytes() for name, card in cards.items()}
+    def __init__(self, cards: dict[str, ModelCard], bounds: tuple[float, float, float], most_bytes: int):
+        self._given = {name: card.to_bytes() for name, card in cards.items()}, bounds
         self._most_bytes = most_bytes + _WORDS_BYTES
         self._stopped, self._busy, self._why = False, False, ""
         self._start()
@@ -107,11 +120,10 @@ class Worker:
     def _start(self) -> None:
         # A fresh process on every system: a fork would copy this one's threads and locks.
         context = multiprocessing.get_context("spawn")
-        line, theirs = context.Pipe()
-        process = context.Process(target=work, args=(theirs, self._cards), daemon=True)
-        process.start()
+        self._line, theirs = context.Pipe()
+        self._process = context.Process(target=work, args=(theirs, *self._given), daemon=True)
+        self._process.start()
         theirs.close()
-        self._line, self._process = line, process
         try:
             ready = self._line.poll(_START_S) and self._line.recv_bytes(_WORDS_BYTES) == _DONE
         except (OSError, EOFError):
@@ -125,7 +137,7 @@ class Worker:
         return self._process.pid
 
     def call(self, what: str, *arguments: str | bytes) -> bytes:
-        """A method of :class:`SessionStore`, there; of its arguments only the last may be bytes.
+        """A method of :class:`InProcess`, there; of its arguments only the last may be bytes.
 
         Raises
         ------
@@ -146,7 +158,10 @@ class Worker:
             if (kind := answer[:1]) not in (_DONE, *_RAISED):
                 raise OSError("no worker says that")
         except (OSError, EOFError) as error:
-            self._replace()
+            self._end()
+            if not self._stopped:
+                with contextlib.suppress(UserError, OSError):  # the next call finds it dead, and tries again
+                    self._start()
             raise WorkerDied(self._why or "the worker process ended") from error
         finally:
             self._busy = False
@@ -160,12 +175,6 @@ class Worker:
             self._why = why
             self._process.kill()
 
-    def _replace(self) -> None:
-        self._end()
-        if not self._stopped:
-            with contextlib.suppress(UserError, OSError):  # the next call finds it dead, and tries again
-                self._start()
-
     def _end(self) -> None:
         self._process.kill()
         self._process.join()
@@ -178,10 +187,10 @@ class Worker:
         self._process.join()
 
 
-def work(line: Connection, cards: dict[str, bytes]) -> None:
+def work(line: Connection, cards: dict[str, bytes], bounds: tuple[float, float, float]) -> None:
     """A worker process: answers calls until the line is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the service is told, and stops its workers
-    store = SessionStore({name: ModelCard.from_bytes(content) for name, content in cards.items()})
+    store = InProcess({name: ModelCard.from_bytes(content) for name, content in cards.items()}, bounds)
     line.send_bytes(_DONE)
     idle = True
     while True:
@@ -196,7 +205,7 @@ def work(line: Connection, cards: dict[str, bytes]) -> None:
         except EOFError:
             return
         try:
-            answer = _DONE + (getattr(store, what)(*arguments) or b"")
+            answer = _DONE + store.call(what, *arguments)
         except Exception as error:  # for the one who asked, and nobody else
             kind = _REFUSED if isinstance(error, UserError) else _GONE if isinstance(error, SessionGone) else _FAULT
             if kind == _FAULT:

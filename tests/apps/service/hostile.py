@@ -24,7 +24,7 @@ def answering(line, make):
         make(asked)
 
 
-def pickles(line, cards):
+def pickles(line, cards, bounds):
     """Each question has the path for a payload in it."""
 
     def answer(asked):
@@ -34,33 +34,33 @@ def pickles(line, cards):
     answering(line, answer)
 
 
-def pickles_at_once(line, cards):
+def pickles_at_once(line, cards, bounds):
     line.send_bytes(pickle.dumps(Payload(os.environ["PAYLOAD"])))
     time.sleep(60)
 
 
-def endless(line, cards):
+def endless(line, cards, bounds):
     """Says that a terabyte follows."""
     answering(line, lambda asked: os.write(line.fileno(), struct.pack("!i", -1) + struct.pack("!Q", 1 << 40)))
 
 
-def large(line, cards):
+def large(line, cards, bounds):
     answering(line, lambda asked: line.send_bytes(bytes(1 << 20)))
 
 
-def empty(line, cards):
+def empty(line, cards, bounds):
     answering(line, lambda asked: line.send_bytes(b""))
 
 
-def another_kind(line, cards):
+def another_kind(line, cards, bounds):
     answering(line, lambda asked: line.send_bytes(b"system rm"))
 
 
-def controls(line, cards):
+def controls(line, cards, bounds):
     answering(line, lambda asked: line.send_bytes(b"-\x1b[31m\xff no\n" + b"x" * 2000))
 
 
-def dies(line, cards):
+def dies(line, cards, bounds):
     pass
 
 

@@ -32,9 +32,8 @@ from torch import nn
 from primia_lite.apps.service import workers
 from primia_lite.apps.service.client import RemoteServer, ServiceError
 from primia_lite.apps.service.commands import running
-from primia_lite.apps.service.limits import NO_LIMITS, Limits
-from primia_lite.apps.service.server import Service, uvicorn_server
-from primia_lite.apps.service.workers import SessionGone, SessionStore, Worker
+from primia_lite.apps.service.server import NO_LIMITS, Limits, Service, uvicorn_server
+from primia_lite.apps.service.workers import InProcess, SessionGone, Worker
 from primia_lite.config import UserError, repo_root
 from primia_lite.data import load
 from primia_lite.encrypted.client import CkksClient
@@ -58,6 +57,7 @@ from primia_lite.models import networks
 
 NAMES = ("normal", "bacterial", "viral")
 FEATURES = 8
+BOUNDS = (32, 1 << 28, 1000)
 
 
 @pytest.fixture(scope="module")
@@ -132,10 +132,12 @@ class Recorder:
 
 
 @contextlib.contextmanager
-def listening(cards, limits=NO_LIMITS, **options):
+def listening(cards, limits=NO_LIMITS, tls=(), **options):
     """The service behind a real socket, in a thread of this process: its port."""
     with socket.create_server(("127.0.0.1", 0)) as line:
         server = uvicorn_server(cards, limits=limits, workers=0, **options)
+        if tls:
+            server.config.ssl_certfile, server.config.ssl_keyfile = tls
         thread = threading.Thread(target=server.run, kwargs={"sockets": [line]})
         thread.start()
         try:
@@ -147,52 +149,75 @@ def listening(cards, limits=NO_LIMITS, **options):
             thread.join()
 
 
-@pytest.mark.slow
-def test_two_processes_and_what_crosses_between_them(card, deep):
+@pytest.fixture(scope="module")
+def another_process(card, deep):
+    with running({"head": card, "net": deep}, limits=False) as (url, process):
+        yield url, process
+    assert process.poll() is not None
+
+
+def test_two_processes_and_what_crosses_between_them(card, deep, another_process, monkeypatch):
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):  # no proxy has anything to do with this machine
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
     films = load("phantom", 32, n_films=30)
     image = films.images[0]
-    with running({"head": card, "net": deep}, limits=False) as (url, process):
-        recorder = Recorder(int(url.rsplit(":", 1)[1]))
-        with RemoteServer(f"http://127.0.0.1:{recorder.port}", "head", decimals=6) as server:
-            x = film()
-            plain = weights_of(card) @ x
-            np.testing.assert_allclose(server.diagnose(x), plain, atol=1e-5)
-        with RemoteServer(f"http://127.0.0.1:{recorder.port}", "net", decimals=6) as other:
-            prepared = prepare_film(other.description, image)
-            plain = deep.network()(torch.from_numpy(prepared)[None, None])[0].detach().numpy()
-            np.testing.assert_allclose(other.diagnose(image), plain, atol=1e-3)
-        heard = bytes(recorder.heard)
-        assert len(heard) > 1 << 20
-        for own in (server.client, other.client):
-            own.refuse_secret(heard)
-            with pytest.raises(UserError):  # it would be found
-                own.refuse_secret(heard + own.key.ternary.tobytes())
-        for secret in (x, prepared, image / 255.0):
-            for kind in (np.float32, np.float64):
-                assert np.ascontiguousarray(secret, kind).tobytes()[:32] not in heard
-        assert image[10:12].tobytes() not in heard
-        recorder.listener.close()
-        assert psutil.Process(process.pid).is_running()
-    assert process.poll() is not None
+    recorder = Recorder(int(another_process[0].rsplit(":", 1)[1]))
+    with RemoteServer(f"http://127.0.0.1:{recorder.port}", "head", decimals=6) as server:
+        x = film()
+        np.testing.assert_allclose(server.diagnose(x), weights_of(card) @ x, atol=1e-5)
+    with RemoteServer(f"http://127.0.0.1:{recorder.port}", "net", decimals=6) as other:
+        prepared = prepare_film(other.description, image)
+        plain = deep.network()(torch.from_numpy(prepared)[None, None])[0].detach().numpy()
+        np.testing.assert_allclose(other.diagnose(image), plain, atol=1e-3)
+    heard = bytes(recorder.heard)
+    assert len(heard) > 1 << 20
+    for own in (server.client, other.client):
+        own.refuse_secret(heard)
+        with pytest.raises(UserError):  # it would be found
+            own.refuse_secret(heard + own.key.ternary.tobytes())
+    for secret in (x, prepared, image / 255.0):
+        for kind in (np.float32, np.float64):
+            assert np.ascontiguousarray(secret, kind).tobytes()[:32] not in heard
+    assert image[10:12].tobytes() not in heard
+    recorder.listener.close()
+
+
+def test_many_hospitals_at_once(card, another_process, monkeypatch):
+    monkeypatch.syspath_prepend(repo_root() / "benchmarks")
+    from _service_load import load_test
+
+    url, process = another_process
+    load_test(url, "head", requests=100)  # what memory the first requests take stays taken
+    found = load_test(url, "head", requests=300, pid=process.pid)
+    assert found["errors"] == [] and len(found["ms"]) == 300
+    np.testing.assert_allclose(found["logits"], found["films"] @ weights_of(card).T, atol=1e-3)
+    assert found["rss_mib"][-1] - found["rss_mib"][0] < 8
 
 
 def test_commands(card, tmp_path, capsys):
     from primia_lite.apps.cli import main
 
-    assert main(["serve"]) == 2
-    assert "name a model file" in capsys.readouterr().err
-    assert main(["serve", str(tmp_path / "none.pt")]) == 2
-    assert "save a model there" in capsys.readouterr().err
     (tmp_path / "bad.pt").write_bytes(b"x")
-    assert main(["serve", str(tmp_path / "bad.pt")]) == 2
-    assert "isn't a model" in capsys.readouterr().err
-    assert main(["serve", str(card.save(tmp_path / "good.pt")), "--certfile", "x"]) == 2
-    assert "both" in capsys.readouterr().err
+    good = str(card.save(tmp_path / "good.pt"))
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        assert main(["serve", "--demo", "--port", str(taken.getsockname()[1])]) == 2
-    assert "choose another with --port" in capsys.readouterr().err
-    assert main(["diagnose", str(tmp_path / "none.png")]) == 2
-    assert "can't be read" in capsys.readouterr().err
+        for arguments, said in (
+            (["serve", "--port", "0"], "name a model file"),
+            (["serve", str(tmp_path / "none.pt"), "--port", "0"], "save a model there"),
+            (["serve", str(tmp_path / "bad.pt"), "--port", "0"], "isn't a model"),
+            (["serve", good, "--workers", "0"], "at least one process"),
+            (["serve", "--demo", "--port", str(taken.getsockname()[1])], "choose another with --port"),
+            (["diagnose", str(tmp_path / "none.png")], "can't be read"),
+        ):
+            assert main(arguments) == 2
+            assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "example.org"])
+def test_other_machines_come_through_a_reverse_proxy(capsys, host):
+    from primia_lite.apps.cli import main
+
+    assert main(["serve", "--demo", "--host", host]) == 2
+    assert "--behind-proxy" in capsys.readouterr().err
 
 
 def test_a_card_comes_back(deep, tmp_path):
@@ -245,30 +270,24 @@ def test_sessions_are_separate_and_end(card):
         replayed = web.post(f"/sessions/{token}/diagnose", content=body)
         assert replayed.status_code == 410 and "open a new one" in replayed.json()["error"]
         assert web.delete(f"/sessions/{token}").status_code == 410
-        assert web.delete("/sessions/none").status_code == 404
+        assert web.delete("/sessions/none").status_code == 410
 
 
-def test_limits(card):
-    limits = Limits(sessions=2, session_s=0.4, queries=2, per_minute=30, opened_per_minute=4)
-    with app({"head": card}, limits) as web:
+def test_films_of_a_session_and_sessions_of_a_worker_have_limits(card):
+    with app({"head": card}, dataclasses.replace(NO_LIMITS, sessions=2, queries=2)) as web:
         client, token = opened(web)
         body = join(client.encrypt(film()))
-        ask = lambda: web.post(f"/sessions/{token}/diagnose", content=body)  # noqa: E731
-        assert [ask().status_code for _ in range(3)] == [200, 200, 410]
-        opened(web)
-        opened(web)  # the first is closed for it
-        assert ask().status_code == 410 and web.get("/health").json()["sessions"] == 2
-        _, last = opened(web)
-        refused = web.post("/models/head/sessions", content=client.public())
-        assert refused.status_code == 429 and int(refused.headers["Retry-After"]) >= 1
-        time.sleep(0.5)
-        assert web.delete(f"/sessions/{last}").status_code == 410  # expired
+        ask = lambda: web.post(f"/sessions/{token}/diagnose", content=body).status_code  # noqa: E731
+        assert [ask() for _ in range(3)] == [200, 200, 410]
+        others = [opened(web)[1] for _ in range(2)]  # the first is closed for them
+        assert ask() == 410
+        assert [web.delete(f"/sessions/{each}").status_code for each in (token, *others)] == [410, 204, 204]
 
 
 def test_keys_of_all_sessions_have_a_limit(card, deep):
     cards = {"head": card, "net": deep}
-    of_both = sum(most_key_bytes(packing) for packing in Service(cards).packings.values())
-    with app(cards, dataclasses.replace(NO_LIMITS, key_bytes=of_both)) as web:
+    of_net = len(CkksClient(CkksServer(deep.network(), (1, 32, 32)).packing).public())
+    with app(cards, dataclasses.replace(NO_LIMITS, key_bytes=of_net + 50_000)) as web:
         tokens = [opened(web, name)[1] for name in ("head", "net", "head", "net", "head")]
         # Beside a net one head has room: what was used last stays.
         assert [web.delete(f"/sessions/{token}").status_code for token in tokens] == [410, 410, 410, 204, 204]
@@ -294,24 +313,35 @@ def test_a_fault_of_the_service_is_a_sentence_and_a_line_in_the_log(card, caplog
         assert web.post(f"/sessions/{token}/diagnose", content=join(client.encrypt(film()))).status_code == 200
 
 
-def test_queries_in_a_minute_are_limited(card):
-    with app({"head": card}, Limits(per_minute=2)) as web:
-        client, token = opened(web)
-        body = join(client.encrypt(film()))
-        other, token_2 = opened(web)  # a second session buys no more
+@pytest.fixture
+def still(monkeypatch):
+    """A clock at the start of a minute."""
+    monkeypatch.setattr(time, "monotonic", lambda: 6000.0)
+
+
+def test_queries_in_a_minute_are_limited(card, still, monkeypatch):
+    with app({"head": card}, dataclasses.replace(NO_LIMITS, per_minute=2, opened_per_minute=2)) as web:
+        (client, token), (other, token_2) = opened(web), opened(web)  # a second session buys no more
+        body, body_2 = join(client.encrypt(film())), join(other.encrypt(film()))
         answers = [web.post(f"/sessions/{token}/diagnose", content=body) for _ in range(2)]
-        answers.append(web.post(f"/sessions/{token_2}/diagnose", content=join(other.encrypt(film()))))
+        answers.append(web.post(f"/sessions/{token_2}/diagnose", content=body_2))
         assert [a.status_code for a in answers] == [200, 200, 429]
-        assert "in a minute" in answers[2].json()["error"] and 50 < int(answers[2].headers["Retry-After"]) <= 60
+        assert "in a minute" in answers[2].json()["error"] and answers[2].headers["Retry-After"] == "60"
+        assert web.post("/models/head/sessions", content=client.public()).status_code == 429
+        monkeypatch.setattr(time, "monotonic", lambda: 6060.0)
+        assert web.post(f"/sessions/{token_2}/diagnose", content=body_2).status_code == 200
 
 
-def test_another_address_in_a_header_buys_nothing(card):
-    with listening({"head": card}, Limits(opened_per_minute=2)) as port, httpx.Client() as web:
-        statuses = [
-            web.post(f"http://127.0.0.1:{port}/models/head/sessions", headers={"X-Forwarded-For": f"10.0.0.{k}"})
-            for k in range(3)
-        ]
-        assert [answer.status_code for answer in statuses] == [400, 400, 429]
+@pytest.mark.parametrize(("proxy", "last"), [(None, 429), ("10.1.1.1", 429), ("127.0.0.1", 400)])
+def test_another_address_in_a_header_counts_only_from_the_proxy(card, proxy, last):
+    with listening({"head": card}, Limits(opened_per_minute=2), proxy=proxy) as port, httpx.Client() as web:
+        statuses = []
+        while len(statuses) < 3:
+            if time.monotonic() % 60 > 55:
+                time.sleep(5)
+            url, header = f"http://127.0.0.1:{port}/models/head/sessions", f"10.0.0.{len(statuses)}"
+            statuses.append(web.post(url, headers={"X-Forwarded-For": header}).status_code)
+        assert statuses == [400, 400, last]
 
 
 # --- TLS --------------------------------------------------------------------------------------------------------------
@@ -319,28 +349,24 @@ def test_another_address_in_a_header_buys_nothing(card):
 
 @pytest.fixture(scope="module")
 def tls(tmp_path_factory) -> dict[str, str]:
-    """A self-signed certificate for this machine, its key, and the key of another."""
+    """A self-signed certificate for this machine, and its key."""
     folder = tmp_path_factory.mktemp("tls")
-    keys = {name: ec.generate_private_key(ec.SECP256R1()) for name in ("key", "other")}
+    key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
     now = datetime.datetime.now(datetime.UTC)
-    builder = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(keys["key"].public_key())
+    builder = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
     builder = builder.serial_number(x509.random_serial_number())
     builder = builder.not_valid_before(now - datetime.timedelta(hours=1)).not_valid_after(now + datetime.timedelta(1))
     names = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
-    certificate = builder.add_extension(names, False).sign(keys["key"], hashes.SHA256())
+    certificate = builder.add_extension(names, False).sign(key, hashes.SHA256())
     (folder / "certificate").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    for which, key in keys.items():
-        (folder / which).write_bytes(
-            key.private_bytes(
-                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-            )
-        )
+    pem = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    (folder / "key").write_bytes(key.private_bytes(*pem))
     return {path.name: str(path) for path in folder.iterdir()}
 
 
 def test_tls_carries_a_diagnosis_to_those_who_trust_the_certificate(card, tls):
-    with listening({"head": card}, certfile=tls["certificate"], keyfile=tls["key"]) as port:
+    with listening({"head": card}, tls=(tls["certificate"], tls["key"])) as port:
         url = f"https://127.0.0.1:{port}"
         with RemoteServer(url, ca_file=tls["certificate"], decimals=6) as server:
             plain = weights_of(card) @ film()
@@ -351,14 +377,8 @@ def test_tls_carries_a_diagnosis_to_those_who_trust_the_certificate(card, tls):
             RemoteServer(url.replace("https", "http"), retries=0)
 
 
-def test_bad_certificates_get_a_sentence(card, tls, tmp_path, capsys):
-    from primia_lite.apps.cli import main
-
+def test_bad_certificates_get_a_sentence(tmp_path):
     (tmp_path / "text").write_text("x")
-    model = str(card.save(tmp_path / "good.pt"))
-    for certificate, key in (("/nope", "/nope"), (tls["certificate"], "/nope"), (tls["certificate"], tls["other"])):
-        assert main(["serve", model, "--certfile", certificate, "--keyfile", key]) == 2
-        assert "give a certificate and its own key" in capsys.readouterr().err
     for ca_file in ("/nope", str(tmp_path / "text")):
         with pytest.raises(UserError, match="give"):
             RemoteServer("https://127.0.0.1:9", ca_file=ca_file)
@@ -408,12 +428,12 @@ def test_what_seal_cannot_compute_is_the_client_s_fault(card, monkeypatch, error
         def fails(*_):
             raise error("not enough keys")
 
-        monkeypatch.setattr(service.workers[0].store.servers["head"], "kernel", fails)
+        monkeypatch.setattr(service.workers[0].servers["head"], "kernel", fails)
         answer = web.post(f"/sessions/{token}/diagnose", content=join(client.encrypt(film())))
         assert answer.status_code == 400 and "not enough keys" in answer.json()["error"]
 
 
-def test_large_bodies_are_cut_early(card):
+def test_large_slow_and_broken_bodies_cost_nobody_else(card):
     sent = 0
 
     def endless():
@@ -422,37 +442,22 @@ def test_large_bodies_are_cut_early(card):
             sent += 1 << 20
             yield bytes(1 << 20)
 
-    with running({"head": card}, limits=False) as (url, process), httpx.Client(base_url=url, timeout=20) as web:
-        before = psutil.Process(process.pid).memory_info().rss
-        client = CkksClient(packing_from(web.get("/models").json()["head"]["packing"]))
-        token = web.post("/models/head/sessions", content=client.public()).json()["session"]
-        for path in (f"/sessions/{token}/diagnose", "/models/head/sessions"):
-            declared = web.post(path, content=bytes(5 << 20))
-            assert declared.status_code == 413 and "larger than" in declared.json()["error"]
-            sent = 0
-            assert web.post(path, content=endless()).status_code == 413
-            assert sent < 60 << 20
-        assert psutil.Process(process.pid).memory_info().rss - before < 16 << 20
-        assert web.get("/health").json()["status"] == "ok"
-        good = web.post(f"/sessions/{token}/diagnose", content=join(client.encrypt(film())))
-        assert good.status_code == 200
-
-
-def test_slow_and_broken_bodies_cost_nobody_else(card):
-    with running({"head": card}, limits=False) as (url, _):
-        port = int(url.rsplit(":", 1)[1])
-        request = b"POST /models/head/sessions HTTP/1.1\r\nHost: x\r\nContent-Length: 5000\r\n\r\nabc"
-        lines = [socket.create_connection(("127.0.0.1", port)) for _ in range(20)]
+    request = b"POST /models/head/sessions HTTP/1.1\r\nHost: x\r\nContent-Length: 5000\r\n\r\nabc"
+    with listening({"head": card}) as port, contextlib.ExitStack() as stack:
+        before = psutil.Process().memory_info().rss
+        lines = [stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(20)]
         for line in lines:
             line.sendall(request)
-        lines.pop().close()  # a client that leaves
-        with socket.create_connection(("127.0.0.1", port)) as line:
-            line.sendall(b"\x00\xff\r\n\r\n")
-            assert b"400" in line.recv(100)
-        with RemoteServer(url, decimals=6) as server:
-            assert np.isfinite(server.diagnose(film())).all()
-        for line in lines:
-            line.close()
+        lines[0].close()  # a client that leaves
+        lines[1].sendall(b"\x00\xff" * 5000)
+        server = stack.enter_context(RemoteServer(f"http://127.0.0.1:{port}", decimals=6))
+        web = stack.enter_context(httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20))
+        for path in (f"/sessions/{server.open()}/diagnose", "/models/head/sessions"):
+            for body in (bytes(5 << 20), endless()):
+                with contextlib.suppress(httpx.TransportError):  # one that goes on writing may miss the answer
+                    assert web.post(path, content=body).status_code == 413
+        assert 0 < sent < 60 << 20 and psutil.Process().memory_info().rss - before < 64 << 20
+        np.testing.assert_allclose(server.diagnose(film()), weights_of(card) @ film(), atol=1e-5)
 
 
 async def post(service: Service, path: str, receive) -> tuple[int, bytes]:
@@ -466,28 +471,6 @@ async def post(service: Service, path: str, receive) -> tuple[int, bytes]:
              "root_path": "", "client": ("here", 1), "http_version": "1.1", "scheme": "http"}  # fmt: skip
     await service.app(scope, receive, send)
     return sent[0]["status"], sent[1]["body"]
-
-
-def test_silent_connections_make_room_for_others(card):
-    with listening({"head": card}, dataclasses.replace(NO_LIMITS, head_s=4.0)) as port, contextlib.ExitStack() as stack:
-        url = f"http://127.0.0.1:{port}/health"
-        kept = stack.enter_context(httpx.Client())
-        assert kept.get(url).status_code == 200
-        lines = [stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(300)]
-        slow = lines[-1]
-        slow.sendall(b"GET /health HTTP/1.1\r\n")
-        time.sleep(0.5)
-        assert httpx.get(url).status_code == 503
-        for _ in range(25):  # a byte now and then buys no time
-            with contextlib.suppress(OSError):
-                slow.sendall(b"x")
-            time.sleep(0.2)
-        assert httpx.get(url).status_code == 200
-        assert kept.get(url).status_code == 200  # between two requests there is more time
-        for line in lines:
-            line.settimeout(1)
-            with contextlib.suppress(ConnectionResetError):
-                assert line.recv(1) == b""
 
 
 def test_a_body_has_so_long_to_come(card):
@@ -513,8 +496,8 @@ def test_slow_bodies_together_do_not_pass_the_limit_of_queries(card):
         async def keys():
             return {"type": "http.request", "body": client.public(), "more_body": False}
 
-        assert (await post(service, "/models/head/sessions", keys))[0] == 201
-        (token,), all_are_in = service.open, asyncio.Event()
+        status, answer = await post(service, "/models/head/sessions", keys)
+        token, all_are_in = json.loads(answer)["session"], asyncio.Event()
 
         async def late():
             await all_are_in.wait()
@@ -523,9 +506,9 @@ def test_slow_bodies_together_do_not_pass_the_limit_of_queries(card):
         asked = [asyncio.create_task(post(service, f"/sessions/{token}/diagnose", late)) for _ in range(5)]
         await asyncio.sleep(0.05)
         all_are_in.set()
-        return [status for status, _ in await asyncio.gather(*asked)]
+        return [status, *(status for status, _ in await asyncio.gather(*asked))]
 
-    assert sorted(asyncio.run(ask_together())) == [200, 200, 410, 410, 410]
+    assert sorted(asyncio.run(ask_together())) == [200, 200, 201, 410, 410, 410]
 
 
 def test_bodies_that_come_at_once_have_a_limit(card):
@@ -552,70 +535,55 @@ def test_bodies_that_come_at_once_have_a_limit(card):
 
 
 @pytest.mark.slow
-def test_a_worker_that_dies_costs_its_sessions_only_and_is_replaced_when_that_is_possible(card, monkeypatch):
-    service = Service({"head": card}, Limits(timeout_s=5.0), workers=2)
-    with TestClient(service.app) as web:
-        first, second = (RemoteServer("http://testserver", decimals=6, transport=web._transport) for _ in range(2))
+def test_a_worker_that_dies_or_hangs_costs_its_sessions_only_and_is_replaced_when_that_is_possible(
+    card, deep, monkeypatch
+):
+    service = Service({"head": card, "net": deep}, Limits(timeout_s=2.0), workers=2)
+    with TestClient(service.app) as web, ThreadPoolExecutor() as pool:
+        remote = lambda name: RemoteServer(  # noqa: E731
+            "http://testserver", name, decimals=6, transport=web._transport
+        )
+        first, second, third = remote("head"), remote("head"), remote("net")
         right = first.diagnose(film())
         np.testing.assert_allclose(second.diagnose(film()), right, atol=1e-5)
-        (one, other), kept, pid = service.workers, second.token, service.workers[0].pid
-        assert [entry.worker for entry in service.open.values()] == [one, other]
+        one, other = service.workers
+        kept, pid = second.token, one.pid
         os.kill(pid, signal.SIGKILL)
         np.testing.assert_allclose(first.diagnose(film()), right, atol=1e-5)  # in a new session
         np.testing.assert_allclose(second.diagnose(film()), right, atol=1e-5)
         assert one.pid != pid and second.token == kept
-        body = join(first.client.encrypt(film()))
+
+        while third.open()[0] != "0":  # among the first worker's sessions
+            third.close()
+            third = remote("net")
+        ask = lambda token, body: web.post(f"/sessions/{token}/diagnose", content=body)  # noqa: E731
+        large = join(third.client.encrypt(np.full((32, 32), 0.1)))
+        assert len(large) > 250_000  # more than a pipe holds
+        os.kill(pid := one.pid, signal.SIGSTOP)
+        waiting = [pool.submit(ask, third.token, large) for _ in range(2)]
+        time.sleep(0.2)
+        started = time.monotonic()
+        np.testing.assert_allclose(second.diagnose(film()), right, atol=1e-5)
+        assert time.monotonic() - started < 1.5 and second.token == kept
+        answers = [future.result(60) for future in waiting]
+        assert {answer.status_code for answer in answers} <= {503, 410}
+        assert any("took more than 2 s" in answer.text for answer in answers)
+        assert one.pid != pid and ask(third.token, large).status_code == 410
+
+        body = join(second.client.encrypt(film()))
         with monkeypatch.context() as patch:
             patch.setattr(workers, "work", hostile.dies)
-            os.kill(one.pid, signal.SIGKILL)
-            answer = web.post(f"/sessions/{first.token}/diagnose", content=body)
+            os.kill(other.pid, signal.SIGKILL)
+            answer = ask(kept, body)
             assert answer.status_code == 503 and "ended" in answer.json()["error"]
-            assert list(service.open) == [kept]
         statuses = {web.post("/models/head/sessions", content=first.client.public()).status_code for _ in range(4)}
         assert statuses == {503, 201}  # one call finds it dead, and it starts
         pids = [worker.pid for worker in service.workers]
     assert not any(map(psutil.pid_exists, pids))
 
 
-@pytest.mark.slow
-def test_a_hung_worker_keeps_nobody_from_another(card, deep):
-    service = Service({"head": card, "net": deep}, Limits(timeout_s=2.0), workers=2)
-    with TestClient(service.app) as web, ThreadPoolExecutor() as pool:
-        clients, tokens = zip(*[opened(web, name) for name in ("net", "head", "net", "head")], strict=True)
-        hung, healthy = service.workers
-        assert [entry.worker for entry in service.open.values()] == [hung, healthy] * 2
-        large, small = join(clients[0].encrypt(np.full((32, 32), 0.1))), join(clients[1].encrypt(film()))
-        assert len(large) > 250_000  # more than a pipe holds
-        ask = lambda token, body: web.post(f"/sessions/{token}/diagnose", content=body)  # noqa: E731
-        assert ask(tokens[0], large).status_code == ask(tokens[1], small).status_code == 200
-        pid = hung.pid
-        os.kill(pid, signal.SIGSTOP)
-        waiting = [pool.submit(ask, tokens[0], large) for _ in range(2)]
-        while service.waiting[hung] < 2:
-            time.sleep(0.01)
-        started = time.monotonic()
-        assert web.delete(f"/sessions/{tokens[2]}").status_code == 204
-        for token in (tokens[1], tokens[3]):
-            assert ask(token, small).status_code == 200
-        assert time.monotonic() - started < 1.5
-        answers = [future.result(60) for future in waiting]
-        assert [answer.status_code for answer in answers] == [503, 503]
-        assert any("took more than 2 s" in answer.text for answer in answers)
-        assert hung.pid != pid and list(service.open) == [tokens[1], tokens[3]]
-
-
-def test_a_session_that_its_worker_lost_ends(card):
-    service = Service({"head": card}, NO_LIMITS)
-    with TestClient(service.app) as web:
-        client, token = opened(web)
-        service.workers[0].store.sessions.clear()
-        for _ in range(2):
-            answer = web.post(f"/sessions/{token}/diagnose", content=join(client.encrypt(film())))
-            assert answer.status_code == 410 and not service.open
-
-
 def test_masks_are_made_in_idle_time(card):
-    worker = Worker({"head": card}, 1 << 20)
+    worker = Worker({"head": card}, BOUNDS, 1 << 20)
     try:
         client = CkksClient(LinearPacking(FEATURES, 3), decimals=6)
         worker.call("open", "head", "token", client.public())
@@ -630,26 +598,12 @@ def test_masks_are_made_in_idle_time(card):
             worker.call("diagnose", "token", join(client.encrypt(film())))
     finally:
         worker.stop()
-    store = SessionStore({"head": card})
+    store = InProcess({"head": card}, BOUNDS)
     for token in "ab":
         store.open("head", token, client.public())
     while store.prepare():
         pass
-    assert [session.prepared for session in store.sessions.values()] == [2, 2]
-
-
-@pytest.mark.slow
-def test_many_hospitals_at_once(card, monkeypatch):
-    monkeypatch.syspath_prepend(repo_root() / "benchmarks")
-    from _service_load import load_test
-
-    with running({"head": card}, limits=False) as (url, process):
-        load_test(url, requests=100)  # what memory the first requests take stays taken
-        found = load_test(url, requests=800, pid=process.pid)
-        assert found["errors"] == [] and len(found["ms"]) == 800
-        np.testing.assert_allclose(found["logits"], found["films"] @ weights_of(card).T, atol=1e-3)
-        assert found["rss_mib"][-1] - found["rss_mib"][0] < 8
-        assert httpx.get(f"{url}/health").json()["sessions"] == 0
+    assert [held.session.prepared for held in store.sessions.values()] == [2, 2]
 
 
 def test_bounds_on_bodies_hold_what_clients_send():
@@ -731,42 +685,53 @@ def stored(part: bytes) -> bytes:
     return wrapped(payload(part))
 
 
-@pytest.mark.slow
-def test_ten_thousand_altered_bodies(card, deep):
-    """Each gets an answer of 4xx, or a reply of the right form, and so do good uploads under altered keys; none gets a
-    5xx, and none ends the service."""
-    rng, counts = np.random.default_rng(0), collections.Counter()
-    with app({"head": card, "net": deep}) as web:
-        sources = {}
-        for name, x in (("head", film()), ("net", np.full((32, 32), 0.1))):
-            client, token = opened(web, name)
-            uploads, good = client.encrypt(x), f"/sessions/{token}/diagnose"
-            keys = split_keys(client.public(), client.packing)
-            for form in (bytes, stored):
-                for what, path, parts in (("keys", f"/models/{name}/sessions", keys), ("films", good, uploads)):
-                    parts = [form(part) for part in parts]
-                    body = join_keys(client.packing, parts) if what == "keys" else join(parts)
-                    assert web.post(path, content=body).is_success
-                    starts = [0, *(body.index(part) for part in parts)]
-                    sources[name, what, form] = path, body, starts, join(uploads)
-        # A CNN's keys and films cost tens of milliseconds where they are let through.
-        shares = np.array([{"head keys": 8, "head films": 89, "net keys": 1, "net films": 2}[f"{name} {what}"]
-                           for name, what, _ in sources]) / 200  # fmt: skip
-        chosen = rng.choice(len(sources), 10_000, p=shares)
-        for (name, what, _), (path, body, starts, good) in (list(sources.items())[k] for k in chosen):
-            answer = web.post(path, content=hostile.altered(body, rng, starts, most=1))
-            counts[name, what, answer.status_code] += 1
+def test_thousands_of_altered_bodies_get_a_reply_or_a_sentence(card, deep):
+    """Films and keys, also a CNN's, compressed or not; and good uploads under altered keys that were let through. Most
+    go straight to what a worker calls, one in ten by HTTP, where a refusal is a 4xx."""
+    rng, counts, sources, shares_of = np.random.default_rng(0), collections.Counter(), [], []
+    service = Service({"head": card, "net": deep}, NO_LIMITS)
+    (store,) = service.workers
+    with TestClient(service.app) as web:
+
+        def asked(by_http, what, *arguments):
+            """Whether a body is let through, and the reply."""
+            if not by_http:
+                try:
+                    return True, store.call(what, *arguments)
+                except CiphertextError as error:
+                    assert str(error)
+                    return False, b""
+            paths = {"open": f"/models/{arguments[0]}/sessions", "diagnose": f"/sessions/{arguments[0]}/diagnose"}
+            answer = web.post(paths[what], content=arguments[-1])
             assert answer.status_code in (200, 201, 400, 413), answer.text
-            if answer.status_code == 200:
-                assert len(split(answer.content)) == 1
-            elif answer.status_code == 201:
-                session = f"/sessions/{answer.json()['session']}"
-                assert web.post(f"{session}/diagnose", content=good).status_code in (200, 400)
-                web.delete(session)
-        assert web.get("/health").json()["status"] == "ok"
-        for path, body, *_ in sources.values():
-            assert web.post(path, content=body).is_success
-    # Enough of each kind is refused, and let through.
-    for name, what, fine, least in (("head", "keys", 201, 50), ("head", "films", 200, 500), ("net", "films", 200, 10),
-                                    ("net", "keys", 201, 5)):  # fmt: skip
-        assert min(counts[name, what, fine], counts[name, what, 400]) > least, counts
+            return answer.is_success, answer.content
+
+        # A CNN's keys and films cost tens of milliseconds where they are let through.
+        for name, x, shares in (("head", film(), (16, 178)), ("net", np.full((32, 32), 0.1), (2, 4))):
+            client, token = opened(web, name)
+            uploads, keys = client.encrypt(x), split_keys(client.public(), client.packing)
+            for form in (bytes, stored):
+                for what, parts, share in (("open", keys, shares[0]), ("diagnose", uploads, shares[1])):
+                    parts = [form(part) for part in parts]
+                    body = join_keys(client.packing, parts) if what == "open" else join(parts)
+                    given = (name, "altered") if what == "open" else (token,)
+                    sources.append((what, name, given, body, [0, *(body.index(part) for part in parts)], join(uploads)))
+                    shares_of.append(share)
+        shares_of = np.array(shares_of) / sum(shares_of)
+        for number, k in enumerate(rng.choice(len(sources), 5000, p=shares_of)):
+            what, name, given, body, starts, good = sources[k]
+            by_http = number % 10 == 0
+            fine, reply = asked(by_http, what, *given, hostile.altered(body, rng, starts, most=1))
+            counts[name, what, fine] += 1
+            if fine and what == "diagnose":
+                assert len(split(reply)) == 1
+            elif fine:
+                token = json.loads(reply)["session"] if by_http else "altered"
+                asked(by_http, "diagnose", token, good)
+                store.close(token)
+        for what, _, given, body, *_ in sources:
+            assert asked(True, what, *given, body)[0]
+    # Enough of each kind is refused, and let through; of a CNN's keys few that were altered are.
+    assert counts["net", "open", False] > 20
+    for name, what, least in (("head", "open", 10), ("head", "diagnose", 200), ("net", "diagnose", 2)):
+        assert min(counts[name, what, fine] for fine in (True, False)) >= least, counts
