@@ -27,21 +27,18 @@ class Training:
     Attributes
     ----------
     model : ``litenet``, ``scatternet``, ``ckksnet`` or ``resnet18``
-    n_classes : number of classes
-    learning_rate : step size of SGD
+    learning_rate, momentum, weight_decay : of local SGD
     sample_rate : q in (0, 1]; a step sees q times the declared number of patients (or films, where they are the unit)
         on average under DP, and exactly q times the films otherwise
     local_steps : steps between two synchronisations; or
     local_epochs : passes over the films between two synchronisations (one epoch is round(1 / q) steps)
-    momentum, weight_decay : of local SGD
     label_smoothing : share of each label that is spread over all classes (Szegedy et al. 2016)
     class_weights : None, ``"balanced"`` (from the hospital's own counts: not with DP), or one public number per class
-    model_options : the network's own, by name (see :mod:`primia_lite.models.networks`)
     max_grad_norm : without DP, clips each patient's gradient to this L2 norm and samples patients as DP-SGD does, but
         adds no noise: what clipping alone does to training. It protects nobody. With DP ``Privacy`` says it
     augmentation : any of ``flip``, ``shift``, ``jitter``, ``stretch`` (see :mod:`primia_lite.data.augmentation`) and
-        ``mixup`` (Zhang et al. 2018; not with DP: it blends films, so that no step's sensitivity to one film is bounded
-        by clipping)
+        ``mixup`` (Zhang et al. 2018; not with DP: clipping doesn't bound what one film adds to blended ones)
+    model_options : the network's own, by name (see :mod:`primia_lite.models.networks`)
     """
 
     model: str = "litenet"
@@ -70,8 +67,7 @@ class Training:
             raise UserError(f"label_smoothing is {self.label_smoothing}: it must be in [0, 1)")
         if self.max_grad_norm is not None and not 0 < self.max_grad_norm < float("inf"):
             raise UserError(f"max_grad_norm is {self.max_grad_norm}: leave it out, or take a number above 0")
-        unknown = set(self.augmentation) - set(aug.AUGMENTATIONS)
-        if unknown:
+        if unknown := set(self.augmentation) - set(aug.AUGMENTATIONS):
             raise UserError(f"unknown augmentation {sorted(unknown)}: choose from {', '.join(aug.AUGMENTATIONS)}")
         if isinstance(self.class_weights, str) and self.class_weights != "balanced":
             raise UserError(f"class_weights is {self.class_weights!r}: use None, 'balanced', or one number per class")
@@ -117,21 +113,13 @@ def train(
 ) -> list[float]:
     """Take ``training.steps_per_round`` steps of SGD, or of DP-SGD, in place.
 
-    Parameters
-    ----------
-    expected_batch
-        Public denominator of a step's gradient under DP: sample rate times the declared number of units.
-
-    Returns
-    -------
-    Mean loss of each step (nan for an empty batch). Private: it stays with the hospital.
+    ``expected_batch`` is the public denominator of a step's gradient under DP: sample rate times the declared number of
+    units. Gives the mean loss of each step (nan for an empty batch), which is private: it stays with the hospital.
 
     Raises
     ------
     TrainingError
         The loss is no longer finite.
-    UserError
-        Options that contradict DP, or a model that DP-SGD can't train.
     """
     check_options(training, privacy)
     weight, shuffle, n_steps = _class_weights(training, films.labels), _shuffle(rng), training.steps_per_round
@@ -170,19 +158,13 @@ def private_share(
 ) -> dict[str, torch.Tensor]:
     """A hospital's part of a step with shared noise, int64 by name: :meth:`primia_lite.privacy.shared.Quantizer.share`.
 
-    The model isn't changed, weight decay is the server's matter, and no loss is given: it is private.
-
-    Parameters
-    ----------
-    declared
-        The hospital's declared number of units.
+    ``declared`` is its number of units. The model isn't changed, weight decay is the server's matter, and no loss is
+    given: it is private.
 
     Raises
     ------
     TrainingError
         A gradient isn't finite.
-    UserError
-        Options that contradict shared noise, or a model that DP-SGD can't train or of another size.
     """
     check_options(training, privacy)
     weight, unit = _class_weights(training, films.labels), privacy.unit
@@ -203,19 +185,18 @@ def _refusing(where: str, training: Training) -> Iterator[None]:
     try:
         yield
     except FloatingPointError as error:
-        raise TrainingError(
-            f"{error} {where}: the step is refused, its budget stays spent; {_remedy(training)}"
-        ) from error
+        why = f"{error} {where}: the step is refused, its budget stays spent; {_remedy(training)}"
+        raise TrainingError(why) from error
 
 
 def _remedy(training: Training) -> str:
     return f"lower learning_rate (now {training.learning_rate}), or check the films for values that aren't finite"
 
 
-# Networks that are trained whole see so many films at once; a linear head as many as the processor's cache holds, since
-# each row is read twice.
-PART_FILMS = 256
-CACHE_BYTES = 8 * 2**20
+PART_FILMS = 256  # at once, in networks that are trained whole
+CACHE_BYTES = (
+    8 * 2**20
+)  # of films at once before a linear head: what the processor's cache holds, as rows are read twice
 
 
 def _plain_step(model: nn.Module, optimizer: torch.optim.Optimizer, index: torch.Tensor, losses_of) -> float:

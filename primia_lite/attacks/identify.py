@@ -25,9 +25,9 @@ from primia_lite.attacks.view import State
 from primia_lite.config import UserError
 from primia_lite.data.films import Films
 from primia_lite.privacy.accounting import Release
+from primia_lite.privacy.accounting.guarantees import tpr_upper_bound
 from primia_lite.privacy.clipping import clipped_sum
-from primia_lite.privacy.dpsgd import PoissonBatch, check_model
-from primia_lite.privacy.guarantees import tpr_upper_bound
+from primia_lite.privacy.dpsgd import PoissonBatch
 from primia_lite.runtime import in_notebook, torch_threads
 from primia_lite.training import Training, check_options, private_rows
 
@@ -73,7 +73,7 @@ def clipped_gradients(state: State, films: Films, training: Training, max_grad_n
     check_options(training, privacy)
     model = models.build(training.model, training.n_classes, films.inputs.shape[2:], **training.model_options)
     model.load_state_dict(state)
-    check_model(model.train())
+    model.train()
     weight = None if training.class_weights is None else torch.tensor(training.class_weights, dtype=torch.float32)
     batch = PoissonBatch(torch.tensor([0]), 1.0)
     out = torch.empty(len(films), sum(p.numel() for p in model.parameters() if p.requires_grad))

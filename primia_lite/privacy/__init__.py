@@ -9,7 +9,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "accounting": _ACCOUNTING,
-        "guarantees": _GUARANTEES,
+        "accounting.guarantees": _GUARANTEES,
         "dpsgd": ["Privacy", "poisson_batches"],
         "ledger": ["Ledger"],
         "noise": ["discrete_gaussian", "local_noise", "rounded_gaussian"],

@@ -22,28 +22,21 @@ from torch import nn
 from primia_lite.config import UserError
 from primia_lite.privacy.row_gradients import PRODUCTS, columns_of, deltas_of, own_parameters, padded, row_gradients
 
-# What is worked on at once, so that the processor's cache holds it; and what all layers together may keep.
-PART_BYTES = 4 * 2**20
-MATERIALISED_BYTES = 256 * 2**20
-# Multiplications in the time that it takes to write a number of a unit's gradient and to read it twice; and those that
-# one of the ghost way is worth.
-MATERIALISING_COST = 60
-GHOST_COST = 1
-# So many times longer than its sum may the products of a unit be together before they count as its norm.
-_CANCELLING = 64
+PART_BYTES = 4 * 2**20  # worked on at once, so that the processor's cache holds it
+MATERIALISED_BYTES = 256 * 2**20  # what all layers together may keep
+MATERIALISING_COST = 60  # multiplications in the time that it takes to write a number of a gradient and read it twice
+GHOST_COST = 1  # multiplications that one of the ghost way is worth
+_CANCELLING = 64  # so many times longer than its sum may a unit's products be before they count as its norm
 
 
 @dataclass
 class _Use:
-    """One call of a layer: its inputs, and the gradient of its output [R, ...] once that is known."""
+    """One call of a layer: its input [R, ...], and the gradient of its output once that is known."""
 
-    inputs: tuple[torch.Tensor, ...]
-    versions: list[int]
+    x: torch.Tensor
+    version: int
     edge: torch.autograd.graph.GradientEdge
     gradient: torch.Tensor | None = None
-
-    def of(self, rows) -> tuple[list[torch.Tensor], torch.Tensor]:
-        return [x.detach()[rows] for x in self.inputs], self.gradient[rows]
 
 
 @dataclass(frozen=True)
@@ -82,29 +75,22 @@ def clipped_sum(
     n_units: int,
     max_grad_norm: float,
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
-    """Sum over units of each unit's gradient, clipped to an L2 norm of ``max_grad_norm``.
-
-    The factor is min(1, C / norm); Opacus divides by norm + 1e-6. Sums over disjoint sets of units add up: a batch too
-    large for the memory can be worked through in parts.
+    """Sum over units of each unit's gradient, clipped to an L2 norm of C: times min(1, C / norm).
 
     Parameters
     ----------
     losses
-        Runs the model forward once on R rows, and gives the loss of each [R], weighted such that a unit's rows add up
-        to its loss. No row's loss may depend on another row, nor on a parameter other than by calling its layer.
+        Runs the model forward once on R rows, and gives the loss of each [R]; a unit's rows add up to its loss. No
+        row's loss may depend on another row, nor on a parameter other than by calling its layer.
     unit : int64 [R], the owner of each row, in 0..n_units-1
+    max_grad_norm : C
 
     Returns
     -------
     The sum by name of parameter, for those that require a gradient (``.grad`` is left alone); the norms [n_units]
     before clipping, not finite where a gradient isn't, which the caller has to check; the losses [R], detached.
-
-    Raises
-    ------
-    UserError
-        A layer that can't be clipped.
     """
-    layers = _trained_layers(model)
+    layers = trained_layers(model)
     with _captured(layers) as uses:
         each = losses(model)
     if each.shape != unit.shape:
@@ -137,28 +123,29 @@ def clipped_sum(
 # --- which layers there are, and what they saw ------------------------------------------------------------------------
 
 
-def _trained_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers that own parameters to train; raise UserError for one that can't be clipped."""
-    from opacus import GradSampleModule  # slow to import, and a linear head needs none of it
-
+def trained_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that own parameters to train, by name; UserError, naming layer and fix, for a model that mixes films
+    (BatchNorm) or whose gradients can't be clipped."""
     layers, owner = {}, {}
     for name, layer in model.named_modules():
-        own = own_parameters(layer)
-        # Other names in a layer of torch: its weight is made from them (weight_norm).
-        plain = own.keys() <= {"weight", "bias"} or not type(layer).__module__.startswith("torch.")
-        if own and not (plain and type(layer) in GradSampleModule.GRAD_SAMPLERS):
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            raise UserError(
+                f"layer {name!r} is {type(layer).__name__}: it mixes the films of a batch, so that no film's gradient "
+                "is its own. Replace it by GroupNorm: model = opacus.validators.ModuleValidator.fix(model)"
+            )
+        if not (own := own_parameters(layer)):
+            continue
+        # Other names, and its weight is made from them (weight_norm).
+        if type(layer) not in (*PRODUCTS, nn.GroupNorm) or not own.keys() <= {"weight", "bias"}:
             raise UserError(
                 f"layer {name!r} ({type(layer).__name__}) has parameters {', '.join(own)}, and no known gradient of "
-                "each row: freeze them, or register a sampler with opacus.grad_sample.register_grad_sampler"
+                "each row: freeze them"
             )
-        if own and type(layer) in (nn.Conv1d, nn.Conv3d) and layer.padding_mode != "zeros":
-            raise UserError(f"layer {name!r} has padding_mode {layer.padding_mode!r}: only 'zeros' is known for it")
         for p in own.values():
             if id(p) in owner:
                 raise UserError(f"layers {owner[id(p)]!r} and {name!r} share a parameter: give each its own")
             owner[id(p)] = name
-        if own:
-            layers[name] = layer
+        layers[name] = layer
     return layers
 
 
@@ -169,12 +156,12 @@ def _captured(layers: dict[str, nn.Module]) -> Iterator[dict[str, list[_Use]]]:
 
     def record(name):
         def hook(_, inputs, output):
-            if inputs and output.requires_grad:
+            if not inputs:
+                raise UserError(f"layer {name!r} is called with keywords: give its input by position")
+            if output.requires_grad:
                 # The edge, not the output: an activation in place would change what the output stands for.
                 edge = torch.autograd.graph.get_gradient_edge(output)
-                uses[name].append(_Use(inputs, [x._version for x in inputs], edge))
-            elif not inputs:
-                raise UserError(f"layer {name!r} is called with keywords: give its input by position")
+                uses[name].append(_Use(inputs[0].detach(), inputs[0]._version, edge))
 
         return hook
 
@@ -194,12 +181,12 @@ def _backward(each: torch.Tensor, uses: dict[str, list[_Use]]) -> None:
     if not flat:
         return
     for name, use in flat:
-        if [x._version for x in use.inputs] != use.versions:
+        if use.x._version != use.version:
             raise UserError(f"the input of layer {name!r} is overwritten after use: replace the in-place operation")
     gradients = torch.autograd.grad(each, [use.edge for _, use in flat], torch.ones_like(each), allow_unused=True)
     for (name, use), gradient in zip(flat, gradients, strict=True):
-        if any(len(x) != len(each) for x in use.inputs) or len(each) != len(each if gradient is None else gradient):
-            raise UserError(f"layer {name!r} sees {len(use.inputs[0])} rows for {len(each)} losses: it mixes rows")
+        if len(use.x) != len(each) or len(each) != len(each if gradient is None else gradient):
+            raise UserError(f"layer {name!r} sees {len(use.x)} rows for {len(each)} losses: it mixes rows")
         use.gradient = gradient
 
 
@@ -208,8 +195,6 @@ def _groups(unit: torch.Tensor, n_units: int) -> list[_Group]:
     if len(unit) == n_units and torch.equal(unit, torch.arange(n_units, device=unit.device)):
         return [_Group(slice(None), slice(None), n_units, 1)]
     counts = torch.bincount(unit, minlength=n_units)
-    if len(counts) > n_units:
-        raise UserError(f"unit {int(unit.max())} of {n_units}: units are numbered from 0")
     order = torch.argsort(unit, stable=True)
     owned = counts[unit[order]]
     return [
@@ -227,7 +212,7 @@ def _way(layer, uses, names, groups, unit, zeros, room) -> tuple[_Way, int]:
     numbers = sum(getattr(layer, name).numel() for name in names)
     units = sum(group.n for group in groups)
     needed = 4 * units * numbers
-    x, d = uses[0].inputs[0][0], uses[0].gradient[0]
+    x, d = uses[0].x[0], uses[0].gradient[0]
     row_bytes = 4 * (x.numel() + d.numel() + numbers)
     if names == ["weight"] and type(layer) in PRODUCTS:
         # A row's gradient is a product [O, L] x [L, K]: L positions, K inputs of each output (of each channel group).
@@ -247,7 +232,7 @@ def _computed(layer, uses, names, groups, zeros, row_bytes: float, *, materialis
     def gradients() -> Iterator[tuple[_Group, dict[str, torch.Tensor]]]:
         for group in groups:
             for part in group.parts(row_bytes):
-                of_rows = [row_gradients(layer, *use.of(part.rows), names) for use in uses]
+                of_rows = [row_gradients(layer, use.x[part.rows], use.gradient[part.rows], names) for use in uses]
                 yield part, {name: sum(g[name].view(part.n, part.v, -1).sum(1) for g in of_rows) for name in names}
 
     materialised = list(gradients()) if materialise else None
@@ -272,7 +257,7 @@ def _ghost(layer, use: _Use, groups, unit, zeros, row_bytes: float) -> _Way:
     so a 64th of it counts as norm if that is more.
     """
     squares = zeros.clone()
-    x, d = use.inputs[0].detach(), use.gradient
+    x, d = use.x, use.gradient
     for group in groups:
         for part in group.parts(row_bytes + 8 * group.v * (d[0].numel() // len(layer.weight)) ** 2):
             grams = []

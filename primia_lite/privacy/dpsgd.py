@@ -20,7 +20,7 @@ from torch import nn
 from primia_lite.config import UserError
 from primia_lite.data.films import Films
 from primia_lite.privacy.accounting import Release, calibrate_noise_multiplier, epsilon
-from primia_lite.privacy.clipping import clipped_sum
+from primia_lite.privacy.clipping import clipped_sum, trained_layers
 from primia_lite.privacy.ledger import check_budget
 from primia_lite.privacy.linear_head import LinearGhostClipping
 from primia_lite.privacy.noise import local_noise
@@ -38,10 +38,8 @@ class Privacy:
     max_grad_norm : C, the L2 norm to which each unit's gradient is clipped
     target_epsilon, target_delta : the budget of a hospital; a step that would exceed it is refused. With ``shared`` the
         ledger counts at this δ, and :meth:`promised_delta` is what holds in all
-    unit : what may be there or empty without anybody's knowing: a ``patient`` (with all their films at the hospital) or
-        a ``film``
-    planned : sample rate and number of steps where they are fixed in advance; without them the ledger counts by a
-        filter
+    unit : what may be there or empty unnoticed: a ``patient`` (with all their films at the hospital) or a ``film``
+    planned : sample rate and number of steps, if fixed in advance; without them the ledger counts by a filter
     also : other releases that are planned beside the steps
     shared : how hospitals make the noise together, as whole numbers within a secure sum; None: each by itself
     """
@@ -79,18 +77,12 @@ class Privacy:
         Parameters
         ----------
         spare_steps
-            Room for steps that are charged a second time: a run that is killed between charge and release computes
-            that round anew, and without room for it could not end.
+            Room for steps that are charged twice: a run that is killed between charge and release computes that round
+            anew.
         target_delta
-            What holds in all. With ``shared`` noise the result's is less by what whole-number noise costs (see
-            :mod:`primia_lite.privacy.shared`).
+            What holds in all. With ``shared`` noise the result's is less, by what whole-number noise costs.
         options
             ``max_grad_norm``, ``unit``, ``also``, ``shared``, as of :class:`Privacy`.
-
-        Raises
-        ------
-        UserError
-            The budget is out of reach, or whole-number noise alone costs more than ``target_delta``.
         """
         steps += spare_steps
         also, slack = tuple(options.pop("also", ())), 0.0
@@ -134,7 +126,7 @@ class Privacy:
         return epsilon(self.release(sample_rate, steps), self.target_delta)
 
     def add_noise(self, total: dict[str, torch.Tensor], rng: SecureGenerator) -> dict[str, torch.Tensor]:
-        """A clipped sum as one hospital may release it by itself."""
+        """A clipped sum as a hospital may release it."""
         return local_noise(total, self.noise_multiplier, self.max_grad_norm, rng)
 
     def as_dict(self) -> dict:
@@ -189,61 +181,31 @@ class PhysicalBatch:
         return torch.arange(len(self.units)).repeat_interleave(self.count)
 
 
-def check_model(model: nn.Module) -> None:
-    """Raise UserError, naming layer and fix, for a model that mixes films (BatchNorm) or whose gradients can't be
-    clipped."""
-    if type(model) is nn.Linear:
-        return  # nothing to find, and what would look for it is slow to import
-    from opacus.validators import ModuleValidator
-
-    for name, layer in model.named_modules():
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-            raise UserError(
-                f"layer {name!r} is {type(layer).__name__}: it mixes the films of a batch, so that no film's gradient "
-                "is its own. Replace it by GroupNorm: model = opacus.validators.ModuleValidator.fix(model)"
-            )
-    errors = ModuleValidator.validate(model, strict=False)
-    if errors:
-        raise UserError(f"DP-SGD can't train this model: {errors[0]}")
-
-
 class ClippedSum:
     """The sum of a batch's gradients, each unit's clipped to C, in float64.
 
-    A patient's gradient is the mean over their films and over the films' views (augmentation multiplicity, De et al.
-    2022), so its sensitivity stays C. A record that is replaced by an empty one keeps its rows, which count for
-    nothing, so the other units' gradients are computed alike and only the sum's rounding differs:
-    :class:`~primia_lite.privacy.linear_head.LinearGhostClipping` bounds that for a linear head. Where rows are missing
-    instead (the unit isn't sampled, or had fewer films), the others' rows lie elsewhere and round differently, and a
-    network trained whole adds up in float32 throughout: nothing proves that this stays within
+    A patient's gradient is the mean over their films and the films' views (augmentation multiplicity, De et al. 2022),
+    so its sensitivity stays C. A record that is replaced by an empty one keeps its rows, which count for nothing, so
+    that only the sum's rounding differs: :class:`~primia_lite.privacy.linear_head.LinearGhostClipping` bounds that for
+    a linear head. Where rows are missing instead, the others' lie elsewhere and round differently, and a network
+    trained whole adds up in float32 throughout: nothing proves that this stays within
     :data:`~primia_lite.privacy.noise.FLOAT32_MARGIN`; tests measure less than a hundredth of it.
     """
 
     def __init__(self, model: nn.Module, max_grad_norm: float, unit: str, films: Films | None = None):
-        check_model(model)
+        trained_layers(model)  # refused here, before anything is computed
         self.model, self.max_grad_norm = model, max_grad_norm
         # A linear head on features that don't change needs no backward pass through anything.
         linear = isinstance(model, nn.Linear) and model.bias is None
         self.head = LinearGhostClipping.of(films, unit) if linear and films is not None else None
 
     def __call__(self, batch: PoissonBatch, parts: Iterable[PhysicalBatch]) -> tuple[dict[str, torch.Tensor], float]:
-        """The sum by name of parameter, and the sum of the losses (private). Each unit is whole in one of the parts.
-
-        Raises
-        ------
-        FloatingPointError
-            A unit's gradient isn't finite.
-        """
+        """The sum by name of parameter, and the sum of the losses (private). Each unit is whole in one of the parts;
+        FloatingPointError for a gradient that isn't finite."""
         if not isinstance(batch, PoissonBatch):
-            raise UserError(
-                "this batch was not drawn by Poisson sampling: the ε of DP-SGD holds for that alone, not for shuffled "
-                "batches of fixed size. Draw it by poisson_batches"
-            )
-        total = {
-            name: torch.zeros_like(p, dtype=torch.float64)
-            for name, p in self.model.named_parameters()
-            if p.requires_grad
-        }
+            raise UserError("the ε of DP-SGD holds for Poisson sampling alone: draw batches by poisson_batches")
+        named = self.model.named_parameters()
+        total = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in named if p.requires_grad}
         loss, bound = 0.0, self.max_grad_norm
         for rows in parts:
             if self.head:
@@ -266,21 +228,12 @@ def clipped_step(
     expected_batch: float,
     noise: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None,
 ) -> float:
-    """Take a step of SGD on the clipped sum of a batch's gradients, plus noise, over the expected batch.
+    """Take a step of SGD on the clipped sum of a batch's gradients, plus noise, over the expected batch, which is the
+    sample rate times the declared number of units.
 
-    An empty batch still takes its step: noise alone. Leaving it out would tell that nobody was sampled. After an error
-    (see :class:`ClippedSum`) the model is as it was.
-
-    Parameters
-    ----------
-    expected_batch
-        Sample rate times the declared number of units.
-    noise
-        Adds it: :meth:`Privacy.add_noise`. Without, nobody is protected.
-
-    Returns
-    -------
-    The mean loss (private), nan for an empty batch.
+    An empty batch takes a step of noise alone: leaving it out would tell that nobody was sampled. After an error the
+    model is as it was. ``noise`` is :meth:`Privacy.add_noise`; without it nobody is protected. Gives the mean loss
+    (private), nan for an empty batch.
     """
     total, loss = clipped_sum(batch, parts)
     if noise:

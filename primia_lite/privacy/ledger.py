@@ -4,8 +4,8 @@ One SQLite file per hospital. A crash can charge a release that never left; it c
 
 What may still be released is decided in one of two ways, fixed when the file is made:
 
-- by a *filter* (:mod:`primia_lite.privacy.filter`): the releases' parameters may be chosen along the way, each after
-  looking at what came before. The way of a ledger that lasts.
+- by a *filter* (:mod:`primia_lite.privacy.accounting.rdp`): the releases' parameters may be chosen along the way, each
+  after looking at what came before. The way of a ledger that lasts.
 - by a *plan*: mechanisms and numbers of steps named before the first charge. The tight ε by PLD holds for it, but
   nothing outside it is allowed.
 """
@@ -20,14 +20,14 @@ import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from functools import cached_property
 from pathlib import Path
 
 from primia_lite import __version__
 from primia_lite.config import BudgetError, UserError, elsewhere
 from primia_lite.privacy.accounting import Release, Releases, epsilon, merge
-from primia_lite.privacy.filter import FILTER_ORDERS, filter_epsilon, filter_order
+from primia_lite.privacy.accounting.rdp import FILTER_ORDERS, filter_epsilon, filter_order
 from primia_lite.runtime import sync_folder
 
 UNITS = ("patient", "film")
@@ -88,27 +88,25 @@ class Ledger:
         plan: Releases = (),
     ):
         self.path = Path(path)
-        plan = merge(plan)
-        wanted = None if target_epsilon is None else (target_epsilon, target_delta, unit)
-        if wanted:
-            check_budget(*wanted)
+        wanted = None
+        if target_epsilon is not None:
+            check_budget(target_epsilon, target_delta, unit)
+            wanted = (target_epsilon, target_delta, unit, merge(plan))
         if not self.path.exists():
             if not wanted:
                 raise UserError(f"there is no ledger {self.path}: to make one give target_epsilon and target_delta")
-            self._make(wanted, plan)
+            self._make(*wanted)
         with self._database() as db:
-            row = self._read(db)
-        self.target_epsilon, self.target_delta, self.unit, self.order, self.plan = row
-        if wanted and wanted != row[:3]:
-            raise UserError(
-                f"{self.path} was opened for epsilon {row[0]:g}, delta {row[1]:g}, unit {row[2]}; now epsilon "
-                f"{target_epsilon:g}, delta {target_delta:g}, unit {unit} is asked for: use the same budget, or "
-                "another folder"
+            found, self.order = self._read(db)
+        self.target_epsilon, self.target_delta, self.unit, self.plan = found
+        if wanted and wanted != found:
+            opened, asked = (
+                f"epsilon {e:g}, delta {d:g}, unit {u}, plan {_words(releases)}"
+                for e, d, u, releases in (found, wanted)
             )
-        if wanted and plan != self.plan:
             raise UserError(
-                f"{self.path} was opened for the plan {_words(self.plan)}; now {_words(plan)} is asked for. A plan "
-                "counts only if it is made before the first charge: use the same one, or another folder"
+                f"{self.path} was opened for {opened}; now {asked} is asked for. A plan counts only if it is made "
+                "before the first charge: use the same budget and plan, or another folder"
             )
 
     @cached_property
@@ -118,7 +116,7 @@ class Ledger:
 
     @contextmanager
     def _database(self, can_not: str = "be used as a privacy ledger") -> Iterator[sqlite3.Connection]:
-        """The file, checked for damage; what goes wrong becomes a UserError."""
+        """The file, checked for damage; what goes wrong becomes a UserError, and what isn't committed is undone."""
         # Read and write, never create: a ledger that was deleted must not come back empty.
         existing = f"{self.path.absolute().as_uri()}?mode=rw"
         try:
@@ -135,33 +133,33 @@ class Ledger:
                 "knows what was spent"
             ) from error
 
-    def _read(self, db: sqlite3.Connection) -> tuple:
+    def _read(self, db: sqlite3.Connection) -> tuple[tuple, int]:
+        """The budget with its plan, and the filter's order."""
         tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         if not tables:
             raise sqlite3.DatabaseError("the file is empty")
-        application = db.execute("PRAGMA application_id").fetchone()[0]
-        layout = db.execute("PRAGMA user_version").fetchone()[0]
+        (application,), (layout,) = (db.execute(f"PRAGMA {p}").fetchone() for p in ("application_id", "user_version"))
         if application != _APPLICATION and not {"budget", "charges"} <= tables:
             raise UserError(f"{self.path} is a database, but not a privacy ledger: name another file")
         if layout != _FORMAT:
             raise UserError(
                 f"{self.path} was written by other code (ledger format {layout}; primia_lite {__version__} reads "
-                f"{_FORMAT}): use the version that wrote it, or start a new ledger and count what the old one says as "
-                "spent"
+                f"{_FORMAT}): use the version that wrote it, or a new ledger, and count what the old one says as spent"
             )
-        row = db.execute("SELECT target_epsilon, target_delta, unit, filter_order, plan FROM budget").fetchone()
+        *budget, plan, order = db.execute(
+            "SELECT target_epsilon, target_delta, unit, plan, filter_order FROM budget"
+        ).fetchone()
         try:
-            return (*row[:4], tuple(Release(**entry) for entry in json.loads(row[4])))
+            return (*budget, tuple(Release(**entry) for entry in json.loads(plan))), order
         except (TypeError, ValueError, UserError) as error:
             raise sqlite3.DatabaseError("its budget or plan can't be read") from error
 
-    def _make(self, wanted: tuple, plan: tuple[Release, ...]) -> None:
+    def _make(self, target_epsilon: float, target_delta: float, unit: str, plan: tuple[Release, ...]) -> None:
         """Write the file elsewhere and link it into place: it is there whole or not at all, and made once."""
-        target_epsilon, target_delta, _ = wanted
-        if plan and epsilon(plan, target_delta) > target_epsilon:
+        if plan and (cost := epsilon(plan, target_delta)) > target_epsilon:
             raise BudgetError(
-                f"the plan {_words(plan)} costs epsilon {epsilon(plan, target_delta):.3f}, more than the budget of "
-                f"{target_epsilon:g}: plan more noise or fewer steps"
+                f"the plan {_words(plan)} costs epsilon {cost:.3f}, more than the budget of {target_epsilon:g}: plan "
+                "more noise or fewer steps"
             )
         order = filter_order(target_epsilon, target_delta, plan)
         if not plan and filter_epsilon(Release(1e12, 1.0, 1), target_delta, order) >= target_epsilon:
@@ -170,13 +168,13 @@ class Ledger:
                 f"{FILTER_ORDERS[-1]} could release nothing. Take a larger epsilon, or a plan"
             )
         draft = self.path.with_name(f".{self.path.name}.{secrets.token_hex(8)}")
+        budget = (target_epsilon, target_delta, unit, order, json.dumps([asdict(r) for r in plan]), __version__)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with closing(sqlite3.connect(draft, isolation_level=None)) as db:
                 db.execute("PRAGMA synchronous=EXTRA")
                 db.executescript(_SCHEMA)
-                written = json.dumps([asdict(release) for release in plan])
-                db.execute("INSERT INTO budget VALUES (?, ?, ?, ?, ?, ?)", (*wanted, order, written, __version__))
+                db.execute("INSERT INTO budget VALUES (?, ?, ?, ?, ?, ?)", budget)
             os.link(draft, self.path)
             sync_folder(self.path.parent)
         except (sqlite3.Error, OSError) as error:
@@ -189,34 +187,36 @@ class Ledger:
                 draft.unlink()
 
     def charges(self) -> list[Release]:
+        """All that was charged, in order."""
         with self._database() as db:
-            return _releases(db)
+            return [release for _, release in _charges(db)]
 
     def _filter(self, releases: Releases) -> float:
         return filter_epsilon(releases, self.target_delta, self.order)
 
+    def _counted(self, releases: Releases) -> float:
+        return epsilon(releases, self.target_delta) if self.by_plan else self._filter(releases)
+
     def epsilon(self) -> float:
         """ε used so far, at the budget's δ: by PLD under a plan, by the filter otherwise. What is guaranteed is the
         budget, also where releases are chosen or stopped after looking at others."""
-        charges = self.charges()
-        return epsilon(charges, self.target_delta) if self.by_plan else self._filter(charges)
+        return self._counted(self.charges())
 
     def spent(self) -> dict:
         """How much is used so far: ``epsilon``, as by :meth:`epsilon`; ``filter``, valid for parameters chosen along
         the way; ``pld``, valid if they were fixed in advance; and the budget with the ``rule`` that decides."""
         charges = self.charges()
-        by_filter, by_pld = self._filter(charges), epsilon(charges, self.target_delta)
         return {
-            "epsilon": by_pld if self.by_plan else by_filter, "filter": by_filter, "pld": by_pld,
-            "budget": self.target_epsilon, "delta": self.target_delta, "unit": self.unit, "order": self.order,
-            "rule": "plan" if self.by_plan else "filter",
+            "epsilon": self._counted(charges), "filter": self._filter(charges),
+            "pld": epsilon(charges, self.target_delta), "budget": self.target_epsilon, "delta": self.target_delta,
+            "unit": self.unit, "order": self.order, "rule": "plan" if self.by_plan else "filter",
         }  # fmt: skip
 
     def statement(self) -> list[dict]:
         """Every charge with its time, mechanism, σ, q, steps, unit, code version, and the filter's ε up to it."""
         with self._database() as db:
-            cursor = db.execute("SELECT * FROM charges ORDER BY id")
-            rows = [dict(zip([column[0] for column in cursor.description], row, strict=True)) for row in cursor]
+            db.row_factory = sqlite3.Row
+            rows = [dict(row) for row in db.execute("SELECT * FROM charges ORDER BY id")]
         so_far: tuple[Release, ...] = ()
         for row in rows:
             so_far = merge([*so_far, Release(row["noise_multiplier"], row["sample_rate"], row["steps"])])
@@ -241,32 +241,20 @@ class Ledger:
         UserError
             The charge can't be written; nothing is charged.
         """
+        what = what.encode(errors="backslashreplace").decode()  # a folder's name may have no UTF-8
         with self._database("be charged, so nothing was computed") as db:
             db.execute("BEGIN IMMEDIATE")  # one process at a time reads what is spent and adds to it
-            try:
-                self._charge(db, what, release, repeatable)
-            finally:
-                if db.in_transaction:
-                    db.execute("ROLLBACK")
-
-    def _charge(self, db: sqlite3.Connection, what: str, release: Release, repeatable: bool) -> None:
-        what = what.encode(errors="backslashreplace").decode()  # a folder's name may have no UTF-8
-        spent = _releases(db)
-        written = [_name_and_number(name) for (name,) in db.execute("SELECT what FROM charges ORDER BY id")]
-        before = {number: old for (name, number), old in zip(written, spent, strict=True) if name == what}
-        if repeatable and release in before.values():
-            return
-        self._allow(what, spent, release)
-        again = max(before, default=-1) + 1
-        if again or _AGAIN.fullmatch(what):
-            what = f"{what} (again {again})"
-        db.execute(
-            "INSERT INTO charges (time, what, mechanism, noise_multiplier, sample_rate, steps, unit, code) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-            (time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), what, MECHANISM, release.noise_multiplier,
-             release.sample_rate, release.steps, self.unit, __version__),
-        )  # fmt: skip
-        db.execute("COMMIT")
+            charged = _charges(db)
+            before = {number: old for (name, number), old in charged if name == what}
+            if repeatable and release in before.values():
+                return
+            self._allow(what, [old for _, old in charged], release)
+            if (again := max(before, default=-1) + 1) or _AGAIN.fullmatch(what):
+                what = f"{what} (again {again})"
+            now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+            row = (None, now, what, MECHANISM, *astuple(release), self.unit, __version__)
+            db.execute("INSERT INTO charges VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+            db.execute("COMMIT")
 
     def affords(self, release: Release) -> bool:
         """Whether a release could be charged now. Charges nothing."""
@@ -283,19 +271,18 @@ class Ledger:
         # accountant, slow to import, is asked only about what lies outside.
         if all(r.steps <= planned.get((r.noise_multiplier, r.sample_rate), 0) for r in merge(after)):
             return
-        if not self.by_plan and self._filter(after) <= self.target_epsilon:
+        total = self._counted(after)
+        if total > self.target_epsilon:
+            why = f"{what} would bring epsilon to {total:.3f}, over the budget of {self.target_epsilon:g}"
+        elif self.by_plan:
+            why = f"its plan ({_words(self.plan)}) allows nothing else"
+        else:
             return
-        count = (lambda r: epsilon(r, self.target_delta)) if self.by_plan else self._filter
-        rule = (
-            f"its plan ({_words(self.plan)}) allows nothing else"
-            if self.by_plan and count(after) <= self.target_epsilon
-            else f"{what} would bring epsilon to {count(after):.3f}, over the budget of {self.target_epsilon:g}"
-        )
+        rule = "PLD" if self.by_plan else f"an RDP filter of order {self.order}"
         raise BudgetError(
-            f"{self.path.stem}: {rule} (delta {self.target_delta:g}, unit {self.unit}, by "
-            f"{'PLD' if self.by_plan else f'an RDP filter of order {self.order}'}; {count(spent):.3f} is spent). "
-            "Nothing was computed. Ask for more noise or fewer steps; what a run has reached is in checkpoint.pt of "
-            "its folder"
+            f"{self.path.stem}: {why} (delta {self.target_delta:g}, unit {self.unit}, by {rule}; "
+            f"{self._counted(spent):.3f} is spent). Nothing was computed. Ask for more noise or fewer steps; what a "
+            "run has reached is in checkpoint.pt of its folder"
         )
 
 
@@ -308,21 +295,21 @@ def charged_for(path: Path) -> list[str]:
             return [what for (what,) in db.execute("SELECT what FROM charges ORDER BY id")]
     except sqlite3.Error as error:
         raise UserError(
-            f"{path} can't be read ({error}), so it isn't deleted: wait for the process that holds it; a damaged "
-            "ledger of a mere simulation you may delete by hand"
+            f"{path} can't be read ({error}), so it isn't deleted: wait for the process that holds it; that of a mere "
+            "simulation you may delete by hand"
         ) from error
 
 
-def _name_and_number(written: str) -> tuple[str, int]:
-    """The name that was charged, and how often before: no two names are written alike, whatever they end with."""
-    match = _AGAIN.fullmatch(written)
-    return (match[1], int(match[2])) if match else (written, 0)
+def _charges(db: sqlite3.Connection) -> list[tuple[tuple[str, int], Release]]:
+    """What was charged, in order: its name and how often that came before, and the release. No two names are written
+    alike, whatever they end with."""
+    charged = []
+    for what, *release in db.execute("SELECT what, noise_multiplier, sample_rate, steps FROM charges ORDER BY id"):
+        again = _AGAIN.fullmatch(what)
+        charged.append(((again[1], int(again[2])) if again else (what, 0), Release(*release)))
+    return charged
 
 
 def _words(plan: tuple[Release, ...]) -> str:
     parts = [f"{r.steps} steps of sigma {r.noise_multiplier:g} at rate {r.sample_rate:g}" for r in plan]
     return " + ".join(parts) or "none"
-
-
-def _releases(db: sqlite3.Connection) -> list[Release]:
-    return [Release(*row) for row in db.execute("SELECT noise_multiplier, sample_rate, steps FROM charges ORDER BY id")]

@@ -24,12 +24,12 @@ class LinearGhostClipping:
     Goodfellow 2015; Li et al. 2022). The features don't change, so the second factors are computed once, in float64.
 
     Why a sampled unit moves a computed sum by at most C (1 + 2^-8) against an empty one with as many rows: rows are
-    added up in float32 by blocks of 64, and blocks in float64. A unit replaced by an empty record keeps its rows,
-    with e = 0, so that only the blocks with its rows in them differ: its own, and at most 63 rows of others at each
-    end. A float32 sum of 64 products is off by at most about 64 · 2^-24 of the sum of their absolute values (Higham
-    2002, section 3.1). So what counts is the length |e_i| |x_i| of a row: at most 2 C, and 64 C over a unit's rows,
-    since a unit is clipped by the largest of its norm, half of its longest row, and a 64th of all its rows' lengths
-    (its norm decides unless rows cancel). That gives 2^-18 · (2 · 126 · 2 + 64) C, less than 2^-8 C.
+    added up in float32 by blocks of 64, and blocks in float64. The empty one's rows have e = 0, so that only blocks
+    with its rows in them differ: its own, and at most 63 rows of others at each end. A float32 sum of 64 products is
+    off by at most about 64 · 2^-24 of the sum of their absolute values (Higham 2002, section 3.1). So what counts is
+    the length |e_i| |x_i| of a row: at most 2 C, and 64 C over a unit's rows, since a unit is clipped by the largest of
+    its norm, half of its longest row, and a 64th of all its rows' lengths (its norm decides unless rows cancel). That
+    gives 2^-18 · (2 · 126 · 2 + 64) C, less than 2^-8 C.
     """
 
     def __init__(self, inputs: torch.Tensor, units: Units):  # inputs: float32 [N, V, D]

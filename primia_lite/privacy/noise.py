@@ -1,23 +1,23 @@
 """Noise of whole numbers, the only noise of DP here: floating-point noise gives away what it was added to.
 
-Mironov (CCS 2012): a float64 or float32 sum of data and noise can take only some values, which ones depends on the
-data, and so its low bits can tell two neighbouring data sets apart whatever ε was claimed. A sum is therefore brought
-to a grid of whole numbers first, and a whole number is added to it.
+The low bits of a floating-point sum of data and noise can tell two neighbouring data sets apart, whatever ε was claimed
+(Mironov, CCS 2012). A sum is therefore brought to a grid of whole numbers, and a whole number is added to it.
 
 :func:`rounded_gaussian` serves a hospital that adds all of its noise by itself. For a whole number q,
 q + round(σ Z) = round(q + σ Z): the mechanism is a rounding of the Gaussian mechanism's output, and what
 :mod:`primia_lite.privacy.accounting` says of that holds. :func:`discrete_gaussian` serves noise that hospitals make
 together (:mod:`primia_lite.privacy.shared`), where the sum of roundings is no rounding of a sum.
 
-Both are exact. A sample is worked out in float64 from 64 random bits with a bound on its error. Where that
-doesn't settle the result, more random bits and :mod:`mpmath` do: the result is always that of ideal, infinitely many
-bits. How long a sample takes depends on what is drawn.
+Both are exact. A sample is worked out in float64 from 64 random bits with a bound on its error. Where that doesn't
+settle the result, more random bits and :mod:`mpmath` do, as if there were infinitely many. How long a sample takes
+depends on what is drawn.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,15 +25,15 @@ import torch
 from primia_lite.config import UserError
 from primia_lite.privacy.rng import SecureGenerator
 
+if TYPE_CHECKING:
+    from mpmath import mpf
+
 _BLOCK = 1 << 15  # samples at a time: what the processor's cache holds
-# Above, float64 settles too few samples.
-MAX_SIGMA = 1 << 41
-# ndtri's largest relative error is stated as 7.2e-16 (Cephes, ndtri.c); a test compares it with mpmath.
-_NDTRI_ERROR = 4e-15
+MAX_SIGMA = 1 << 41  # above, float64 settles too few samples
+_NDTRI_ERROR = 4e-15  # stated as 7.2e-16, relative (Cephes, ndtri.c); a test compares it with mpmath
 _EXTRA_BITS, _PRECISION = 192, 400
 
-# By so much of C may computing a sum move it. What of that is proven and what is only measured:
-# :class:`primia_lite.privacy.linear_head.LinearGhostClipping` and :class:`primia_lite.privacy.dpsgd.ClippedSum`.
+# By so much of C may computing a sum move it: see LinearGhostClipping for what of that is proven, and ClippedSum.
 FLOAT32_MARGIN = 2.0**-8
 
 
@@ -52,16 +52,12 @@ def local_noise(
     """Sums of clipped gradients plus all the noise that they need: the Gaussian mechanism, rounded.
 
     The grid's scale is a power of two of at least 2^12 √d / C, so that rounding adds next to nothing to the noise;
-    where σ is below 1, of that over σ (down to 2^-24), so that the grid stays finer than the noise.
+    where σ is below 1, of that over σ (down to 2^-24), so that the grid stays finer than the noise. The noise's
+    standard deviation is σ times :func:`sensitivity`. Gives float64 by name, whole numbers over the scale.
 
     Parameters
     ----------
     total : floating-point sums by name, d numbers together, of which one unit moves at most ``max_grad_norm`` in L2
-    noise_multiplier : σ; the noise's standard deviation is σ times :func:`sensitivity`
-
-    Returns
-    -------
-    float64 by name: whole numbers over the scale
     """
     d = sum(value.numel() for value in total.values())
     finest = min(1.0, max(noise_multiplier, 2.0**-24)) * max_grad_norm
@@ -83,11 +79,6 @@ def rounded_gaussian(n: int, sigma: float, rng: SecureGenerator) -> np.ndarray:
 
     By inversion: one bit of a word is the sign, the others begin a uniform U, and |Z| is the number that a normal
     exceeds with probability U / 2.
-
-    Raises
-    ------
-    UserError
-        ``sigma`` isn't above 0 and at most 2^41.
     """
     if not 0 < sigma <= MAX_SIGMA:
         raise UserError(f"noise with a sigma of {sigma} on its grid: whole-number noise takes one in (0, 2^41]")
@@ -119,11 +110,6 @@ def discrete_gaussian(n: int, sigma: int, rng: SecureGenerator) -> np.ndarray:
     to x, is proportional to exp(-x² / 2σ²) E, for E = E exp(-x V / σ² - V² / 2σ²). So x is kept with probability
     a(x) = exp(-1 / 24σ²) / E. By Jensen's inequality that is at most 1, and as sinh(y) / y ≤ exp(y² / 6) it is at least
     1 - (1 + x² / σ²) / 24σ²: a uniform below this, which most are, settles it.
-
-    Raises
-    ------
-    UserError
-        ``sigma`` isn't a whole number from 1 to 2^41.
     """
     if isinstance(sigma, bool) or not isinstance(sigma, (int, np.integer)) or not 1 <= sigma <= MAX_SIGMA:
         raise UserError(f"sigma is {sigma!r}: exact sampling takes a whole number from 1 to 2^41; round it up")
@@ -139,54 +125,60 @@ def discrete_gaussian(n: int, sigma: int, rng: SecureGenerator) -> np.ndarray:
     return x
 
 
+class _Uniform:
+    """A uniform number in [0, 1) whose first 64 bits are known; further ones are drawn where they are needed."""
+
+    def __init__(self, first: int, rng: SecureGenerator):
+        self.number, self.bits, self.rng = first, 64, rng
+
+    def draw(self) -> None:
+        more = int.from_bytes(self.rng.words(_EXTRA_BITS // 64).tobytes(), "little")
+        self.number, self.bits = self.number << _EXTRA_BITS | more, self.bits + _EXTRA_BITS
+
+    def below(self, edge: Callable[[], mpf]) -> bool:
+        """Whether it is below a number, which is worked out in as many bits as are drawn, and more."""
+        from mpmath import mp, mpf
+
+        while True:
+            with mp.workprec(self.bits + _PRECISION):
+                at, unit = edge(), mpf(2) ** -self.bits
+                if (self.number + 1) * unit <= at - at * unit:
+                    return True
+                if self.number * unit >= at + at * unit:
+                    return False
+            self.draw()
+
+
 def _settled(tail: int, sigma: float, rng: SecureGenerator) -> int:
     """round(σ |Z|), where |Z| is exceeded with a probability of ``tail`` 2^-64 and further bits."""
-    from mpmath import log, mp, mpf
+    from mpmath import erfc, log, mp, mpf, sqrt
     from scipy.special import ndtri_exp
 
-    bits, guess = 64, None
-    while True:
-        tail, bits = (tail << _EXTRA_BITS) | _bits(rng, _EXTRA_BITS), bits + _EXTRA_BITS
-        with mp.workprec(bits + _PRECISION):
-            if guess is None:
-                guess = max(0, round(-float(ndtri_exp(float(log(mpf(tail + 1) / mpf(2) ** bits)))) * sigma))
-            while (above := _exceeds(guess, tail, bits, sigma)) is True:
-                guess += 1
-            while above is False and guess and (above := _exceeds(guess - 1, tail, bits, sigma)) is False:
-                guess -= 1
-        if above is not None:
-            return guess
+    probability = _Uniform(tail, rng)
+    probability.draw()
+    with mp.workprec(probability.bits + _PRECISION):
+        logarithm = float(log(mpf(probability.number + 1) / mpf(2) ** probability.bits))
+        whole = max(0, round(-float(ndtri_exp(logarithm)) * sigma))
 
+    def beyond(k: int) -> bool:
+        """Whether σ |Z| is above k + 1/2."""
+        return probability.below(lambda: erfc((k + mpf(1) / 2) / (mpf(sigma) * sqrt(2))) / 2)
 
-def _exceeds(k: int, tail: int, bits: int, sigma: float) -> bool | None:
-    """Whether σ |Z| is above k + 1/2; None where the bits so far don't tell."""
-    from mpmath import erfc, mpf, sqrt
-
-    edge = erfc((k + mpf(1) / 2) / (mpf(sigma) * sqrt(2))) / 2
-    slack, unit = edge * mpf(2) ** -bits, mpf(2) ** -bits
-    if (tail + 1) * unit <= edge - slack:
-        return True
-    return False if tail * unit >= edge + slack else None
+    while beyond(whole):
+        whole += 1
+    while whole and not beyond(whole - 1):
+        whole -= 1
+    return whole
 
 
 def _accepted(x: int, sigma: int, word: int, rng: SecureGenerator) -> bool:
     """Whether a uniform that begins with the bits of ``word`` is below a(x) of :func:`discrete_gaussian`."""
-    from mpmath import erfc, exp, mp, mpf, pi, sqrt
+    from mpmath import erfc, exp, mpf, pi, sqrt
 
-    bits = 64
-    while True:
-        with mp.workprec(bits + _PRECISION):
-            s = mpf(sigma)
-            low, high = ((abs(x) + half) / (s * sqrt(2)) for half in (-mpf(1) / 2, mpf(1) / 2))
-            rounded = s * sqrt(pi / 2) * (erfc(low) - erfc(high))
-            accept = exp(-(mpf(x) ** 2) / (2 * s * s) - 1 / (24 * s * s)) / rounded
-            slack = accept * mpf(2) ** -bits
-            if mpf(word + 1) <= (accept - slack) * mpf(2) ** bits:
-                return True
-            if mpf(word) >= (accept + slack) * mpf(2) ** bits:
-                return False
-        word, bits = (word << _EXTRA_BITS) | _bits(rng, _EXTRA_BITS), bits + _EXTRA_BITS
+    def acceptance() -> mpf:
+        s = mpf(sigma)
+        low, high = ((abs(x) + half) / (s * sqrt(2)) for half in (-mpf(1) / 2, mpf(1) / 2))
+        rounded = s * sqrt(pi / 2) * (erfc(low) - erfc(high))
+        return exp(-(mpf(x) ** 2) / (2 * s * s) - 1 / (24 * s * s)) / rounded
 
-
-def _bits(rng: SecureGenerator, n: int) -> int:
-    return int.from_bytes(rng.words(n // 64).tobytes(), "little")
+    return _Uniform(word, rng).below(acceptance)

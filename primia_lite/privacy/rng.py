@@ -19,12 +19,8 @@ from primia_lite.config import UserError
 class SecureGenerator:
     """ChaCha20's keystream as words and coin flips.
 
-    Parameters
-    ----------
-    key
-        32 bytes. Left out, the operating system draws them, and nobody can repeat the stream. A generator made by
-        :meth:`from_seed` repeats, for teaching and tests: its ``seeded`` is true and results must say
-        "seeded: not private".
+    The ``key`` has 32 bytes; left out, the operating system draws them, and nobody can repeat the stream. A generator
+    by :meth:`from_seed` repeats, for teaching and tests: it is ``seeded``, and results must say "seeded: not private".
     """
 
     def __init__(self, key: bytes | None = None, *, seeded: bool = False):
@@ -51,13 +47,8 @@ class SecureGenerator:
         return SecureGenerator(hmac.digest(self._key, name, "sha256"), seeded=self.seeded)
 
     def serve_once(self) -> None:
-        """Mark this generator as used for a release; its children repeat, so a second release needs another one.
-
-        Raises
-        ------
-        UserError
-            It was used before, and isn't seeded: two releases with one noise give their difference away exactly.
-        """
+        """Mark this generator as used for a release; UserError if it was before and isn't seeded: its children repeat,
+        and two releases with one noise give their difference away exactly."""
         if self._served and not self.seeded:
             raise UserError(
                 "this SecureGenerator has made the noise of a release already, and would repeat it: take a new one, or "

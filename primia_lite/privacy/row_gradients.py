@@ -14,23 +14,14 @@ def own_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in layer.named_parameters(recurse=False) if p.requires_grad}
 
 
-def row_gradients(layer, inputs: list[torch.Tensor], d: torch.Tensor, names) -> dict[str, torch.Tensor]:
+def row_gradients(layer, x: torch.Tensor, d: torch.Tensor, names) -> dict[str, torch.Tensor]:
     """Gradients [n, numbers] of each row's loss."""
-    if type(layer) in PRODUCTS:
-        d = deltas_of(layer, d)
-        out = {}
-        if "bias" in names:
-            out["bias"] = d.sum(3).flatten(1)
-        if "weight" in names:
-            columns = columns_of(layer, inputs[0])
-            out["weight"] = torch.bmm(d.flatten(0, 1), columns.flatten(0, 1).mT).view(len(d), -1)
-        return out
     if type(layer) is nn.GroupNorm:
-        return _group_norm_gradients(layer, inputs[0], d)
-    from opacus import GradSampleModule
-
-    sampled = GradSampleModule.GRAD_SAMPLERS[type(layer)](layer, inputs, d)
-    return {name: sampled[p].flatten(1) for name, p in own_parameters(layer).items()}
+        return _group_norm_gradients(layer, x, d)
+    d = deltas_of(layer, d)
+    if names == ["bias"]:
+        return {"bias": d.sum(3).flatten(1)}
+    return {"weight": torch.bmm(d.flatten(0, 1), columns_of(layer, x).flatten(0, 1).mT).view(len(d), -1)}
 
 
 def columns_of(layer, x: torch.Tensor) -> torch.Tensor:

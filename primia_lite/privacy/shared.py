@@ -9,14 +9,12 @@ Sensitivity. One unit moves the rounded sum by at most s C (1 + 2^-8) + √d
 units: that moves no two sums further apart.
 
 Shares. A sum is revealed only with at least t hospitals in it, of whom c may tell their own noise: t - c shares remain.
-Each has the variance (σ sensitivity)² / (t - c), so the sum keeps σ whoever drops out. With t - c = 1 each hospital's
-noise suffices alone.
+Each has the variance (σ sensitivity)² / (t - c), so the sum keeps σ whoever drops out.
 
-Accounting. The sum of shares is a discrete Gaussian N_Z(0, S²) but for a factor e^±τ with τ about
-10 d exp(-π² share²) (Kairouz, Liu and Steinke 2021, on sums of discrete Gaussians): from a share of 128 on, below
-e^-100000. A discrete Gaussian p is nearly a rounded normal r, the probability that a sample of N(0, S²) rounds to x.
-With u uniform in [-1/2, 1/2], r(x) = φ(x) E exp(-x u / S² - u² / 2S²); Jensen's inequality from below, and
-sinh(y) / y ≤ exp(y² / 6) from above, give
+Accounting. The sum of shares is a discrete Gaussian p = N_Z(0, S²) but for a factor e^±τ with τ about
+10 d exp(-π² share²) (Kairouz, Liu and Steinke 2021): from a share of 128 on, below e^-100000. p is nearly a rounded
+normal r, the probability that a sample of N(0, S²) rounds to x. With u uniform in [-1/2, 1/2],
+r(x) = φ(x) E exp(-x u / S² - u² / 2S²); Jensen's inequality from below, and sinh(y) / y ≤ exp(y² / 6) from above, give
 
     -x² / 24 S⁴ ≤ log p(x) / r(x) ≤ 1 / 24 S²
 
@@ -66,12 +64,11 @@ class SharedNoise:
 
     def __post_init__(self):
         try:
-            whole = {name: operator.index(getattr(self, name)) for name in ("threshold", "colluding", "parameters")}
-            whole["declared"] = tuple(operator.index(units) for units in self.declared)
+            for name in ("threshold", "colluding", "parameters"):
+                object.__setattr__(self, name, operator.index(getattr(self, name)))
+            object.__setattr__(self, "declared", tuple(map(operator.index, self.declared)))
         except TypeError as error:
             raise UserError(f"shared noise is agreed on in whole numbers ({error})") from error
-        for name, value in whole.items():
-            object.__setattr__(self, name, value)
         if not self.declared or min(self.declared) < 1:
             raise UserError(f"declared is {self.declared}: give each hospital's number of units, at least 1")
         if not 0 <= self.colluding < self.threshold <= self.hospitals:
@@ -91,58 +88,39 @@ class SharedNoise:
         ``fewest`` may be revealed."""
         if sorted(self.declared) != sorted(declared):
             raise UserError(
-                f"noise was shared out among {self.hospitals} hospitals that declare "
-                f"{shortened(sorted(self.declared))}, but these declare {shortened(sorted(declared))}: give "
-                "SharedNoise their numbers"
+                f"noise was shared out among hospitals that declare {shortened(sorted(self.declared))}, but these "
+                f"declare {shortened(sorted(declared))}: give SharedNoise their numbers"
             )
         if fewest < self.threshold:
             raise UserError(
-                f"noise is shared so that {self.threshold} hospitals together have enough, but updates are summed so "
-                f"that the server may reveal a sum of {fewest}: use secure aggregation with a threshold of "
-                f"{self.threshold}, or let each hospital add its own noise (Privacy without shared)"
+                f"noise is shared so that {self.threshold} hospitals together have enough, but a sum of {fewest} may "
+                f"be revealed: use secure aggregation with a threshold of {self.threshold}, or Privacy without shared"
             )
 
 
 @dataclass(frozen=True)
 class Quantizer:
-    """Sums and noise in whole numbers, the finest for which a round's sum stays below 2^31 but once in 2^40 rounds.
-
-    Attributes
-    ----------
-    noise_multiplier, max_grad_norm : σ and C
-    scale : s, whole units to one unit of a gradient
-
-    Raises
-    ------
-    UserError
-        32 bits don't hold them.
-    """
+    """Sums and noise in whole numbers, the finest for which a round's sum stays below 2^31 but once in 2^40 rounds."""
 
     shared: SharedNoise
     noise_multiplier: float
     max_grad_norm: float
 
     def __post_init__(self):
-        declared, d = sum(self.shared.declared), self.shared.parameters
+        why = ""
         if self.scale < 1:
-            why = (
-                "sum and noise together are too large: take less noise or a smaller max_grad_norm, fewer units or "
-                "hospitals together, or train fewer parameters"
-            )
+            why = "sum and noise together are too large: take less noise, a smaller max_grad_norm, or fewer units"
         elif self.share_sigma < _LEAST_SHARE:
-            why = (
-                f"a share of the noise would be {self.share_sigma}, below {_LEAST_SHARE}: take more noise, or fewer "
-                "units together"
+            why = f"a share of the noise would be below {_LEAST_SHARE}: take more noise, or fewer units together"
+        if why:
+            raise UserError(
+                f"{MODULUS_BITS} bits are too few for noise_multiplier {self.noise_multiplier:g}, max_grad_norm "
+                f"{self.max_grad_norm:g} and {sum(self.shared.declared)} declared units: {why}"
             )
-        else:
-            return
-        raise UserError(
-            f"{MODULUS_BITS} bits are too few for shared noise with noise_multiplier {self.noise_multiplier:g}, "
-            f"max_grad_norm {self.max_grad_norm:g}, {d} parameters and {declared} declared units: {why}"
-        )
 
     @cached_property
     def scale(self) -> int:
+        """s, whole units to one unit of a gradient."""
         n, declared = self.shared.hospitals, sum(self.shared.declared)
         # A discrete Gaussian is sub-Gaussian (Canonne, Kamath and Steinke 2020): P(|sum| > z std) ≤ 2 exp(-z² / 2).
         z = math.sqrt(2 * math.log(2 * self.shared.parameters / WRAP_PROBABILITY))
@@ -188,16 +166,7 @@ class Quantizer:
     def share(self, total: Mapping[str, torch.Tensor], declared: int, rng: SecureGenerator) -> dict[str, torch.Tensor]:
         """A hospital's message, int64: its sum of clipped gradients in whole numbers, plus its share of the noise.
 
-        Parameters
-        ----------
-        declared : the hospital's declared number of units
-
-        Raises
-        ------
-        UserError
-            Another number of parameters than was agreed on.
-        FloatingPointError
-            One isn't finite.
+        ``declared`` is the hospital's number of units. FloatingPointError for a gradient that isn't finite.
         """
         self.check_parameters(sum(value.numel() for value in total.values()))
         noise = torch.from_numpy(discrete_gaussian(self.shared.parameters, self.share_sigma, rng))
@@ -213,8 +182,7 @@ class Quantizer:
         """Raise UserError for a model that trains another number of parameters than was agreed on."""
         if number != self.shared.parameters:
             raise UserError(
-                f"the model trains {number} numbers, but shared noise was agreed on for {self.shared.parameters}: give "
-                f"SharedNoise(parameters={number})"
+                f"the model trains {number} numbers, shared noise was agreed on for {self.shared.parameters} parameters"
             )
 
 

@@ -73,8 +73,8 @@ class Agreement:
         threshold = default_threshold(n) if self.threshold is None else _whole(self.threshold, "threshold")
         if not n / 2 < threshold <= n:
             raise UserError(
-                f"threshold is {threshold} of {n} hospitals: it must be above half of them (else a server that names "
-                f"different survivors to different hospitals learns single updates) and at most {n}"
+                f"threshold is {threshold} of {n} hospitals: it must be above half of them, else a server that lies "
+                f"about survivors learns single updates, and at most {n}"
             )
         degree, shares = self._graph(n, threshold)
         FixedPoint(self.clip, n)  # checks the clip

@@ -7,7 +7,7 @@ import json
 import os
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from cryptography.exceptions import InvalidTag
@@ -84,7 +84,7 @@ class SecAggClient:
         self._lock = threading.Lock()  # two requests at once would both be answered
 
     def answer(self, request: bytes, update: Callable[[], np.ndarray], question: Question | None = None) -> Reply:
-        """The reply to a request of the server.
+        """The reply to a request of the server. After an error the hospital's secrets of the round are gone.
 
         Parameters
         ----------
@@ -94,7 +94,7 @@ class SecAggClient:
         Raises
         ------
         ProtocolError
-            The server asks for what the protocol doesn't allow. The hospital's secrets of the round are gone then.
+            The server asks for what the protocol doesn't allow.
         UserError
             The update has another shape, values that aren't finite or above the clip. Nothing was sent.
         """
@@ -106,14 +106,11 @@ class SecAggClient:
                 raise
 
     def _answer(self, request: bytes, update: Callable[[], np.ndarray], question: Question | None) -> Reply:
-        handlers = {
-            "advertise": self._advertise, "share": self._share, "mask": self._open,
-            "confirm": self._confirm, "unmask": self._unmask,
-        }  # fmt: skip
+        handlers = (self._advertise, self._share, self._open, self._confirm, self._unmask)
         try:
             content = json.loads(request)
             step, session = content.pop("step"), content.pop("session")
-            handle = handlers[step]
+            handle = handlers[STEPS.index(step)]
             self._expect(step, session)
             body = handle(session, **content)
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
@@ -127,25 +124,20 @@ class SecAggClient:
         else:
             self.secrets.step = step
         reply = Reply(self.name, session, step, body, vector=vector)
-        signature = self._identity.sign(reply.signed(self.agreement))
-        return Reply(self.name, session, step, body, signature, vector)
+        return replace(reply, signature=self._identity.sign(reply.signed(self.agreement)))
 
     def _expect(self, step: str, session: int) -> None:
         if type(session) is not int:
             raise ProtocolError(f"round {session!r} has no number")
         if step == STEPS[0]:
             if session <= self.last_session:
-                raise ProtocolError(
-                    f"{self.name} was asked for round {session} after round {self.last_session}: it takes part in each "
-                    "once"
-                )
+                raise ProtocolError(f"{self.name} was asked for round {session} after round {self.last_session}")
             self.secrets = None
             return
         before = STEPS[STEPS.index(step) - 1]
         if self.secrets is None or (self.secrets.session, self.secrets.step) != (session, before):
-            now = (
-                f"{self.secrets.step} of round {self.secrets.session} was last" if self.secrets else "it is in no round"
-            )
+            mine = self.secrets
+            now = f"{mine.step} of round {mine.session} was last" if mine else "it is in no round"
             raise ProtocolError(f"{self.name} was asked for {step} of round {session}, but {now}")
 
     # Each handler takes what a request holds, and returns the reply's body.
@@ -221,11 +213,9 @@ class SecAggClient:
                 f"hospital {self.name}'s update is {values.dtype} {list(values.shape)}: "
                 f"{np.dtype(wanted)} [{agreement.length}] was agreed on"
             )
+        weight = agreement.weight(self.name)
         try:
-            if agreement.weighted:
-                vector = agreement.fixed_point.quantise(values, agreement.weight(self.name))
-            else:
-                vector = integers(values)
+            vector = agreement.fixed_point.quantise(values, weight) if agreement.weighted else integers(values)
         except UserError as error:
             raise UserError(f"hospital {self.name}: {error}") from error
         add_masks(vector, seeds)
@@ -238,9 +228,7 @@ class SecAggClient:
         if repeated or not {self.name} <= set(survivors) <= mine.advertised.keys():
             raise ProtocolError(f"{self.name} got a list of survivors that isn't one")
         if len(survivors) < agreement.threshold:
-            raise ProtocolError(
-                f"{self.name} got {len(survivors)} survivors, fewer than the threshold of {agreement.threshold}"
-            )
+            raise ProtocolError(f"{self.name} got {len(survivors)} survivors, below the threshold")
         if not set(mine.neighbours) & set(survivors) <= mine.shares.keys():
             raise ProtocolError(f"{self.name} got survivors that it shares no mask with")
         mine.survivors = sorted(survivors)
@@ -263,15 +251,11 @@ class SecAggClient:
         for text in confirmed:
             reply = relayed_reply(text).check(agreement, session, "confirm")
             if reply.body != wanted:
-                raise ProtocolError(
-                    f"{reply.sender} signed other survivors or keys than {self.name}: the server told them different "
-                    "things"
-                )
+                raise ProtocolError(f"{reply.sender} signed other survivors or keys than {self.name}: the server lied")
             signers.add(reply.sender)
         if not signers <= set(mine.survivors) or len(signers) < agreement.threshold or self.name not in signers:
             raise ProtocolError(
-                f"{len(signers)} hospitals confirmed the survivors, but {agreement.threshold} are needed, "
-                f"{self.name} among them"
+                f"{len(signers)} hospitals confirmed, but {agreement.threshold} are needed, {self.name} among them"
             )
         half = 2 * shamir.SHARE_BYTES  # hexadecimal
         seeds = {name: both[half:] for name, both in mine.shares.items() if name in mine.survivors}
@@ -283,10 +267,10 @@ class SecAggClient:
     def save(self) -> bytes:
         """The round that it is in, secrets included: for the hospital's own disk and nobody else.
 
-        A state must not come back twice. Write it after :meth:`answer` and before the reply leaves, over the one
-        before, and answer a request from the last one only. A hospital that goes back to an older state (a backup, a
-        copy in a second process) answers a step again, and no code here can tell: two masked updates from one state
-        give their difference away, two lists of survivors both secrets of a hospital, and with them its update.
+        Write it after :meth:`answer` and before the reply leaves, over the one before, and answer from the last one
+        only. A hospital that goes back to an older state (a backup, a copy in a second process) answers a step again,
+        and no code here can tell: two masked updates from one state give their difference away, two lists of survivors
+        both secrets of a hospital, and with them its update.
         """
         kept = {"last_session": self.last_session, "round": self.secrets and vars(self.secrets)}
         if self._answered:
@@ -294,18 +278,12 @@ class SecAggClient:
         return json.dumps(kept, default=bytes.hex).encode()
 
     def restore(self, content: bytes) -> SecAggClient:
-        """Itself, to go on from what :meth:`save` kept.
-
-        Raises
-        ------
-        ProtocolError
-            The state isn't later than what this client has done since: going back would answer a round again.
-        """
+        """Itself, to go on from what :meth:`save` kept; ProtocolError if it has done more since."""
         kept = json.loads(content)
         if kept["last_session"] < self.last_session + bool(kept["round"]):
             raise ProtocolError(
-                f"{self.name} has taken part in round {self.last_session}, and what was kept is of round "
-                f"{kept['last_session']}: it doesn't go back. Restore into a new SecAggClient, once"
+                f"{self.name} doesn't go back from round {self.last_session} to {kept['last_session']}: it would "
+                "answer again. Restore into a new SecAggClient, once"
             )
         self.last_session = kept["last_session"]
         self._answered.update(kept.get("answered", {}))

@@ -18,13 +18,7 @@ _CHUNK = 1 << 16  # stays in the processor's cache
 
 @dataclass(frozen=True)
 class FixedPoint:
-    """How a weighted update becomes integers, and their sum a mean.
-
-    Attributes
-    ----------
-    clip : the largest absolute value of any entry of an update
-    hospitals : how many may take part
-    """
+    """How a weighted update, no entry of which is above ``clip``, becomes integers, and a sum of theirs a mean."""
 
     clip: float
     hospitals: int

@@ -18,21 +18,14 @@ from primia_lite.config import UserError
 COMPLETE_UP_TO = 100  # so few hospitals share a mask with every other
 # A server may draw many graphs and keep the worst: it chooses which advertisements to relay, and its own hospitals'
 # keys. So many may it try, each of them a hash for every hospital (with 1,000 hospitals 2^50 hashes, a day of a
-# graphics card), and a bad one is then among them with a chance of 2^-40. Twice as many tries take one bit of that.
-TRIES_BITS = 40
-SECURITY_BITS = 40
-# Of a round that can't be unmasked although few enough hospitals are gone.
-CORRECTNESS_BITS = 30
+# graphics card), and a bad one is then among them with a chance of 2^-40.
+TRIES_BITS = SECURITY_BITS = 40
+CORRECTNESS_BITS = 30  # of a round that can't be unmasked although few enough hospitals are gone
 
 
 def neighbours(names: Sequence[str], degree: int, seed: bytes) -> dict[str, tuple[str, ...]]:
-    """A random graph in which each has ``degree`` neighbours: a ring, shuffled, each joined to the nearest half degree
-    on both sides (Bell et al., algorithm 1: a Harary graph with random labels).
-
-    Parameters
-    ----------
-    degree : even, or at least that of a complete graph
-    seed : what all know and nobody chose alone
+    """A random graph in which each has ``degree`` neighbours, an even number or all others: a ring, shuffled by a
+    ``seed`` that nobody chose alone, each joined to the nearest half degree on both sides (Bell et al., algorithm 1).
     """
     names = sorted(names)
     if degree >= len(names) - 1:
@@ -56,23 +49,17 @@ def default_threshold(hospitals: int) -> int:
 def choose_degree(
     hospitals: int, corrupt: float = 0.1, gone: float = 0.1, threshold: int | None = None
 ) -> tuple[int, int]:
-    """The least even degree, and the threshold of shares among neighbours, that bound what can go wrong.
-
-    For random neighbours of one hospital, of which a share ``corrupt`` of all hospitals works with the server and a
-    share ``gone`` vanishes (Bell et al., section 3.2; exact hypergeometric tails in place of their bounds):
+    """The least even degree, and the threshold of shares among neighbours, that bound what can go wrong where a share
+    ``corrupt`` of all hospitals works with the server and a share ``gone`` vanishes (Bell et al., section 3.2; exact
+    hypergeometric tails in place of their bounds):
 
     - no graph that :func:`withstands` refuses;
     - the honest hospitals that stay are connected, but for 2^-80: a cut of the ring needs degree / 2 in a row that are
       corrupt or gone;
     - at least the threshold of its neighbours stay, but for 2^-30: else the round ends without a sum.
 
-    Parameters
-    ----------
-    threshold : fewest hospitals that take part; left out, two thirds of all, rounded up
-
-    Returns
-    -------
-    degree and threshold of shares: all others, and ``threshold``, where no graph serves
+    ``threshold`` is the fewest hospitals that take part, two thirds if left out. All others, and it, where no graph
+    serves.
     """
     if not (corrupt >= 0 and gone >= 0 and corrupt + gone < 1):
         raise UserError(f"corrupt is {corrupt}, gone {gone}: together they must be below 1")

@@ -19,15 +19,8 @@ STEPS = ("advertise", "share", "mask", "confirm", "unmask")
 
 @dataclass(frozen=True)
 class Reply:
-    """What a hospital sends: a step's content, signed.
-
-    Attributes
-    ----------
-    sender, session, step : of the message
-    body : texts, lists of texts, and texts by name
-    signature : Ed25519, 64 bytes, over the agreement's digest and everything else here
-    vector : uint32 [L] in step ``mask``, else None
-    """
+    """What a hospital sends in a step: texts, lists of texts, and texts by name, and in step ``mask`` a vector, uint32
+    [L]; signed by Ed25519, with the agreement's digest."""
 
     sender: str
     session: int
@@ -83,8 +76,7 @@ class Reply:
             raise ProtocolError(f"a message from {self.sender!r}, which isn't one of {', '.join(agreement.names)}")
         if (self.session, self.step) != (session, step):
             raise ProtocolError(
-                f"a message of {self.sender} for {self.step} of round {self.session}, but this is {step} of {session}: "
-                "it came late, or was sent again"
+                f"{self.sender} answers {self.step} of round {self.session} in {step} of {session}: late?"
             )
         try:
             agreement.keys[self.sender].verify(self.signature, self.signed(agreement))
@@ -127,6 +119,11 @@ def confirmation(survivors: Iterable[str], advertised: Mapping[str, list[str]]) 
     # Digests, for each hospital gets what all the others signed.
     lists = {"survivors": sorted(survivors), "keys": sorted(advertised.items())}
     return {what: hashlib.sha256(json.dumps(content).encode()).hexdigest() for what, content in lists.items()}
+
+
+def relayed(replies: Mapping[str, Reply]) -> list[str]:
+    """Replies without a vector, as the server passes them on."""
+    return [reply.split()[0].decode() for reply in replies.values()]
 
 
 def relayed_reply(text: str) -> Reply:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
@@ -15,7 +15,7 @@ from primia_lite.secagg.agreement import Agreement, ProtocolError, TooFewSurvivo
 from primia_lite.secagg.fixed_point import centred
 from primia_lite.secagg.keys import SEALED, derive, mask_seed, mask_sign
 from primia_lite.secagg.masks import add_masks
-from primia_lite.secagg.messages import STEPS, Reply, confirmation, decode, is_hex, public_keys, request
+from primia_lite.secagg.messages import STEPS, Reply, confirmation, decode, is_hex, public_keys, relayed, request
 
 # What a reply's body holds: no more and no less.
 BODIES = {"advertise": {"keys"}, "share": {"shares", "commitment"}, "mask": {"question", "unopened"},
@@ -23,12 +23,8 @@ BODIES = {"advertise": {"keys"}, "share": {"shares", "commitment"}, "mask": {"qu
 
 
 class SecAggServer:
-    """The server's side of one round. It holds no secret and, until the end, only a masked sum.
-
-    Parameters
-    ----------
-    session
-        Number of the round: above that of every round before.
+    """The server's side of one round, whose number, ``session``, is above all before. It holds no secret and, until the
+    end, only a masked sum.
 
     Attributes
     ----------
@@ -50,34 +46,24 @@ class SecAggServer:
 
     def requests(self) -> dict[str, bytes]:
         """What to ask each hospital that is still in the round."""
-        step, session = self.step, self.session
+        step, replies, ask = self.step, self.replies, partial(request, self.step, self.session)
         if step == "advertise":
-            return dict.fromkeys(self.agreement.names, request(step, session))
+            return dict.fromkeys(self.agreement.names, ask())
         if step == "share":
-            relayed = [reply.split()[0].decode() for reply in self.replies["advertise"].values()]
-            return dict.fromkeys(self.replies["advertise"], request(step, session, advertised=relayed))
+            return dict.fromkeys(replies["advertise"], ask(advertised=relayed(replies["advertise"])))
         if step == "mask":
-            sent: dict[str, dict[str, str]] = {name: {} for name in self.replies["share"]}
-            for sender, reply in self.replies["share"].items():
-                for name, sealed in reply.body["shares"].items():
-                    if name in sent:
-                        sent[name][sender] = sealed
-            return {name: request(step, session, shares=shares) for name, shares in sent.items()}
-        names = list(self.survivors)
+            sent = {sender: reply.body["shares"] for sender, reply in replies["share"].items()}
+            return {
+                name: ask(shares={sender: shares[name] for sender, shares in sent.items() if name in shares})
+                for name in sent
+            }
         if step == "confirm":
-            return dict.fromkeys(names, request(step, session, survivors=names))
-        relayed = [reply.split()[0].decode() for reply in self.replies["confirm"].values()]
-        return dict.fromkeys(self.replies["confirm"], request(step, session, confirmed=relayed))
+            return dict.fromkeys(self.survivors, ask(survivors=list(self.survivors)))
+        return dict.fromkeys(replies["confirm"], ask(confirmed=relayed(replies["confirm"])))
 
     def receive(self, reply: Reply) -> None:
-        """Take a hospital's reply.
-
-        Raises
-        ------
-        ProtocolError
-            It is forged, late, from an unknown hospital or one that was not asked, came before, or has another form.
-            The round goes on as if it had not come.
-        """
+        """Take a hospital's reply; ProtocolError for one that is forged, late, unasked, repeated, or of another form.
+        The round goes on as if it had not come."""
         step = self.step
         if step is None:
             raise ProtocolError(f"a message of {reply.sender} after the end of round {self.session}: it came late")
@@ -126,10 +112,7 @@ class SecAggServer:
         sender, unopened, came = reply.sender, reply.body["unopened"], self.replies["mask"]
         first = next(iter(came.values()), reply)
         if reply.body["question"] != first.body["question"]:
-            raise ProtocolError(
-                f"{sender} answers for another round, or other weights, than {first.sender}, who came first: it is "
-                "left out"
-            )
+            raise ProtocolError(f"{sender} answers for another round, or weights, than {first.sender}: it is left out")
         if not isinstance(unopened, list) or not set(unopened) <= set(self.neighbours[sender]):
             raise ProtocolError(f"{sender} names shares that it wasn't sent")
         # They have no mask together, so one sum can't hold both. Who sealed the share goes, if it hasn't come yet and
@@ -181,7 +164,7 @@ class SecAggServer:
         return self.agreement.neighbours(self._keys)
 
     def close(self) -> None:
-        """End a step, with those who have answered, and go on to the next; after the last one ``total`` is there.
+        """End a step with those who have answered, and go on to the next; after the last one ``total`` is there.
 
         Raises
         ------
@@ -198,8 +181,8 @@ class SecAggServer:
             self._end()
             raise TooFewSurvivors(
                 f"round {self.session} ended at {step}: {len(answered)} hospitals answered, fewer than the threshold "
-                f"of {self.agreement.threshold} (missing: {', '.join(gone)}). There is no sum, and what was charged to "
-                f"ledgers stays charged. Ask again once they are back{signed}"
+                f"of {self.agreement.threshold} (missing: {', '.join(gone)}). What was charged stays charged. Ask "
+                f"again once they are back{signed}"
             )
         if self.step == "mask":
             self.survivors = tuple(sorted(answered))
@@ -263,21 +246,10 @@ Exchange = Callable[[str, Mapping[str, bytes]], Iterable[Reply]]
 
 
 def run_round(server: SecAggServer, exchange: Exchange) -> list[str]:
-    """Take a round to its end.
+    """Take a round to its end, or raise as :meth:`SecAggServer.close` does.
 
-    Parameters
-    ----------
-    exchange
-        The transport: called with the step and a request for each hospital; gives the replies that came in time.
-
-    Returns
-    -------
-    why replies were refused, a line each; those hospitals count as gone
-
-    Raises
-    ------
-    ProtocolError
-        See :meth:`SecAggServer.close`.
+    ``exchange`` is the transport: called with the step and a request for each hospital, it gives the replies that came
+    in time. Gives why replies were refused, a line each; those hospitals count as gone.
     """
     refused = []
     while server.step is not None:

@@ -15,13 +15,7 @@ SECRET_BYTES, SHARE_BYTES = 32, 66
 
 
 def split(secret: bytes, threshold: int, points: Sequence[int]) -> dict[int, bytes]:
-    """A share of 66 bytes for each point; any ``threshold`` of them give the secret, fewer tell nothing of it.
-
-    Parameters
-    ----------
-    secret : 32 bytes
-    points : distinct, above 0; at least ``threshold`` of them
-    """
+    """A share of 66 bytes for each point; any ``threshold`` of them give the secret of 32, fewer tell nothing of it."""
     if len(secret) != SECRET_BYTES:
         raise ValueError(f"a secret has {SECRET_BYTES} bytes, got {len(secret)}")
     if not 1 <= threshold <= len(points) or len(set(points)) < len(points) or min(points) < 1:

@@ -23,8 +23,8 @@ from primia_lite.config import UserError
 from primia_lite.data import load
 from primia_lite.data.films import Films
 from primia_lite.privacy.accounting import Release
+from primia_lite.privacy.accounting.guarantees import tpr_upper_bound
 from primia_lite.privacy.dpsgd import Privacy
-from primia_lite.privacy.guarantees import tpr_upper_bound
 from primia_lite.training import Training
 
 RECIPE = Training("convnet", sample_rate=1.0, learning_rate=1.0)

@@ -23,8 +23,8 @@ from primia_lite.federation.normalisation import mean_and_std_under_dp
 from primia_lite.federation.rounds import Schedule, federate, pool
 from primia_lite.models import build
 from primia_lite.privacy.accounting import Release
+from primia_lite.privacy.accounting.rdp import filter_epsilon, filter_order
 from primia_lite.privacy.dpsgd import Privacy
-from primia_lite.privacy.filter import filter_epsilon, filter_order
 from primia_lite.privacy.ledger import Ledger
 from primia_lite.privacy.rng import SecureGenerator
 from primia_lite.training import Training

@@ -15,7 +15,7 @@ import pytest
 from primia_lite import __version__
 from primia_lite.config import BudgetError, UserError
 from primia_lite.privacy.accounting import Release, calibrate_noise_multiplier, epsilon
-from primia_lite.privacy.filter import filter_epsilon
+from primia_lite.privacy.accounting.rdp import filter_epsilon
 from primia_lite.privacy.ledger import Ledger, charged_for
 
 STEP = Release(1.0, 0.25, 2)

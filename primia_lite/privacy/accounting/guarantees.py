@@ -9,9 +9,10 @@ from functools import lru_cache
 import numpy as np
 
 from primia_lite.config import UserError
-from primia_lite.privacy import pld
-from primia_lite.privacy.accounting import RDP_ORDERS, Release, Releases, epsilon, merge, one_gaussian, quiet
-from primia_lite.privacy.gaussian import check_delta, gaussian_epsilon, unsampled_mu
+from primia_lite.privacy.accounting import epsilon, pld
+from primia_lite.privacy.accounting.gaussian import gaussian_epsilon
+from primia_lite.privacy.accounting.rdp import RDP_ORDERS, quiet
+from primia_lite.privacy.accounting.releases import Release, Releases, check_delta, merge, one_gaussian, unsampled_mu
 
 
 @lru_cache(maxsize=64)
@@ -33,15 +34,13 @@ def group_epsilon(release: Release, films: int, delta: float) -> float:
     always = gaussian_epsilon(mu, delta)  # all films in every step cost at least as much
     if release.sample_rate == 1 or delta <= pld.rounding((release,)) or always == 0:
         return always
-    taking_part = range(films + 1)
-    step = MixtureOfGaussiansDpEvent(
-        release.noise_multiplier, list(taking_part), list(binom.pmf(taking_part, films, release.sample_rate))
-    )
+    count = range(films + 1)
+    shares = list(binom.pmf(count, films, release.sample_rate))
     # ε grows faster than k, and with it the width of the distribution: a coarser grid keeps it affordable, and the
     # value an upper bound.
     interval = max(0.01 * max(1.0, films / 5), (mu * mu / 2 + 20 * mu) / pld.POINTS)
     accountant = PLDAccountant(value_discretization_interval=interval)
-    accountant.compose(step, release.steps)
+    accountant.compose(MixtureOfGaussiansDpEvent(release.noise_multiplier, list(count), shares), release.steps)
     return min(always, float(accountant.get_epsilon(delta - pld.rounding((release,)))))
 
 
@@ -56,14 +55,8 @@ def group_privacy(epsilon: float, delta: float, films: int) -> tuple[float, floa
 
 
 def federation_epsilon(spent: Mapping[str, Releases], delta: float, *, shared_patients: bool = False) -> float:
-    """ε of a federation from each hospital's releases.
-
-    Parameters
-    ----------
-    shared_patients
-        False: a child is at one hospital only, and the worst hospital's ε holds. True: a child may be at all of them,
-        and their releases compose.
-    """
+    """ε of a federation from each hospital's releases: that of the worst hospital if a child is at one only, of all
+    releases together if ``shared_patients`` says that a child may be at all of them."""
     if shared_patients:
         return epsilon([r for releases in spent.values() for r in merge(releases)], delta)
     return max((epsilon(releases, delta) for releases in spent.values()), default=0.0)
@@ -107,7 +100,7 @@ def tpr_upper_bound(releases: Releases, false_positive_rate: np.ndarray) -> np.n
         return unsampled
     # Any grid gives a bound; beyond 700 e^ε overflows, and such an ε promises nothing.
     grid = np.linspace(0, min(700.0, max(1.0, 1.5 * epsilon(releases, 1e-6))), 400)
-    delta = np.asarray(pld.composed(releases, interval).get_delta_for_epsilon(grid)) + pld.rounding(releases)
-    forward = np.exp(grid)[:, None] * rate + delta[:, None]
-    backward = 1 - np.exp(-grid)[:, None] * (1 - delta[:, None] - rate)
+    delta = np.asarray(pld.composed(releases, interval).get_delta_for_epsilon(grid))[:, None] + pld.rounding(releases)
+    forward = np.exp(grid)[:, None] * rate + delta
+    backward = 1 - np.exp(-grid)[:, None] * (1 - delta - rate)
     return np.minimum(unsampled, np.minimum(forward, backward).min(0))

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from primia_lite.config import UserError
-from primia_lite.privacy import pld
-
-if TYPE_CHECKING:
-    from primia_lite.privacy.accounting import Release
+from primia_lite.privacy.accounting import pld
+from primia_lite.privacy.accounting.releases import Release
 
 _ARRAYS = 12  # as long as the grid, held at once
 
@@ -33,11 +30,8 @@ def bounds(releases: tuple[Release, ...], delta: float, about: float) -> tuple[f
     with warnings.catch_warnings(), np.errstate(all="ignore"):  # log(1 - q) at q = 1, and a note on RDP's orders
         warnings.simplefilter("ignore")
         try:
-            domain = accountant._get_domain(
-                prvs=[PoissonSubsampledGaussianPRV(q, sigma) for sigma, q, _ in accountant.history],
-                num_self_compositions=[r.steps for r in releases],
-                **error,
-            )
+            prvs = [PoissonSubsampledGaussianPRV(r.sample_rate, r.noise_multiplier) for r in releases]
+            domain = accountant._get_domain(prvs=prvs, num_self_compositions=[r.steps for r in releases], **error)
             gib = 8 * domain.size * (len(releases) + _ARRAYS) / 2**30
             if domain.t_max > 690:
                 raise ValueError(f"privacy losses reach {domain.t_max:.4g}, and beyond 690 e^loss overflows")
@@ -49,7 +43,5 @@ def bounds(releases: tuple[Release, ...], delta: float, about: float) -> tuple[f
             if not np.isfinite(found).all():
                 raise ValueError("its sums overflow")
         except (ValueError, ArithmeticError, RuntimeError) as reason:
-            raise UserError(
-                f"PRV gives no bound for {', '.join(map(str, releases))} at delta {delta:g} ({reason}): use pld or rdp"
-            ) from reason
+            raise UserError(f"PRV gives no bound at delta {delta:g} ({reason}): use pld or rdp") from reason
     return tuple(max(0.0, float(e)) for e in found)
