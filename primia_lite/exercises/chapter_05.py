@@ -69,7 +69,9 @@ def read_weights(function: Callable) -> str | None:
             continue
         if np.allclose(np.append(np.convolve(film, out), 0)[:16], (full[:16] - full[16:]), atol=1e-5):
             return "what runs over X^15 comes back with the other sign: X^16 = -1"
-        return "film times your polynomial isn't the product: column k of the system is the film times X^k, with X^16 = -1"
+        return (
+            "film times your polynomial isn't the product: column k of the system is the film times X^k, with X^16 = -1"
+        )
     return None
 
 
