@@ -17,7 +17,7 @@ from primia_lite import models
 from primia_lite.config import UserError, cache_dir
 from primia_lite.data import augmentation, phantom
 from primia_lite.models import frozen, networks
-from primia_lite.privacy.dpsgd import check_model
+from primia_lite.privacy.clipping import trained_layers
 
 SIZES = (28, 64, 128)
 
@@ -113,7 +113,7 @@ def test_resnet18_has_no_batchnorm_and_can_be_trained_privately():
     layers = list(model.modules())
     assert not any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in layers)
     assert any(isinstance(layer, nn.GroupNorm) for layer in layers)
-    check_model(model)
+    trained_layers(model)
     with pytest.raises(UserError, match="224"):
         models.build("resnet18", 3, (1, 256, 256))
 
