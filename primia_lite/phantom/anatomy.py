@@ -5,7 +5,8 @@ Numbers are drawn here and drawn with in `render`. Nothing here is fitted to any
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,51 +14,8 @@ import numpy as np
 F32 = np.float32
 
 
-@dataclass(frozen=True)
-class Patient:
-    """Anatomy that all films of a patient share. Lengths are fractions of the film's side."""
-
-    label: int  # 0 normal, 1 bacterial, 2 viral
-    age: float  # 0 (infant) .. 1 (about six years)
-    half_width: float  # inner rib cage at its widest
-    height: float  # lung apex to dome of the diaphragm, at the patient's usual inspiration
-    wall: float  # soft tissue outside the rib cage
-    bulk: float  # attenuation of the whole trunk, relative
-    rib_spacing: float
-    rib_drop: float  # how far a posterior rib falls from spine to side
-    rib_slope: float  # how far it falls along the back
-    rib_front_drop: float
-    rib_front: float  # where the bony front end stops, 0 at the spine, 1 at the side
-    rib_width: float
-    rib_density: float
-    rib_jitter: np.ndarray  # [14] offsets of single ribs
-    heart_size: float
-    heart_shift: float
-    heart_round: float
-    knob: float
-    thymus: float
-    dome_shape: tuple[float, float]  # height of the dome above the costophrenic angle, right and left
-    dome_offset: float  # left dome lower than the right one
-    dome_peak: float  # where the dome is highest, 0 at the spine, 1 at the side
-    vessel_gain: float
-    gas: float
-    clavicle: float
-    clavicle_rise: float
-    clavicle_bend: float
-    clavicle_end: float
-    stomach: tuple[float, float, float]  # x, radius, contrast of the gas bubble
-    arms_up: bool
-    shoulder: tuple[float, float, float]
-    head: float  # how far the chin reaches into the film (negative: not at all)
-    seed: int  # for fields drawn again for every film of this patient (textures, vessels)
-    hyperinflation: float = 0.0
-    haze: float = 0.0
-    lesions: tuple[tuple[float, ...], ...] = ()  # (side, across, down, radius across, radius down, angle, density)
-    fissure: float = 0.0
-    effusion: tuple[float, float] = (0.0, 0.0)  # height of the fluid, right and left
-    streaks: float = 0.0
-    cuffs: float = 0.0
-    vessels: tuple[np.ndarray, ...] = field(default=(), repr=False)
+class Patient(SimpleNamespace):
+    """Anatomy that all films of a patient share (:func:`sample_patient`); lengths are fractions of the film's side."""
 
 
 @dataclass(frozen=True)
@@ -84,38 +42,40 @@ def sample_patient(rng: np.random.Generator, label: int) -> Patient:
     spacing = 0.082 + 0.005 * z[1]
     return Patient(
         label=label,
-        age=age,
-        half_width=0.368 + 0.018 * z[2] - 0.01 * age + 0.012 * hyper,
-        height=0.555 + 0.05 * (age - 0.5) + 0.03 * z[3],
-        wall=0.055 + 0.018 * abs(z[4]),
-        bulk=1.0 + 0.07 * z[5],
+        age=age,  # 0 (infant) .. 1 (about six years)
+        half_width=0.368 + 0.018 * z[2] - 0.01 * age + 0.012 * hyper,  # inner rib cage at its widest
+        height=0.555 + 0.05 * (age - 0.5) + 0.03 * z[3],  # lung apex to dome of the diaphragm, at usual inspiration
+        wall=0.055 + 0.018 * abs(z[4]),  # soft tissue outside the rib cage
+        bulk=1.0 + 0.07 * z[5],  # attenuation of the whole trunk, relative
         rib_spacing=spacing,
-        rib_drop=max(0.03, 0.075 + 0.02 * (age - 0.5) + 0.015 * z[6] - 0.02 * hyper),
-        rib_slope=max(0.02, 0.125 + 0.03 * z[20] + 0.02 * (age - 0.5) - 0.015 * hyper),
+        rib_drop=max(0.03, 0.075 + 0.02 * (age - 0.5) + 0.015 * z[6] - 0.02 * hyper),  # of the back, spine to side
+        rib_slope=max(0.02, 0.125 + 0.03 * z[20] + 0.02 * (age - 0.5) - 0.015 * hyper),  # fall along the back
         rib_front_drop=max(0.04, 0.11 + 0.03 * z[26]),
-        rib_front=0.50 + 0.05 * z[21],
+        rib_front=0.50 + 0.05 * z[21],  # where the bony front end stops, 0 at the spine, 1 at the side
         rib_width=spacing * (0.255 + 0.025 * z[7]),
         rib_density=1.0 + 0.15 * z[8],
-        rib_jitter=0.08 * spacing * rng.standard_normal(14),
+        rib_jitter=0.08 * spacing * rng.standard_normal(14),  # offsets of single ribs
         heart_size=1.0 + 0.10 * z[9] - 0.10 * (age - 0.5) - 0.06 * hyper,
         heart_shift=0.010 * z[10],
         heart_round=u[16],
         knob=u[17],
         thymus=max(0.0, 0.6 - age) * 1.6 * u[11],
+        # height of the dome above the costophrenic angle, right and left
         dome_shape=(0.13 + 0.025 * z[11] - 0.05 * hyper, 0.13 + 0.025 * z[12] - 0.05 * hyper),
-        dome_offset=0.02 + 0.02 * z[13],
-        dome_peak=min(max(0.50 + 0.08 * z[22], 0.3), 0.7),
+        dome_offset=0.02 + 0.02 * z[13],  # left dome lower than the right one
+        dome_peak=min(max(0.50 + 0.08 * z[22], 0.3), 0.7),  # where the dome is highest, 0 at the spine, 1 at the side
         vessel_gain=float(np.exp(0.25 * z[14])) * (1.0 + 0.25 * cuffs),
         gas=0.35 * z[23],
         clavicle=-0.005 + 0.022 * z[24],
         clavicle_bend=0.018 + 0.010 * z[27],
         clavicle_end=0.78 + 0.06 * z[28],
         clavicle_rise=0.02 + 0.03 * z[25] + (0.03 if u[15] < 0.88 else 0.0),
+        # the gas bubble: x, radius, contrast
         stomach=(0.16 + 0.03 * z[15], 0.03 + 0.05 * u[12], 0.8 * u[13] if u[14] < 0.6 else 0.0),
         arms_up=bool(u[15] < 0.88),
         shoulder=(0.05 + 0.02 * z[16], 0.012 * z[17], 0.15 * z[18]),
-        head=0.085 + 0.05 * z[19],
-        seed=int(rng.integers(2**31)),
+        head=0.085 + 0.05 * z[19],  # how far the chin reaches into the film (negative: not at all)
+        seed=int(rng.integers(2**31)),  # of fields that all films of this patient share (textures, vessels)
         **disease,
         vessels=_grow_vessels(rng),
     )
@@ -124,10 +84,11 @@ def sample_patient(rng: np.random.Generator, label: int) -> Patient:
 def _sample_disease(rng: np.random.Generator, label: int, u: list[float], z: list[float]) -> dict[str, Any]:
     """What a class does to a patient, as attributes of :class:`Patient`."""
     severity = 0.3 + 0.7 * u[1] ** 0.7  # 0: hardly to be seen, 1: obvious
-    hyper = haze = fissure = streaks = cuffs = 0.0
+    haze = fissure = 0.0
     lesions: list[tuple[float, ...]] = []
-    effusion = (0.0, 0.0)
+    effusion = (0.0, 0.0)  # height of the fluid, right and left
     if label == 1:
+        hyper = 0.0
         lesions, fissure = _consolidations(rng, severity)
         if u[2] < 0.25 * severity:
             amount = 0.03 + 0.12 * u[3]
@@ -149,14 +110,9 @@ def _sample_disease(rng: np.random.Generator, label: int, u: list[float], z: lis
         cuffs = 0.2 * u[8]
         haze = 0.08 * u[9] if u[10] < 0.2 else 0.0
     return {
-        "hyperinflation": float(hyper),
-        "haze": float(haze),
-        "lesions": tuple(lesions),
-        "fissure": float(fissure),
-        "effusion": effusion,
-        "streaks": float(streaks),
-        "cuffs": float(cuffs),
-    }
+        "hyperinflation": hyper, "haze": haze, "lesions": lesions, "fissure": fissure, "effusion": effusion,
+        "streaks": streaks, "cuffs": cuffs,
+    }  # fmt: skip
 
 
 def _consolidations(rng: np.random.Generator, severity: float) -> tuple[list[tuple[float, ...]], float]:
@@ -171,17 +127,9 @@ def _consolidations(rng: np.random.Generator, severity: float) -> tuple[list[tup
     for number, lobe in enumerate(chosen):
         side, across, down = lobes[lobe]
         size = (0.24 + 0.46 * severity * next(w)) * (1.0 if number == 0 else 0.7)
-        lesions.append(
-            (
-                float(side),
-                across + 0.10 * next(z),
-                down + 0.05 * next(z),
-                size * (0.8 + 0.5 * next(w)),
-                size * (0.6 + 0.4 * next(w)),
-                0.5 * next(z),
-                (0.30 + 0.70 * severity) * (0.7 + 0.3 * next(w)),
-            )
-        )
+        place = (float(side), across + 0.10 * next(z), down + 0.05 * next(z))
+        radii = (size * (0.8 + 0.5 * next(w)), size * (0.6 + 0.4 * next(w)))
+        lesions.append((*place, *radii, 0.5 * next(z), (0.30 + 0.70 * severity) * (0.7 + 0.3 * next(w))))
     return lesions, 1.0 if chosen[0] == 0 and rng.random() < 0.6 else 0.0
 
 

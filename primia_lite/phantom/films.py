@@ -11,22 +11,22 @@ The same seed gives the same bytes, and film i doesn't depend on how many films 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
 from primia_lite.config import DataError
-from primia_lite.phantom.anatomy import Patient, Pose, sample_patient, sample_pose
-from primia_lite.phantom.canvas import Canvas, Textures, make_textures, step
+from primia_lite.phantom.anatomy import sample_patient, sample_pose
+from primia_lite.phantom.canvas import Canvas, make_textures, step
 from primia_lite.phantom.render import Maps, attenuate
 
 CLASS_NAMES = ("normal", "bacterial", "viral")
 CLASS_FRACTIONS = {"normal": 0.35, "bacterial": 0.40, "viral": 0.25}  # of patients; real set of films: 0.27, 0.47, 0.26
 SPLIT_FRACTIONS = {"train": 0.70, "val": 0.10, "test": 0.20}  # of patients
-SIZES = (28, 256)
+SITES = ("A", "B", "C")  # hospitals, each with a scanner of its own; a patient is seen at one of them
 F32 = np.float32
 
 
@@ -56,182 +56,75 @@ SCANNERS = (
 )
 
 
-class Drawn(NamedTuple):
-    """Films as plain arrays, named as :class:`~primia_lite.data.ChestXrays` names them."""
-
-    images: np.ndarray
-    labels: np.ndarray
-    patient_id: np.ndarray
-    site: np.ndarray
-    split: np.ndarray
-    lung_mask: np.ndarray
-    lesion_mask: np.ndarray
-
-
-def scanner_for(index: int) -> Scanner:
-    """Scanner of hospital `index`: three that are written out, then variations of them."""
-    base = SCANNERS[index % len(SCANNERS)]
-    if index < len(SCANNERS):
-        return base
-    u = np.random.default_rng([77, index]).random(6)
-    return replace(
-        base,
-        half_response=base.half_response * (0.85 + 0.3 * u[0]),
-        gamma=base.gamma * (0.85 + 0.3 * u[1]),
-        scatter=base.scatter * (0.7 + 0.6 * u[2]),
-        blur=base.blur * (0.7 + 0.8 * u[3]),
-        noise=base.noise * (0.7 + 0.8 * u[4]),
-        marker_at=(base.marker_at[0], base.marker_at[1] + 0.2 * u[5]),
-    )
-
-
 def draw(
-    n_films: int,
-    size: int,
-    seed: int = 0,
-    *,
-    sites: Sequence[str] = ("A", "B", "C"),
-    class_fractions: Mapping[str, float] | None = None,
-    split_fractions: Mapping[str, float] | None = None,
-) -> Drawn:
-    """Draw `n_films` phantom films of `size` x `size` pixels.
+    n_films: int, size: int, seed: int = 0, split_fractions: Mapping[str, float] | None = None
+) -> dict[str, np.ndarray]:
+    """Draw phantom films of ``size`` x ``size`` px (28 to 256); ``seed`` fixes every byte.
 
-    Parameters
-    ----------
-    n_films, size, seed
-        Number of films; their side in pixels (28 to 256); the seed that fixes every byte.
-    sites
-        Names of the hospitals, each with a scanner of its own. A patient is seen at one of them.
-    class_fractions, split_fractions
-        Shares of patients by class name and by split; the defaults are `CLASS_FRACTIONS` and `SPLIT_FRACTIONS`.
-
-    Returns
-    -------
-    Drawn
-        Three classes; splits disjoint by patient and stratified by class.
-
-    Raises
-    ------
-    DataError
-        If the size, the number of films, the sites or the fractions make no sense.
+    ``split_fractions`` are shares of patients by split, default :data:`SPLIT_FRACTIONS`; splits are disjoint by patient
+    and stratified by class. The arrays are named as :class:`~primia_lite.data.ChestXrays` names them.
     """
-    size, n_films, seed = _check(n_films, size, seed, sites)
-    classes = _shares(class_fractions, CLASS_FRACTIONS, "class_fractions")
-    splits = _shares(split_fractions, SPLIT_FRACTIONS, "split_fractions")
+    for name, value, least, most in (("size", size, 28, 256), ("n_films", n_films, 1, 10**9), ("seed", seed, 0, 2**63)):
+        if not isinstance(value, (int, np.integer)) or not least <= value <= most:
+            raise DataError(f"phantom: {name} is {value!r}; give a whole number of {least} to {most}")
+    splits = split_fractions or SPLIT_FRACTIONS
+    if not all(share >= 0 for share in splits.values()) or not np.isclose(sum(splits.values()), 1):
+        raise DataError(f"phantom: split_fractions {dict(splits)} must be positive and add up to 1")
     canvas = Canvas(max(size, 80))  # small films are drawn at 80 px and averaged down
     shrink = _area_average(canvas.n, size)
     images = np.empty((n_films, size, size), np.uint8)
-    lung = np.empty((n_films, size, size), bool)
-    lesion = np.empty((n_films, size, size), bool)
+    lung, lesion = np.empty((2, n_films, size, size), bool)
+    rows: list[tuple[int, str, str, str]] = []
     # BLAS on several threads may round differently: on one, the bytes don't depend on the number of cores
     with threadpool_limits(1, user_api="blas"):
-        rows = _draw(canvas, shrink, _Roster(seed, classes, splits, len(sites)), (images, lung, lesion))
-    labels, ids, site, split = zip(*rows, strict=True)
-    return Drawn(
-        images, np.array(labels, np.int64), np.array(ids), np.array(sites)[list(site)], np.array(split), lung, lesion
-    )
+        for label, name, site, split, rng in _roster(seed, splits):
+            patient = sample_patient(rng, label)
+            textures = make_textures(canvas, patient)
+            base = None
+            for _ in range(1 + int(np.searchsorted((0.55, 0.80, 0.93), rng.random()))):  # one to four films
+                pose = sample_pose(rng, patient, base)
+                base = base or pose
+                at, scanner = len(rows), SCANNERS[site]
+                maps = attenuate(canvas, patient, replace(pose, scale=pose.scale * scanner.zoom), textures)
+                images[at] = _expose(canvas, shrink, maps.attenuation, scanner, rng)
+                lung[at], lesion[at] = _masks(maps, shrink)
+                rows.append((label, name, SITES[site], split))
+                if len(rows) == n_films:
+                    labels, ids, sites, of_split = map(np.array, zip(*rows, strict=True))
+                    return {
+                        "images": images, "labels": labels, "patient_id": ids, "site": sites, "split": of_split,
+                        "lung_mask": lung, "lesion_mask": lesion,
+                    }  # fmt: skip
 
 
-def _draw(
-    canvas: Canvas,
-    shrink: np.ndarray | None,
-    roster: _Roster,
-    out: tuple[np.ndarray, np.ndarray, np.ndarray],
-) -> list[tuple[int, str, int, str]]:
-    """Fill `out` (images, lung masks, lesion masks) patient by patient; a row of label, patient, site, split a film."""
-    rows: list[tuple[int, str, int, str]] = []
-    n_films = len(out[0])
-    while len(rows) < n_films:
-        number, label, site, split, rng = roster.next()
-        patient = sample_patient(rng, label)
-        scanner = scanner_for(site)
-        textures = make_textures(canvas, patient)
-        base = None
-        for _ in range(_films_of(rng)):
-            if len(rows) == n_films:
-                break
-            pose = sample_pose(rng, patient, base)
-            base = base or pose
-            pose = replace(pose, scale=pose.scale * scanner.zoom)
-            for array, value in zip(out, _film(canvas, shrink, patient, textures, pose, scanner, rng), strict=True):
-                array[len(rows)] = value
-            rows.append((label, f"phantom-{number:05d}", site, split))
-    return rows
-
-
-def _check(n_films: int, size: int, seed: int, sites: Sequence[str]) -> tuple[int, int, int]:
-    if not _whole(size) or not SIZES[0] <= size <= SIZES[1]:
-        raise DataError(f"phantom: size {size!r} is not possible; choose a whole number of {SIZES[0]} to {SIZES[1]} px")
-    if not _whole(n_films) or n_films < 1:
-        raise DataError(f"phantom: n_films is {n_films!r}; ask for at least one film")
-    if isinstance(sites, str) or len(sites) == 0 or len(set(sites)) != len(sites):
-        raise DataError(f"phantom: sites is {sites!r}; give a tuple of different names, such as ('A', 'B', 'C')")
-    if not _whole(seed) or seed < 0:
-        raise DataError(f"phantom: seed is {seed!r}; give a whole number of 0 or more")
-    return int(size), int(n_films), int(seed)
-
-
-def _whole(value: object) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-
-
-def _shares(given: Mapping[str, float] | None, default: Mapping[str, float], name: str) -> dict[str, float]:
-    """Fractions in the order of the default, scaled to a sum of 1."""
-    given = default if given is None else given
-    unknown = sorted(set(given) - set(default))
-    if unknown:
-        raise DataError(f"phantom: {name} has unknown keys {unknown}; known are {list(default)}")
-    values = [float(given.get(key, 0.0)) for key in default]
-    if not all(np.isfinite(v) and v >= 0 for v in values) or sum(values) <= 0:
-        raise DataError(f"phantom: {name} must be non-negative numbers with a positive sum, not {dict(given)!r}")
-    return {key: value / sum(values) for key, value in zip(default, values, strict=True)}
-
-
-class _Roster:
-    """Hands out patients in order. Low-discrepancy sequences keep any first n patients stratified."""
-
-    def __init__(self, seed: int, classes: dict[str, float], splits: dict[str, float], n_sites: int):
-        self.seed, self.splits, self.n_sites = seed, list(splits), n_sites
-        self.class_edges = np.cumsum(list(classes.values()))
-        self.split_edges = np.cumsum(list(splits.values()))
-        self.offset = np.random.default_rng([seed, 1]).random(2)
-        self.number = 0
-        self.seen = [0] * len(classes)
-
-    def next(self) -> tuple[int, int, int, str, np.random.Generator]:
-        number = self.number
-        self.number += 1
+def _roster(seed: int, splits: Mapping[str, float]) -> Iterator[tuple[int, str, int, str, np.random.Generator]]:
+    """Patients without end: label, name, site, split, generator. Low-discrepancy sequences keep any first n of them
+    stratified."""
+    class_edges, split_edges = (np.cumsum(list(shares.values())) for shares in (CLASS_FRACTIONS, splits))
+    offset = np.random.default_rng([seed, 1]).random(2)
+    seen = [0] * len(CLASS_NAMES)
+    for number in itertools.count():
         # the two-dimensional golden sequence: class and site, each stratified and together too
-        a = (self.offset[0] + number * 0.7548776662466927) % 1.0
-        b = (self.offset[1] + number * 0.5698402909980532) % 1.0
-        label = min(int(np.searchsorted(self.class_edges, a, side="right")), len(self.class_edges) - 1)
+        a = (offset[0] + number * 0.7548776662466927) % 1.0
+        b = (offset[1] + number * 0.5698402909980532) % 1.0
+        label = min(int(np.searchsorted(class_edges, a, side="right")), len(CLASS_NAMES) - 1)
         # the first patient of each class goes to the first split (train)
-        c = (self.seen[label] * 0.6180339887498949) % 1.0
-        self.seen[label] += 1
-        split = min(int(np.searchsorted(self.split_edges, c, side="right")), len(self.splits) - 1)
-        return number, label, int(b * self.n_sites), self.splits[split], np.random.default_rng([self.seed, 2, number])
+        c = (seen[label] * 0.6180339887498949) % 1.0
+        seen[label] += 1
+        split = list(splits)[min(int(np.searchsorted(split_edges, c, side="right")), len(splits) - 1)]
+        rng = np.random.default_rng([seed, 2, number])
+        yield label, f"phantom-{number:05d}", int(b * len(SITES)), split, rng
 
 
-def _films_of(rng: np.random.Generator) -> int:
-    return 1 + int(np.searchsorted((0.55, 0.80, 0.93), rng.random()))
-
-
-def _film(
-    canvas: Canvas,
-    shrink: np.ndarray | None,
-    patient: Patient,
-    textures: Textures,
-    pose: Pose,
-    scanner: Scanner,
-    rng: np.random.Generator,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One film (uint8) with its masks, from a patient in a pose."""
-    maps = attenuate(canvas, patient, pose, textures)
+def _expose(
+    canvas: Canvas, shrink: np.ndarray | None, attenuation: np.ndarray, scanner: Scanner, rng: np.random.Generator
+) -> np.ndarray:
+    """The film, uint8 [size, size], that a scanner makes of an attenuation map."""
     z = rng.standard_normal(6).tolist()
     u = rng.random(6).tolist()
     grain_rng = np.random.default_rng(int(rng.integers(2**62)))  # draws as many numbers as there are pixels
     # the photons: primary beam, scatter, detector
-    signal = np.exp(-maps.attenuation)
+    signal = np.exp(-attenuation)
     if scanner.blur * canvas.n > 0.4:
         signal = canvas.blur(signal, scanner.blur)
     glare = canvas.glare(signal)
@@ -250,8 +143,7 @@ def _film(
     t = (density / half) ** (scanner.gamma * float(np.exp(0.06 * z[3])))
     grey = scanner.black + (scanner.white - scanner.black) * (t / (1.0 + t))
     _burn_in(grey, scanner, z, u)
-    image = np.clip(grey + 0.5, 0, 255).astype(np.uint8)
-    return image, *_masks(maps, shrink)
+    return np.clip(grey + 0.5, 0, 255).astype(np.uint8)
 
 
 def _area_average(n: int, size: int) -> np.ndarray | None:
@@ -277,13 +169,8 @@ def _masks(maps: Maps, shrink: np.ndarray | None) -> tuple[np.ndarray, np.ndarra
 
 _LETTERS = {  # strokes in a unit box, y down
     "R": (
-        (0, 1, 0, 0),
-        (0, 0, 0.40, 0),
-        (0.40, 0, 0.58, 0.14),
-        (0.58, 0.14, 0.58, 0.36),
-        (0.58, 0.36, 0.40, 0.5),
-        (0.40, 0.5, 0, 0.5),
-        (0.3, 0.5, 0.62, 1),
+        *((0, 1, 0, 0), (0, 0, 0.40, 0), (0.40, 0, 0.58, 0.14), (0.58, 0.14, 0.58, 0.36)),
+        *((0.58, 0.36, 0.40, 0.5), (0.40, 0.5, 0, 0.5), (0.3, 0.5, 0.62, 1)),
     ),
     "L": ((0, 0, 0, 1), (0, 1, 0.6, 1)),
 }

@@ -320,7 +320,7 @@ def test_resizing_is_antialiased_and_keeps_the_aspect_on_demand(kaggle):
 
 def test_the_cache_gives_the_same_films_and_follows_the_content(kaggle, tmp_path, monkeypatch):
     first = load("kermany", 16, root=kaggle)
-    (path,) = (tmp_path / "cache").iterdir()
+    (path,) = (tmp_path / "cache").glob("*.npz")
     with monkeypatch.context() as patch:
         patch.setattr(kermany, "decode", lambda *_: pytest.fail("decoded although cached"))
         again = load("kermany", 16, root=kaggle)
@@ -332,37 +332,7 @@ def test_the_cache_gives_the_same_films_and_follows_the_content(kaggle, tmp_path
     assert load("kermany", 16, root=kaggle).fingerprint() != first.fingerprint()
     load("kermany", 24, root=kaggle)
     load("kermany", 24, root=kaggle, aspect="pad")
-    assert len(list((tmp_path / "cache").iterdir())) == 4 and path.exists()
-
-
-def npz(**arrays) -> bytes:
-    file = io.BytesIO()
-    np.savez(file, **arrays)
-    return file.getvalue()
-
-
-def flipped(content: bytes) -> bytes:
-    middle = len(content) // 2
-    return content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :]
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda content: content[: len(content) // 2],
-        flipped,
-        lambda content: npz(images=np.zeros((3, 16, 16), np.uint8), good=np.arange(3), skipped=np.array([], str)),
-    ],
-    ids=["truncated", "one byte", "other arrays"],
-)
-def test_a_damaged_cache_is_made_again(kaggle, tmp_path, damage):
-    first = load("kermany", 16, root=kaggle)
-    (path,) = (tmp_path / "cache").iterdir()
-    whole = path.read_bytes()
-    path.write_bytes(damage(whole))
-    assert load("kermany", 16, root=kaggle).fingerprint() == first.fingerprint()
-    with np.load(path) as stored, np.load(io.BytesIO(whole)) as original:
-        np.testing.assert_array_equal(stored["images"], original["images"])
+    assert len(list((tmp_path / "cache").glob("*.npz"))) == 4 and path.exists()
 
 
 def test_a_cache_that_cannot_be_written_costs_only_time(kaggle, monkeypatch, tmp_path):

