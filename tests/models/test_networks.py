@@ -12,8 +12,7 @@ from primia_lite import models
 from primia_lite.config import UserError
 from primia_lite.data import phantom
 from primia_lite.models import frozen, networks
-from primia_lite.privacy.clipping import clipped_sum
-from primia_lite.privacy.clipping import trained_layers
+from primia_lite.privacy.clipping import clipped_sum, trained_layers
 from primia_lite.training import Training
 
 NAMES = ["convnet", "mlp", "imprintnet"]
