@@ -19,7 +19,7 @@ import psutil
 
 from primia_lite.config import UserError, elsewhere
 
-POLL_S = 0.5
+POLL_S = 0.2
 WAIT_S = 600  # for a kernel that lives to start, and for messages that it has sent: only one that hangs meets it
 
 
@@ -82,10 +82,12 @@ class Kernel:
         self._ended.set()
 
     def _poll(self) -> None:
-        while not self._ended.wait(POLL_S):
+        while True:
             with suppress(psutil.Error):  # a process ended between the two calls
                 held = [self._process, *self._process.children(recursive=True)]
                 self.peak_mib = max(self.peak_mib, sum(each.memory_info().rss for each in held) / 2**20)
+            if self._ended.wait(POLL_S):
+                return
 
 
 def execute(

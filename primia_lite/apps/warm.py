@@ -9,6 +9,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+import threading
+from multiprocessing.connection import wait
 from typing import Any
 
 from jupyter_client.provisioning import LocalProvisioner
@@ -38,10 +40,16 @@ def run_kernel(command: list[str], environment: dict[str, str], folder: str, log
     os.dup2(output, 2)
     os.close(output)
     sys.argv = command
+    threading.Thread(target=_end_with_the_run, daemon=True).start()
     from ipykernel.kernelapp import IPKernelApp
 
-    # The server's end takes the kernel along; ipykernel looks for its parent in a variable that it read too early.
-    IPKernelApp.launch_instance(argv=command[command.index("-f") :], parent_handle=os.getppid())
+    IPKernelApp.launch_instance(argv=command[command.index("-f") :])
+
+
+def _end_with_the_run() -> None:
+    """However it ends. The kernel's parent is the server, which lives as long as a kernel of it does."""
+    wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
 
 
 class Forked:

@@ -79,7 +79,7 @@ def clipped_gradients(state: State, films: Films, training: Training, max_grad_n
     out = torch.empty(len(films), sum(p.numel() for p in model.parameters() if p.requires_grad))
     with torch_threads(1):
         for i in tqdm(range(len(films)), desc="gradients", unit="film", leave=False, disable=not in_notebook()):
-            (rows,) = private_rows(films.subset([i]), batch, training, privacy, weight, torch.Generator())
+            (rows,) = private_rows(films.subset([i]), batch, training, "film", weight, torch.Generator())
             own, norms, _ = clipped_sum(model, rows.losses, rows.owner, 1, max_grad_norm)
             if not torch.isfinite(norms).all():
                 raise UserError(f"the gradient of film {i} isn't finite: leave it out, or check the weights")
