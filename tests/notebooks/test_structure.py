@@ -16,6 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SOLUTIONS = sorted((ROOT / "notebooks" / "solutions").glob("*.ipynb"))
+STUDIES = sorted((ROOT / "notebooks" / "studies").glob("*.ipynb"))
 MAX_KB = 500
 MACHINE_PATH = re.compile(r"(?:/home|/Users|/root|/work|/tmp|/var/folders|[A-Z]:\\Users)[/\\][\w.-]+")
 # What a reader looks for, and how its heading may be worded.
@@ -31,7 +32,8 @@ HEADINGS = {
 CLEANING = ["--keep-output", "--keep-count", "--extra-keys", "metadata.papermill cell.metadata.papermill"]
 
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-each_with_solutions = pytest.mark.parametrize("path", [*NOTEBOOKS, *SOLUTIONS], ids=lambda p: p.stem)
+each_with_solutions = pytest.mark.parametrize("path", [*NOTEBOOKS, *SOLUTIONS, *STUDIES], ids=lambda p: p.stem)
+each_with_studies = pytest.mark.parametrize("path", [*NOTEBOOKS, *STUDIES], ids=lambda p: p.stem)
 
 
 def read(path: Path):
@@ -57,7 +59,7 @@ def test_is_a_valid_notebook_with_kernel_python3(path):
     assert notebook.metadata.kernelspec.name == "python3"
 
 
-@each
+@each_with_studies
 def test_parameters_are_literals(path):
     tagged = [cell for cell in code_cells(path) if "parameters" in cell.metadata.get("tags", [])]
     assert len(tagged) == 1, "exactly one cell has papermill's tag 'parameters'"
@@ -68,7 +70,7 @@ def test_parameters_are_literals(path):
         ast.literal_eval(statement.value)  # raises for anything derived
 
 
-@each
+@each_with_studies
 def test_profiles_give_only_parameters_that_exist(path):
     import yaml
 
@@ -164,3 +166,10 @@ def test_solutions_belong_to_a_notebook(path):
 def test_does_not_expect_exceptions_by_tag(path):
     """papermill fails on ``raises-exception``: expected errors are caught and printed."""
     assert not [c for c in code_cells(path) if "raises-exception" in c.metadata.get("tags", [])]
+
+
+def test_profiles_name_only_notebooks_that_exist():
+    import yaml
+
+    for profile in sorted((ROOT / "configs").glob("*.yaml")):
+        assert set(yaml.safe_load(profile.read_text()) or {}) <= {p.stem for p in [*NOTEBOOKS, *STUDIES]}, profile.name
