@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import subprocess
 import sys
@@ -42,7 +43,7 @@ def serve(
             f"--host {host} can be reached from other machines: put a reverse proxy with TLS before it, as "
             "docs/service.md shows, and name its address by --behind-proxy"
         )
-    with _listen(host, port) as line:
+    with _bind(host, port) as line:
         files = [_named(entry) for entry in models]
         names = [name for name, _ in files] + ["demo"] * demo
         if len(set(names)) < len(names):
@@ -68,13 +69,19 @@ def _named(entry: str) -> tuple[str, str]:
     return name, path
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _bind(host: str, port: int) -> socket.socket:
+    # By its protocol asyncio tells that answers shouldn't wait for more of them: 40 ms each.
+    line = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        if os.name == "posix":
+            line.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        line.bind((host, port))
     except (OSError, OverflowError) as error:
+        line.close()
         raise UserError(
             f"can't listen at {host}, port {port} ({error}): choose another with --port or --host"
         ) from error
+    return line
 
 
 def demo_card(n_films: int = 300, size: int = 64, seed: int = 0):
