@@ -74,8 +74,10 @@ def draw_film(axis: plt.Axes, films: ChestXrays, index: int, *, masks: bool = Fa
             axis.contour(mask[index], levels=[0.5], colors=[colour], linewidths=1.1)
 
 
-def film_grid(films: ChestXrays, rows: Mapping[str, Sequence[int]], *, masks: bool = False) -> plt.Figure:
-    """Films in labelled rows (label -> indices); ``masks`` as for :func:`draw_film`."""
+def film_grid(
+    films: ChestXrays, rows: Mapping[str, Sequence[int]], *, masks: bool = False, titles: Mapping[int, str] = {}
+) -> plt.Figure:
+    """Films in labelled rows (label -> indices); ``masks`` as for :func:`draw_film`; ``titles``: index -> text."""
     columns = max(len(index) for index in rows.values())
     figure, axes = plt.subplots(
         len(rows), columns, figsize=(1.75 * columns + 0.4, 1.75 * len(rows) + 0.35), squeeze=False
@@ -87,6 +89,7 @@ def film_grid(films: ChestXrays, rows: Mapping[str, Sequence[int]], *, masks: bo
             axis.set_axis_on()
             sns.despine(ax=axis, left=True, bottom=True)
             draw_film(axis, films, i, masks=masks)
+            axis.set_title(titles.get(int(i), ""), fontsize=9)
         row[0].set_ylabel(label, fontsize=10)
     _caption(figure, source_note(films))
     return figure

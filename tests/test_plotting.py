@@ -51,13 +51,14 @@ def test_a_phantom_is_called_one_and_nothing_else_is(films):
 
 def test_film_grid_shows_the_films_in_their_rows(films):
     rows = {"first": [3, 5, 7], "second": [2]}
-    figure = plotting.film_grid(films, rows)
+    figure = plotting.film_grid(films, rows, titles={5: "wrong"})
     axes = np.array(figure.axes).reshape(2, 3)
     for row, (label, index) in zip(axes, rows.items(), strict=True):
         assert row[0].get_ylabel() == label
         for axis, i in zip(row, index, strict=False):
             assert np.array_equal(axis.images[0].get_array(), films.images[i])
             assert axis.images[0].get_clim() == (0, 255)
+    assert [axis.get_title() for axis in axes[0]] == ["", "wrong", ""]
     assert not axes[1, 1].images and not axes[1, 1].axison
     assert "phantom" in text_of(figure)
 
