@@ -34,7 +34,7 @@ from primia_lite.encrypted.wire import (
     packing_from,
     split,
 )
-from primia_lite.federation.claims import read_json
+from primia_lite.federation.untrusted import read_json
 
 # Of an answer that isn't a reply: descriptions of all models, or a sentence.
 _MOST_BYTES = 1 << 20
