@@ -5,7 +5,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "ciphertexts": ["ATTACKS", "SENT", "recover_key", "weights_from_replies"],
+        "ciphertexts": ["ATTACKS", "SENT", "key_from_decryption", "recover_key", "weights_from_replies"],
         "estimate": ["LinearEstimator", "pca_weights"],
         "gradients": ["cosine_distance", "expected_update"],
         "identify": [

@@ -163,7 +163,7 @@ def rero_bound(sigma: float, n_candidates: int, *, steps: int = 1, sample_rate: 
 
     The largest true positive rate of a test for the film's presence at a false positive rate of 1/N: at q = 1
     Φ(Φ⁻¹(1/N) + sqrt(steps) / σ), else an upper bound of it,
-    :func:`~primia_lite.privacy.guarantees.tpr_upper_bound`, which takes the worse of adding and removing.
+    :func:`~primia_lite.privacy.accounting.guarantees.tpr_upper_bound`, which takes the worse of adding and removing.
     """
     _check(sigma, steps, sample_rate, counts=(n_candidates,))
     if sample_rate == 1:

@@ -138,7 +138,7 @@ def _dense_residual(view: AttackerView, model: nn.Module, n_films: int) -> tuple
 
 
 def _convolution_residual(view: AttackerView, model: nn.Module, dense: str, weight, bias) -> _Residual | None:
-    """Of one film, where the dense layer sees a convolution's rectified outputs.
+    """The residual of one film, where the dense layer sees a convolution's rectified outputs.
 
     The film's features say which units were active; with the dense layer's bias gradient, which is the derivative of
     its outputs, this gives the derivative at the convolution's outputs, and the convolution's weight gradient becomes a

@@ -76,7 +76,7 @@ class CkksClient:
             raise UserError("the secret key is inside what is about to be sent: send public() and encrypt() only")
 
     def encrypt(self, film: np.ndarray) -> list[bytes]:
-        """Of one film's features [D] or pixels [H, W], as the model takes them; of a batch [films, ...]."""
+        """The ciphertexts of a film's features [D] or pixels [H, W], as the model takes them; or of a batch of them."""
         started = time.perf_counter()
         film = np.asarray(film, dtype=np.float64)
         shape = film.shape[1:] if self.packing.in_slots else film.shape

@@ -103,7 +103,7 @@ class Terms:
 
     @property
     def integer_std(self) -> float:
-        """Of flooding, in a ciphertext's integers. Each hospital may be asked to decrypt a round's sum once."""
+        """Standard deviation of the flooding in a ciphertext's integers: each hospital may decrypt a round's sum once."""
         queries = self.rounds * len(self.sizes) * self.chunks
         return flooding_std(self.noise_bound, queries, self.statistical_bits)
 

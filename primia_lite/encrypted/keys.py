@@ -33,7 +33,7 @@ class SecretKey:
         self._marks = self._pieces(rows)
 
     def _pieces(self, rows: np.ndarray) -> list[bytes]:
-        """Of the key as SEAL saves it, of its transform modulo each prime, and of its coefficients."""
+        """Pieces of the key as SEAL saves it, of its transform modulo each prime, and of its coefficients."""
         saved, starts = dump(self._key), range(0, self.context.n, self.context.n // 4)
         pieces = [saved[start : start + 256] for start in range(256, len(saved) - 256, len(saved) // 8)]
         pieces += [row[start : start + 32].tobytes() for row in rows for start in starts]

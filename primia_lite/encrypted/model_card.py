@@ -20,7 +20,7 @@ class ModelCard:
 
     Attributes
     ----------
-    model : its name in :data:`primia_lite.models.MODELS`
+    model : its name in :data:`primia_lite.models.catalogue.MODELS`
     options : of its network
     class_names : in the order of the logits
     image_size : side of a film, px

@@ -57,7 +57,7 @@ class Packing:
 
 
 class HeadPacking(Packing):
-    """Of a linear head of so many ``features`` and ``classes``."""
+    """The packing of a linear head of so many ``features`` and ``classes``."""
 
     # Features' L2 norm at most; those of a frozen network have 1.005 (primia_lite.models.frozen).
     most_norm: ClassVar[float] = 1.1
@@ -121,7 +121,7 @@ class LinearPacking(HeadPacking):
         return 10 * self.noise(context, self._largest_norm(context)) * math.sqrt(self.classes)
 
     def _largest_norm(self, context: Context) -> float:
-        """Of all classes' weights together, of the largest head that the server compiles."""
+        """The largest L2 norm of all classes' weights together that the server compiles."""
         return math.sqrt(self.classes) * self.wrap_limit(context) / self.most_norm
 
     def error(self, context: Context, weights: np.ndarray | None = None) -> float:
@@ -293,7 +293,7 @@ class CNNPacking(Packing):
         return [range(min(repeats, self.classes - a)) for a in range(0, self.classes, repeats)]
 
     def scales(self, context: Context) -> dict[str, float]:
-        """Of weights and of results. Weights are scaled by the prime that rescaling takes away again."""
+        """The scales of weights and of results. Weights are scaled by the prime that rescaling takes away again."""
         primes = context.moduli_at(0)
         first = self.fresh_scale**2 / primes[-2]
         out = {"convolution": float(primes[-1]), "square": first}

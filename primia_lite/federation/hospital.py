@@ -17,7 +17,6 @@ import torch
 
 from primia_lite import models
 from primia_lite.config import TrainingError, UserError
-from primia_lite.data import ChestXrays
 from primia_lite.data.films import Films
 from primia_lite.privacy.dpsgd import Privacy
 from primia_lite.privacy.ledger import Ledger
@@ -187,13 +186,6 @@ class Hospital:
     def declared(self, privacy: Privacy | None) -> int:
         """The public number of what is protected, and of what weighs in a federation: films where there is no DP."""
         return self.declared_patients if privacy and privacy.unit == "patient" else self.declared_size
-
-    @classmethod
-    def from_films(
-        cls, name: str, films: ChestXrays, model: str, augmentation: tuple[str, ...] = (), **options
-    ) -> Hospital:
-        """A hospital from its films, prepared for a model (see :func:`primia_lite.models.prepare`)."""
-        return cls(name, models.prepare(model, films, augmentation=augmentation, **options))
 
     def ledger(self, folder: Path | None, privacy: Privacy, *, seeded: bool = False) -> Ledger:
         """See :func:`ledger_of`. A folder's stays open: one that vanishes in a run must not come back empty."""

@@ -43,7 +43,8 @@ def mean_and_std_under_dp(
     privacy : the budget that is charged; its own noise multiplier belongs to the training
     fresh : start new ledgers: for simulations, before a run begins in the folder
     lasting_ledgers : by name, of hospitals that keep one whatever the run; charged in place of the folder's
-    declared : by name, of hospitals that declare a number of units of their own (:func:`~.hospital.declare_size`)
+    declared : by name, of hospitals that declare a number of units of their own, see
+        :func:`~primia_lite.federation.hospital.declare_size`
     """
     if wrong := {name: number for name, number in (declared or {}).items() if number < 1}:
         raise UserError(f"declared is {wrong}: numbers of units are at least 1")

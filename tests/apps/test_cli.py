@@ -244,6 +244,7 @@ def offered(tmp_path, monkeypatch):
         ("./litenet-eps=8.pt", "litenet-eps=8", "litenet-eps=8.pt"),
         ("head=litenet-eps=8.pt", "head", "litenet-eps=8.pt"),
         ("sub=1/a.pt", "a", "sub=1/a.pt"),
+        ("eps=8=a.pt", "eps=8", "a.pt"),
     ],
 )
 def test_an_equals_sign_may_stand_in_a_file_or_a_name(offered, entry, name, file):

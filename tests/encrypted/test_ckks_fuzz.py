@@ -112,7 +112,7 @@ def fuzz(examples: int):
     return decorate
 
 
-@fuzz(600)
+@fuzz(1200)
 @given(edits=EDITS, raw=st.booleans(), keep_length=st.booleans(), which=st.integers(0, 1))
 def test_uploads(wide, edits, raw, keep_length, which):
     uploads = list(wide.uploads)
@@ -121,7 +121,7 @@ def test_uploads(wide, edits, raw, keep_length, which):
         assert len(wide.session.diagnose(uploads)) == 1
 
 
-@fuzz(300)
+@fuzz(500)
 @given(edits=EDITS, keep_length=st.booleans())
 def test_replies(wide, edits, keep_length):
     with contextlib.suppress(CiphertextError):

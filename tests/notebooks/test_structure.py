@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SOLUTIONS = sorted((ROOT / "notebooks" / "solutions").glob("*.ipynb"))
 STUDIES = sorted((ROOT / "notebooks" / "studies").glob("*.ipynb"))
-MAX_KB = 500
+MAX_KB = 300
 MACHINE_PATH = re.compile(r"(?:/home|/Users|/root|/work|/tmp|/var/folders|[A-Z]:\\Users)[/\\][\w.-]+")
 # What a reader looks for, and how its heading may be worded.
 HEADINGS = {

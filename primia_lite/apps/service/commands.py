@@ -60,13 +60,12 @@ def serve(
 
 
 def _named(entry: str) -> tuple[str, str]:
-    """Name and file of ``FILE`` or ``NAME=FILE``; a file's name may hold ``=``."""
-    name, path = Path(entry).stem, entry
-    if not Path(path).exists() and "=" in entry:
-        name, path = entry.split("=", 1)
-    if not name or not Path(path).is_file():
-        raise UserError(f"there is no {entry}: save a model there by ModelCard.save")
-    return name, path
+    """Name and file of ``FILE`` or ``NAME=FILE``. Either may hold ``=``: what counts is which file is there."""
+    splits = [(entry[:i], entry[i + 1 :]) for i, letter in enumerate(entry) if letter == "="]
+    ways = [(Path(entry).stem, entry), *((name, path) for name, path in splits if name and path and "/" not in name)]
+    if found := [(name, path) for name, path in ways if Path(path).exists()]:
+        return found[0]
+    raise UserError(f"there is no {' and no '.join(path for _, path in ways)}: save a model there by ModelCard.save")
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -38,7 +38,7 @@ class WorkerDied(Exception):
 
 
 class SessionGone(Exception):
-    """Of this token there is no session: it was closed, made room, had its films, or its worker died."""
+    """There is no session with this token: it was closed, made room, had its films, or its worker died."""
 
 
 # How a worker's answer begins.

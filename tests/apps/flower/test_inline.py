@@ -390,3 +390,11 @@ def test_a_run_goes_on_from_its_checkpoint(tmp_path):
     server = flower_server.train(grid, study, Schedule(4), (8,), folder=folder)
     assert [record["round"] for record in server.history] == [1, 2, 3, 4]
     assert close(server.state, federate(hospitals("AB"), TRAINING, Schedule(4), progress=None).state)
+
+
+def test_what_is_kept_between_messages_is_gone_after_the_round(site):
+    ask(site, until="mask")
+    kept = site.rounds.kept["clients"][1]
+    assert kept["last_session"] == 1 and kept["round"]["shares"]
+    ask(site, 2, session=3)
+    assert site.rounds.kept["clients"][1] == {"last_session": 3, "round": None}

@@ -222,7 +222,12 @@ def test_a_card_is_another_s_word(federation, tmp_path, change):
             flower_card.read_card(path)
 
 
-@pytest.mark.parametrize("content", [b"[" * 100_000, b"null", b"\xff\xfe", b" " * 100_000, b'{"declared": 1e999}'])
+@pytest.mark.parametrize(
+    "content",
+    [b"[" * 100_000, b"{" * 100, b'{"a":' * 20 + b"1" + b"}" * 20, b"[]", b"null", b"\xff\xfe", b'{"name": NaN}',
+     b'{"name": "A", "name": "B"}', b'{"declared": 1e999}', b'{"declared": ' + b"9" * 5000 + b"}", b" " * 100_000,
+     b'{"name": "\\ud800"}', b""],
+)  # fmt: skip
 def test_a_file_that_is_no_card_is_named(tmp_path, content):
     (tmp_path / "card-A.json").write_bytes(content)
     with pytest.raises(UserError, match="card-A.json"):

@@ -481,7 +481,7 @@ def test_thousands_of_altered_replies_get_logits_or_a_sentence(talk):
     server.diagnose(film)
     good = last["diagnose"]
     instead["diagnose"] = lambda: hostile.altered(good, rng)
-    for _ in range(400 if server.client.packing.kind == "linear" else 100):  # a CNN's films take long to encrypt
+    for _ in range(1200 if server.client.packing.kind == "linear" else 150):  # a CNN's films take long to encrypt
         try:
             logits = server.diagnose(film)
         except UserError as error:
@@ -497,7 +497,7 @@ def test_thousands_of_altered_replies_get_logits_or_a_sentence(talk):
 def test_thousands_of_altered_descriptions_get_a_client_or_a_sentence():
     rng, fine = np.random.default_rng(0), 0
     cnn = {"class_names": ["a", "b"], "packing": spec_of(CNNPacking(12, 5, 3, 2, 0, 2))}
-    for number in range(400):
+    for number in range(1200):
         told = {"head": described(**(cnn if number % 2 else {}))}
         text = json.dumps(changed(told, rng)).encode()
         text = hostile.altered(text, rng) if number % 3 == 0 else text
@@ -508,7 +508,7 @@ def test_thousands_of_altered_descriptions_get_a_client_or_a_sentence():
         else:
             fine += 1
             assert all(name.isprintable() for name in server.description["class_names"])
-    assert 7 < fine < 330
+    assert 20 < fine < 1000
 
 
 def test_hundreds_of_altered_answers_on_the_line():
