@@ -103,7 +103,7 @@ class Terms:
 
     @property
     def integer_std(self) -> float:
-        """Standard deviation of the flooding in a ciphertext's integers: each hospital may decrypt a round's sum once."""
+        """Standard deviation of flooding, in a ciphertext's integers: a hospital decrypts each round's sum once."""
         queries = self.rounds * len(self.sizes) * self.chunks
         return flooding_std(self.noise_bound, queries, self.statistical_bits)
 
