@@ -147,8 +147,11 @@ ifneq ($(TORCH_INDEX),)
 else
 	@$(PIP) install --quiet --no-compile -c requirements.lock "$$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.lock)"
 endif
-	@$(PIP) install --quiet --no-compile --no-deps --only-binary :all: -r requirements.lock
+# What notebooks import is compiled by importing it: torch beside the download of the rest, then all of it.
+	@$(BIN)/python -c "import torch" 2>/dev/null & \
+	$(PIP) install --quiet --no-compile --no-deps --only-binary :all: -r requirements.lock; status=$$?; wait; exit $$status
 	@$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	@$(BIN)/python -c "import papermill, primia_lite.apps.warm_imports"
 	@echo "$(KEY)" > $(VENV)/.stamp
 
 clean:

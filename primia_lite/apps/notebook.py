@@ -35,6 +35,7 @@ class Outcome:
     cell: int | None = None
     first_line: str | None = None
     error: str | None = None
+    cpu_seconds: float = 0.0  # of its kernel
 
 
 def parameter_names(path: Path) -> set[str]:
@@ -58,10 +59,11 @@ class Stopped(Exception):
 
 
 class Kernel:
-    """A kernel that runs a notebook; ``peak_mib`` is the most memory that it and its children held at a time."""
+    """A kernel that runs a notebook: the most memory that it and its children held at a time, and their CPU seconds."""
 
     def __init__(self) -> None:
-        self.peak_mib, self._process, self._stopped, self._ended = 0.0, None, False, threading.Event()
+        self.peak_mib, self.cpu_s = 0.0, 0.0
+        self._process, self._stopped, self._ended = None, False, threading.Event()
 
     def started(self, pid: int) -> None:
         self._process = psutil.Process(pid)
@@ -86,6 +88,7 @@ class Kernel:
             with suppress(psutil.Error):  # a process ended between the two calls
                 held = [self._process, *self._process.children(recursive=True)]
                 self.peak_mib = max(self.peak_mib, sum(each.memory_info().rss for each in held) / 2**20)
+                self.cpu_s = max(self.cpu_s, sum(sum(each.cpu_times()[:4]) for each in held))
             if self._ended.wait(POLL_S):
                 return
 
@@ -136,7 +139,7 @@ def execute(
     # A notebook stops at its first failing cell, so the last one started is the one to name.
     cell, text = (running["cell"], first_line(running["text"]) or None) if failed else (None, None)
     seconds, status = time.perf_counter() - started, "failed" if failed else "ok"
-    return Outcome(source.stem, status, seconds, kernel.peak_mib, running["n_cells"], cell, text, message)
+    return Outcome(source.stem, status, seconds, kernel.peak_mib, running["n_cells"], cell, text, message, kernel.cpu_s)
 
 
 def first_line(text: str) -> str:
