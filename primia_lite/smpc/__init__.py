@@ -1,0 +1,1 @@
+"""Function secret sharing between two servers: a deep network reads a film that neither of them can see."""
