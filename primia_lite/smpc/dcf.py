@@ -5,9 +5,9 @@ A binary tree of 128-bit blocks grows from each key's seed. Off the path to α b
 cancel; one correction word a level, the same in both keys, keeps it so. The last 7 levels are one block, whose 128 bits
 are the outputs for 128 neighbours (early termination).
 
-Of a block's lowest three bits, 0 is the control bit, 1 the node's output; 125 bits are seed. A child is AES(u) ^ u under
-one fixed public key (Matyas, Meyer, Oseas) with u the seed and 0 (left), 1 (right) or 2 (leaf) below it. As all gates
-share that key, T trials of a block meet one of N seeds with probability T N / 2¹²⁵: 2⁻¹⁰⁰ a trial for 2²⁵ nodes.
+Of a block's lowest three bits, 0 is the control bit, 1 the node's output; 125 bits are seed. A child is AES(u) ^ u
+under one fixed public key (Matyas, Meyer, Oseas) with u the seed and 0 (left), 1 (right) or 2 (leaf) below it. As all
+gates share that key, T trials of a block meet one of N seeds with probability T N / 2¹²⁵: 2⁻¹⁰⁰ a trial for 2²⁵ nodes.
 """
 
 from __future__ import annotations

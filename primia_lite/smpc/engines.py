@@ -10,6 +10,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -20,7 +22,14 @@ from primia_lite.smpc.gates import Gate
 from primia_lite.smpc.ring import Factor, Stream, pack, packed_bits, product, unpack
 
 Exchange = Callable[[bytes], bytes]  # sends to the other server, and returns as many bytes from it
-Read = Callable[[tuple[int, ...], type], np.ndarray]
+
+
+class Keys(Protocol):
+    """Where a server reads its keys from, in their order: now, or where they are and when they are needed."""
+
+    def read(self, shape: tuple[int, ...], dtype: type) -> np.ndarray: ...
+
+    def later(self, shape: tuple[int, ...], dtype: type) -> Callable[[], np.ndarray]: ...
 
 
 class Wire:
@@ -77,7 +86,7 @@ class Engine:
             size = y.shape[axis]
             middle = np.arange(0, size, 2)
             places = np.maximum(middle - 1, 0), middle, np.minimum(middle + 1, size - 1)
-            left, middle, right = (self.local(lambda t, at=at: np.take(t, at, axis), y) for at in places)
+            left, middle, right = (self.local(partial(np.take, indices=at, axis=axis), y) for at in places)
             y = self.maximum(self.maximum(left, middle), right)
         return y
 
@@ -176,7 +185,7 @@ class ReadyProduct:
 class ReadyGate:
     mask: np.ndarray
     seeds: np.ndarray | None
-    words: np.ndarray | None
+    words: Callable[[], np.ndarray] | None
     flips: list[np.ndarray]
     table: np.ndarray
 
@@ -185,12 +194,12 @@ class Preparation(Engine):
     """At a server, before a film comes: keys are read, streams drawn, and what doesn't depend on the film computed.
     ``ready`` holds the result, in the program's order."""
 
-    def __init__(self, server: int, seed: bytes, weights: Mapping[str, SharedWeight], read: Read) -> None:
-        self.server, self.stream, self.weights, self.read = server, Stream(seed), weights, read
+    def __init__(self, server: int, seed: bytes, weights: Mapping[str, SharedWeight], keys: Keys) -> None:
+        self.server, self.stream, self.weights, self.keys = server, Stream(seed), weights, keys
         self.ready: list[ReadyProduct | ReadyGate] = []
 
     def _share(self, shape) -> np.ndarray:
-        return self.read(shape, np.uint32) if self.server else self.stream.draw(shape)
+        return self.keys.read(shape, np.uint32) if self.server else self.stream.draw(shape)
 
     def conv(self, x, name, stride=1, padding=0, groups=1):
         first, weight = x.mask is None, self.weights[name]
@@ -206,7 +215,7 @@ class Preparation(Engine):
         mask, seeds, words = self.stream.draw(y.size), None, None
         if gate.thresholds:
             seeds = self.stream.draw((y.size, 2), np.uint64)
-            words = self.read((dcf.depth(gate.bits) + 1, y.size, 2), np.uint64)
+            words = self.keys.later((dcf.depth(gate.bits) + 1, y.size, 2), np.uint64)
         flips = [self.stream.bits(y.size) for _ in gate.thresholds]
         self.ready.append(ReadyGate(mask, seeds, words, flips, self._share((gate.columns, y.size))))
         return Wire(y.shape)
@@ -216,7 +225,11 @@ class Online(Engine):
     """At a server, with its share of a film. Each prepared gate serves once, and is forgotten."""
 
     def __init__(
-        self, server: int, weights: Mapping[str, SharedWeight], ready: list[ReadyProduct | ReadyGate], exchange: Exchange
+        self,
+        server: int,
+        weights: Mapping[str, SharedWeight],
+        ready: list[ReadyProduct | ReadyGate],
+        exchange: Exchange,
     ) -> None:
         self.server, self.weights, self.exchange = server, weights, exchange
         self._ready: Iterator = _consumed(ready)
@@ -251,8 +264,9 @@ class Online(Engine):
         if gate.thresholds:
             points = gate.points(opened - np.uint32(gate.offset))
             started = time.thread_time()
+            words = prepared.words()
             less = [
-                dcf.evaluate(self.server, low, gate.bits, prepared.seeds, prepared.words) ^ flip
+                dcf.evaluate(self.server, low, gate.bits, prepared.seeds, words) ^ flip
                 for (_, low), flip in zip(points, prepared.flips, strict=True)
             ]
             self.seconds["comparisons"] += time.thread_time() - started

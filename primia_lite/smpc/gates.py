@@ -20,8 +20,8 @@ ONE = np.uint32(1)
 
 @dataclass(frozen=True)
 class Gate:
-    """Cuts ``shift`` bits off, then adds max(0, y - t₀) - max(0, y - t₁) ... for ascending ``thresholds`` t: one makes a
-    ReLU, a second one a ReLU6, none only cuts. Values are those of the ring after the cut.
+    """Cuts ``shift`` bits off, then takes max(0, y - t₀) - max(0, y - t₁) for ascending ``thresholds`` t: one makes a
+    ReLU, two a ReLU6, none only cuts. Thresholds are at the scale after the cut.
 
     The range of y before the cut is [-2³⁰, 2³⁰ - 2^shift), and without a cut [-2³¹ + 2¹⁶, 2³¹ - 2¹⁶).
     """

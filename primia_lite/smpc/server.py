@@ -1,0 +1,313 @@
+"""One of the two servers. It holds shares of weights, keys that serve once, and a share of each film while it computes.
+
+Server 0 leads: for each film that its owner has sent to both, it connects to server 1; they agree on the next key that
+both hold, compute, and each answers the owner with its share of the logits. A server that follows the protocol learns
+the program, the number of films and when they came. Two that put together what they have learn the film and the model,
+and one that lies can move a logit by what it likes, unseen.
+"""
+
+from __future__ import annotations
+
+import queue
+import socket
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from primia_lite.config import UserError
+from primia_lite.runtime import write_atomic
+from primia_lite.smpc.connection import DEADLINE_S, Connection, Party, PeerError
+from primia_lite.smpc.engines import Online, Preparation, SharedWeight, Wire, open_weights
+from primia_lite.smpc.keys import ID, KeyStore
+from primia_lite.smpc.program import Program, run
+
+WAIT_S = 300.0  # for a film's turn
+MAX_CONNECTIONS = 32
+MAX_WEIGHT_BYTES = 1 << 30
+HELLO = 1 << 16
+
+
+@dataclass
+class Asked:
+    """A film's share, and the connection that waits for the logits'."""
+
+    session: str
+    connection: Connection
+    share: np.ndarray
+    done: threading.Event
+
+
+class Model:
+    """A program and this server's shares of its weights, as its owner sent them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.name = (folder / "name").read_text()
+        self.program = Program.from_json((folder / "program.json").read_text())
+        with np.load(folder / "shares.npz") as file:
+            self.shares = {
+                name: (file[f"{i}w"], file[f"{i}b"]) for i, name in enumerate(self.program.shapes)
+            }  # fmt: skip
+
+
+class Server:
+    """``number``: 0 or 1; ``folder``: identity, peers, model and keys; ``other``: where server 1 listens, for 0."""
+
+    def __init__(
+        self, folder: str | Path, number: int, other: tuple[str, int] | None = None, deadline_s: float = DEADLINE_S
+    ) -> None:
+        if number not in (0, 1) or (number == 0) != (other is not None):
+            raise UserError("a server is number 0, which knows the address of server 1, or number 1")
+        self.folder, self.number, self.other, self.deadline_s = Path(folder), number, other, deadline_s
+        self.party, self.keys = Party(folder), KeyStore(Path(folder) / "keys", number)
+        self.model: Model | None = None
+        if (self.folder / "model" / "name").exists():
+            self.model = Model(self.folder / "model")
+        self._turn: queue.SimpleQueue[Asked] = queue.SimpleQueue()
+        self._waiting: dict[str, Asked] = {}
+        self._came = threading.Condition()
+        self._computing = threading.Lock()
+        self._opened: tuple[str, dict[str, SharedWeight]] | None = None  # of a dealing
+        self._next: tuple[str, int] | None = None  # the key that is prepared ahead, or was
+        self._ahead: tuple[str, int, list] | None = None  # prepared: dealing, number, gates
+        self._listener: socket.socket | None = None
+        self._ended = threading.Event()
+        self.costs: list[dict] = []
+
+    def listen(self, address: tuple[str, int]) -> tuple[str, int]:
+        """Start to serve in threads; returns the address, whose port the system chooses where 0 is given."""
+        try:
+            self._listener = socket.create_server(address, backlog=MAX_CONNECTIONS)
+        except OSError as error:
+            raise UserError(f"can't listen at {address[0]}:{address[1]}: {error.strerror}") from error
+        free = threading.Semaphore(MAX_CONNECTIONS)
+
+        def accept() -> None:
+            while not self._ended.is_set():
+                try:
+                    raw, _ = self._listener.accept()
+                except OSError:
+                    return
+                if free.acquire(blocking=False):
+                    threading.Thread(target=self._serve, args=(raw, free), daemon=True).start()
+                else:
+                    raw.close()
+
+        threading.Thread(target=accept, daemon=True).start()
+        if self.number == 0:
+            threading.Thread(target=self._lead, daemon=True).start()
+        return self._listener.getsockname()[:2]
+
+    def close(self) -> None:
+        self._ended.set()
+        if self._listener is not None:
+            self._listener.close()
+
+    def _serve(self, raw: socket.socket, free: threading.Semaphore) -> None:
+        try:
+            with self.party.accept(raw, self.deadline_s) as connection:
+                try:
+                    self._answer(connection)
+                except UserError as error:
+                    self._say(connection, error)
+        except PeerError as error:
+            print(f"server {self.number}: {error}", flush=True)
+        finally:
+            free.release()
+
+    def _say(self, connection: Connection, error: Exception) -> None:
+        print(f"server {self.number}: {connection.role}: {error}", flush=True)
+        with suppress(PeerError):  # it may have gone
+            connection.send({"kind": "error", "text": str(error)})
+
+    def _answer(self, connection: Connection) -> None:
+        """What each party may ask for."""
+        if connection.role == "model":
+            self._receive_model(connection)
+        elif connection.role == "dealer":
+            while True:
+                try:
+                    header, _ = connection.receive("key")
+                except PeerError:
+                    return  # the dealer has ended
+                self.keys.receive(connection, header, self._known().program)
+        elif connection.role == "film":
+            self._receive_film(connection)
+        elif connection.role == f"server{1 - self.number}" and self.number == 1:
+            self._follow(connection)
+        else:
+            raise PeerError(f"{connection.role} has nothing to ask here")
+
+    def _known(self) -> Model:
+        if self.model is None:
+            raise UserError("no model is here yet: its owner sends it first")
+        return self.model
+
+    def _receive_model(self, connection: Connection) -> None:
+        header, text = connection.receive("model", most=HELLO * 16)
+        program = Program.from_json(text.decode("utf-8", "replace"))
+        name, shares = str(header.get("name")), {}
+        if not ID.fullmatch(name):
+            raise PeerError("this is no model's header")
+        for layer, shape in program.shapes.items():
+            n, outputs = int(np.prod(shape)), shape[0]
+            if not 0 < 4 * n <= MAX_WEIGHT_BYTES:
+                raise PeerError(f"layer {layer!r} is larger than a server takes")
+            _, data = connection.receive("layer", most=4 * (n + outputs))
+            if len(data) != 4 * (n + outputs):
+                raise PeerError(f"layer {layer!r} has another size than its program says")
+            words = np.frombuffer(data, np.uint32)
+            shares[layer] = words[:n].reshape(shape), words[n:]
+        folder = self.folder / "model"
+        folder.mkdir(exist_ok=True)
+        arrays = {
+            f"{i}{kind}": part for i, pair in enumerate(shares.values()) for kind, part in zip("wb", pair, strict=True)
+        }
+        (folder / "name").unlink(missing_ok=True)  # a model that arrived in part isn't one
+        write_atomic(folder / "program.json", program.to_json().encode())
+        write_atomic(folder / "shares.npz", lambda file: np.savez(file, **arrays), private=True)
+        write_atomic(folder / "name", name.encode())
+        with self._computing:
+            self.model, self._opened, self._ahead, self._next = Model(folder), None, None, None
+        connection.send({"kind": "kept", "name": name})
+
+    def _receive_film(self, connection: Connection) -> None:
+        """Give the program; wait for the film's share; answer when it has had its turn."""
+        model = self._known()
+        batch = max((self.keys.card(dealing)["batch"] for dealing in self._held()), default=0)
+        connection.send({"kind": "program", "model": model.name, "batch": batch}, model.program.to_json().encode())
+        most = 4 * batch * int(np.prod(model.program.in_shape))
+        header, data = connection.receive("film", most=most)
+        session = str(header.get("session"))
+        if not ID.fullmatch(session) or len(data) != most:
+            raise PeerError("this is no film of the program's size")
+        share = np.frombuffer(data, np.uint32).reshape(batch, *model.program.in_shape)
+        asked = Asked(session, connection, share, threading.Event())
+        if self.number == 0:
+            self._turn.put(asked)
+        else:
+            with self._came:
+                self._waiting[session] = asked
+                self._came.notify_all()
+        if not asked.done.wait(WAIT_S):
+            raise PeerError("the film had no turn in time: try again")
+
+    def _lead(self) -> None:
+        while not self._ended.is_set():
+            try:
+                asked = self._turn.get(timeout=1)
+            except queue.Empty:
+                continue
+            try:
+                with self.party.connect(self.other, "server1", self.deadline_s) as peer:
+                    self._compute(asked, peer)
+            except UserError as error:
+                self._say(asked.connection, error)
+            except Exception as error:  # the next film may still be read
+                self._say(
+                    asked.connection, PeerError(f"server 0 failed ({type(error).__name__}): the film's key is lost")
+                )
+            asked.done.set()
+            self._prepare_ahead()
+
+    def _follow(self, peer: Connection) -> None:
+        header, _ = peer.receive("film")
+        session = str(header.get("session"))
+        with self._came:
+            if not self._came.wait_for(lambda: session in self._waiting, timeout=self.deadline_s):
+                raise PeerError("the film's owner has sent no share to server 1")
+            asked = self._waiting.pop(session)
+        try:
+            self._compute(asked, peer)
+        except UserError as error:
+            self._say(asked.connection, error)
+            raise
+        finally:
+            asked.done.set()
+        self._prepare_ahead()
+
+    def _compute(self, asked: Asked, peer: Connection) -> None:
+        """Both servers: agree on model and key, then from the film's share to that of its logits."""
+        with self._computing:
+            model = self._known()
+            if self.number == 0:
+                peer.send({"kind": "film", "session": asked.session})
+            dealing, number, other = self._agree(peer, model, len(asked.share))
+            started = time.thread_time(), time.perf_counter()
+            self._open(peer, model, dealing, other)
+            ready = self._prepared(model, dealing, number)
+            prepared = time.thread_time(), time.perf_counter()
+            peer.exchange(b"ready")
+            peer.sent = peer.rounds = 0
+            online = time.thread_time(), time.perf_counter()
+            engine = Online(self.number, self._opened[1], ready, peer.exchange)
+            logits = run(model.program, engine, Wire(asked.share.shape, asked.share)).share
+            ended = time.thread_time(), time.perf_counter()
+        cost = {
+            "prepare_cpu_s": prepared[0] - started[0], "online_cpu_s": ended[0] - online[0],
+            "online_wall_s": ended[1] - online[1], "sent_bytes": peer.sent, "rounds": peer.rounds, **engine.seconds,
+        }  # fmt: skip
+        self.costs.append(cost)
+        asked.connection.send({"kind": "logits", "dealing": dealing, "key": number, "cost": cost}, logits.tobytes())
+
+    def _held(self) -> dict[str, list[int]]:
+        """Numbers of keys not used so far, the one that is prepared among them, by dealing."""
+        held = self.keys.held()
+        if self._next is not None and self._next[1] not in held.get(self._next[0], []):
+            held.setdefault(self._next[0], []).append(self._next[1])
+        return held
+
+    def _agree(self, peer: Connection, model: Model, batch: int) -> tuple[str, int, bool]:
+        """The dealing and number of a key that both hold, and whether the other has its weights open."""
+        held = {dealing: n for dealing, n in self._held().items() if self.keys.card(dealing)["batch"] == batch}
+        peer.send({
+            "kind": "state", "program": model.program.digest, "model": model.name, "held": held,
+            "opened": self._opened[0] if self._opened else None,
+        })  # fmt: skip
+        state, _ = peer.receive("state")
+        if (state.get("program"), state.get("model")) != (model.program.digest, model.name):
+            raise PeerError("the two servers hold different models: their owner sends one to both")
+        theirs = state.get("held")
+        if not isinstance(theirs, dict):
+            raise PeerError(f"{peer.role} sent no list of keys")
+        for dealing in sorted(held):
+            both = set(held[dealing]) & {n for n in theirs.get(dealing, []) if type(n) is int}
+            if both:
+                return dealing, min(both), state.get("opened") == dealing
+        raise UserError(f"no key is left that both servers hold (for {batch} films): the dealer must deal more")
+
+    def _open(self, peer: Connection, model: Model, dealing: str, other_has: bool) -> None:
+        """Once for each dealing, or again where one of the two was started anew: the same masked weights."""
+        if other_has and self._opened is not None and self._opened[0] == dealing:
+            return
+        self.keys.bind(dealing, model.name)
+        seed = bytes.fromhex(self.keys.card(dealing)["model_seed"])
+        self._opened = dealing, open_weights(self.number, model.shares, seed, peer.exchange)
+
+    def _prepared(self, model: Model, dealing: str, number: int) -> list:
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            self._next = None
+            if ahead[:2] == (dealing, number):
+                return ahead[2]
+        key = self.keys.take(dealing, number)
+        batch = self.keys.card(dealing)["batch"]
+        engine = Preparation(self.number, key.seed, self._opened[1], key)
+        run(model.program, engine, Wire((batch, *model.program.in_shape)))
+        return engine.ready
+
+    def _prepare_ahead(self) -> None:
+        """The next key of the dealing whose weights are open, while nobody waits."""
+        with self._computing:
+            try:
+                dealing = self._opened[0] if self._opened else None
+                numbers = self.keys.held().get(dealing)
+                if self._ahead is None and numbers and self.model is not None:
+                    self._next = dealing, numbers[0]
+                    self._ahead = *self._next, self._prepared(self.model, *self._next)
+            except UserError as error:
+                self._next = None
+                print(f"server {self.number}: {error}", flush=True)
