@@ -31,6 +31,8 @@ def send_model(program: Program, weights: Weights, party: Party, servers: Addres
     try:
         for connection in connections:
             connection.send({"kind": "model", "name": name}, program.to_json().encode())
+        for connection in connections:
+            connection.receive("go")
         for layer, (weight, bias) in weights.items():
             fraction = program.fractions[layer]
             pairs = zip(share(encode(weight, fraction)), share(encode(bias, ACTIVATION + fraction)), strict=True)

@@ -22,6 +22,7 @@ LIMIT, MARGIN = 2**30, 2  # a gate's range, and how far calibration stays below 
 WIDEST = 9216  # products summed: beyond, float64 would lose more than a last bit
 NORMS = (nn.BatchNorm2d, FixedNorm)
 PASSED = (nn.Identity, nn.Dropout, Copy)
+FLATS = (torch.flatten, (1,)), ("flatten", (1,))
 AVERAGES = (
     *((what, (axes,)) for what in (torch.mean, "mean") for axes in ((2, 3), (-2, -1))),
     *((F.adaptive_avg_pool2d, (side,)) for side in (1, (1, 1))),
@@ -53,6 +54,8 @@ def compile(network: nn.Module, films: torch.Tensor) -> tuple[Program, Weights]:
 
     def watch(step: Step, wire: Wire) -> None:
         seen[step.out] = float(np.abs(wire.share).max())
+        if not math.isfinite(seen[step.out]):
+            raise UserError(f"step {step.out!r} makes values that aren't finite of the calibration films")
 
     with torch.no_grad():
         run(draft, Plain(weights), Wire(films.shape, films.double().numpy()), watch)
@@ -135,7 +138,7 @@ class _Tracing:
             self._add(node, "relu6", node.args[0])
         elif (what, node.args[1:]) in AVERAGES:
             self._add(node, "sum_pool", node.args[0])
-        elif what in (torch.flatten, "flatten") and node.args[1:] == (1,) or what == "view" and node.args[2:] == (-1,):
+        elif (what, node.args[1:]) in FLATS or (what == "view" and node.args[2:] == (-1,)):
             self._flatten(node)
         elif what != "size":  # the first argument of a view
             self._refuse(node.name, getattr(what, "__name__", what))
@@ -220,7 +223,7 @@ def _pool_first(steps: list[Step]) -> list[Step]:
 
 
 def _average(program: Program, weights: Weights) -> None:
-    """Divide the weights of dense layers that read a sum over pixels by their number: steps add where networks average."""
+    """Divide the weights of dense layers that read a sum over pixels by their number: steps add, networks average."""
     pixels, shapes = {}, {"film": program.in_shape}
 
     def watch(step: Step, wire: Wire) -> None:
@@ -268,8 +271,6 @@ class _Scales:
         return {name: self._fit(value, caps[name], f"layer {name!r}") for name, value in largest.items()}
 
     def _fit(self, value: float, cap: int, what: str) -> int:
-        if not math.isfinite(value):
-            raise UserError(f"{what} makes values that aren't finite of the calibration films")
         bits = min(cap, math.floor(math.log2(LIMIT / (MARGIN * max(value, 1e-9)))) - ACTIVATION)
         if bits < FEWEST:
             raise UserError(

@@ -47,6 +47,8 @@ def deal(
                     "kind": "key", "dealing": dealing, "number": number, "server": b, "program": program.digest,
                     "batch": batch, "seed": seeds[b].hex(), "model_seed": model_seeds[b].hex(),
                 })  # fmt: skip
+            for connection in connections:
+                connection.receive("go")
 
             def write(b: int, array: np.ndarray) -> None:
                 data = memoryview(np.ascontiguousarray(array)).cast("B")
@@ -113,6 +115,7 @@ class KeyStore:
         if number < self.first(dealing) or path.exists():
             raise UserError(f"key {number} of this dealing was here before: it is refused")
         part, check = path.with_suffix(".part"), hashlib.sha256()
+        connection.send({"kind": "go"})
         try:
             with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
                 first = json.dumps({"server": self.server, "number": number, "seed": header["seed"], **card}).encode()
@@ -158,10 +161,12 @@ class KeyStore:
         path = self.folder / dealing / "next"
         return int(path.read_text()) if path.exists() else 0
 
-    def held(self) -> dict[str, list[int]]:
-        """Numbers that may be used, by dealing."""
+    def held(self, model: str) -> dict[str, list[int]]:
+        """Numbers that may be used with a model, by dealing."""
         found = {}
         for folder in sorted(self.folder.iterdir()):
+            if self._bound(folder.name) not in (None, model):
+                continue
             first = self.first(folder.name)
             numbers = sorted(int(path.stem) for path in folder.glob("*.key") if int(path.stem) >= first)
             if numbers:
@@ -173,11 +178,14 @@ class KeyStore:
 
     def bind(self, dealing: str, model: str) -> None:
         """A dealing's masks hide one model's weights: with another's, both servers would see the difference."""
-        path = self.folder / dealing / "model"
-        if not path.exists():
-            write_atomic(path, model.encode())
-        if path.read_text() != model:
+        if self._bound(dealing) is None:
+            write_atomic(self.folder / dealing / "model", model.encode())
+        if self._bound(dealing) != model:
             raise UserError("this dealing was used with another model: deal anew")
+
+    def _bound(self, dealing: str) -> str | None:
+        path = self.folder / dealing / "model"
+        return path.read_text() if path.exists() else None
 
     def take(self, dealing: str, number: int) -> Key:
         """Marks the key as used, also should this process be killed now, then deletes and returns it.

@@ -29,7 +29,7 @@ def share(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Stream:
-    """AES-128 in counter mode: what the dealer and a server draw alike from a seed of 16 bytes, instead of sending it."""
+    """AES-128 in counter mode: what a dealer and a server draw alike from a seed of 16 bytes, instead of sending it."""
 
     def __init__(self, seed: bytes) -> None:
         self._cipher = Cipher(algorithms.AES(seed), modes.CTR(bytes(16))).encryptor()

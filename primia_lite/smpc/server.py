@@ -110,7 +110,7 @@ class Server:
         try:
             with self.party.accept(raw, self.deadline_s) as connection:
                 try:
-                    self._answer(connection)
+                    self.answer(connection)
                 except UserError as error:
                     self._say(connection, error)
         except PeerError as error:
@@ -123,8 +123,8 @@ class Server:
         with suppress(PeerError):  # it may have gone
             connection.send({"kind": "error", "text": str(error)})
 
-    def _answer(self, connection: Connection) -> None:
-        """What each party may ask for."""
+    def answer(self, connection: Connection) -> None:
+        """One party's request, by its role: a model, keys, a film, or the other server."""
         if connection.role == "model":
             self._receive_model(connection)
         elif connection.role == "dealer":
@@ -152,10 +152,11 @@ class Server:
         name, shares = str(header.get("name")), {}
         if not ID.fullmatch(name):
             raise PeerError("this is no model's header")
+        if not all(0 < 4 * int(np.prod(shape)) <= MAX_WEIGHT_BYTES for shape in program.shapes.values()):
+            raise PeerError("a layer is larger than a server takes")
+        connection.send({"kind": "go"})
         for layer, shape in program.shapes.items():
             n, outputs = int(np.prod(shape)), shape[0]
-            if not 0 < 4 * n <= MAX_WEIGHT_BYTES:
-                raise PeerError(f"layer {layer!r} is larger than a server takes")
             _, data = connection.receive("layer", most=4 * (n + outputs))
             if len(data) != 4 * (n + outputs):
                 raise PeerError(f"layer {layer!r} has another size than its program says")
@@ -240,7 +241,8 @@ class Server:
             self._open(peer, model, dealing, other)
             ready = self._prepared(model, dealing, number)
             prepared = time.thread_time(), time.perf_counter()
-            peer.exchange(b"ready")
+            peer.send({"kind": "ready"})
+            peer.receive("ready")
             peer.sent = peer.rounds = 0
             online = time.thread_time(), time.perf_counter()
             engine = Online(self.number, self._opened[1], ready, peer.exchange)
@@ -255,7 +257,7 @@ class Server:
 
     def _held(self) -> dict[str, list[int]]:
         """Numbers of keys not used so far, the one that is prepared among them, by dealing."""
-        held = self.keys.held()
+        held = self.keys.held(self._known().name)
         if self._next is not None and self._next[1] not in held.get(self._next[0], []):
             held.setdefault(self._next[0], []).append(self._next[1])
         return held
@@ -304,7 +306,7 @@ class Server:
         with self._computing:
             try:
                 dealing = self._opened[0] if self._opened else None
-                numbers = self.keys.held().get(dealing)
+                numbers = self.keys.held(self._known().name).get(dealing)
                 if self._ahead is None and numbers and self.model is not None:
                     self._next = dealing, numbers[0]
                     self._ahead = *self._next, self._prepared(self.model, *self._next)

@@ -1,0 +1,167 @@
+"""Each gate through dealer and both servers, at the edges of its range; and a network's steps against plain float64."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import fresh_seeds, infer, together
+from torch import nn
+
+from primia_lite import smpc
+from primia_lite.config import UserError
+from primia_lite.models.networks import FixedNorm
+from primia_lite.smpc.engines import Plain, Wire
+from primia_lite.smpc.gates import Gate
+from primia_lite.smpc.program import Program, run
+from primia_lite.smpc.ring import decode, share
+
+SIX = 6 << 10
+
+
+def through(gate, y):
+    shares = share(y.view(np.uint32))
+
+    def work(engine, b):
+        return engine.select(Wire(y.shape, None if b is None else shares[b]), gate)
+
+    wires, ends, _ = together(work, fresh_seeds())
+    return (wires[0].share + wires[1].share).view(np.int32), ends
+
+
+@pytest.mark.parametrize(
+    ("gate", "low", "high", "units"),
+    [
+        (Gate(14, ()), -(2**30), 2**30 - 2**14, 1.5),  # three cuts lose up to a unit each, and half a one is added
+        (Gate(14), -(2**30), 2**30 - 2**14, 4),
+        (Gate(12), -(2**30), 2**30 - 2**12, 10),
+        (Gate(14, (0, SIX)), -(2**30), 2**30 - 2**14, 4),
+        (Gate(0), -(2**31) + 2**16, 2**31 - 2**16, 2**15),
+    ],
+)
+def test_a_gate_keeps_its_bound_over_its_whole_range(gate, low, high, units):
+    """``units``: of the last bit after the cut; a comparison may err for values nearer to the threshold than its last
+    bit, by no more than that."""
+    rng = np.random.default_rng(0)
+    y = np.concatenate(
+        [
+            rng.integers(low, high, 20_000),
+            rng.integers(-(2**18), 2**18, 20_000),
+            [low, high, low + 1, high - 1, 0, 1, -1],
+        ]
+    ).astype(np.int32)
+    got, _ = through(gate, y)
+    exact = y / 2.0**gate.shift
+    if gate.thresholds:
+        exact = np.clip(exact, 0, SIX if len(gate.thresholds) == 2 else None)
+    assert np.abs(got - exact).max() <= units
+    assert abs((got - exact).mean()) < max(0.05, units / 100)  # cutting has no bias
+
+
+@pytest.mark.parametrize("gate", [Gate(14), Gate(14, (0, SIX)), Gate(0)])
+def test_what_is_opened_is_uniform_whatever_the_value(gate):
+    """χ² over the top four bits of what server 0 receives, and over the bits of comparisons."""
+    for value in (-(2**20), 0, 2**28):
+        _, ends = through(gate, np.full(16_000, value, np.int32))
+        words = np.frombuffer(ends[0].seen[0][1][: 2 * 16_000], np.uint16)
+        counts = np.bincount(words >> np.uint16(12), minlength=16)
+        assert ((counts - 1000) ** 2 / 1000).sum() < 60
+        own, other = (np.unpackbits(np.frombuffer(part, np.uint8)) for part in ends[0].seen[1])
+        opened = own ^ other
+        assert abs(opened.mean() - 0.5) < 6 * 0.5 / len(opened) ** 0.5
+
+
+def small_resnet():
+    from monai.networks.nets.resnet import ResNet, ResNetBlock
+
+    torch.manual_seed(1)
+    network = ResNet(ResNetBlock, [1, 1, 1, 1], [8, 16, 16, 32], 2, 1, num_classes=3, conv1_t_stride=2)
+    films = torch.randn(8, 1, 48, 48)
+    for layer in network.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = 1.0
+    network.train()(films)
+    return network.eval(), films
+
+
+def small_mobile():
+    """Depthwise convolutions, ReLU6, a residual of projections."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.expand, self.depth = nn.Conv2d(8, 24, 1), nn.Conv2d(24, 24, 3, padding=1, groups=24)
+            self.project, self.act = nn.Conv2d(24, 8, 1), nn.ReLU6()
+
+        def forward(self, x):
+            return x + self.project(self.act(self.depth(self.act(self.expand(x)))))
+
+    torch.manual_seed(2)
+    network = nn.Sequential(
+        nn.Conv2d(1, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU6(), Block(), Block(), nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(), nn.Linear(8, 3),
+    )  # fmt: skip
+    return network.eval(), torch.randn(8, 1, 32, 32)
+
+
+def dense_with_constants():
+    torch.manual_seed(3)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(256, 32), FixedNorm(32), nn.ReLU(), nn.Linear(32, 2))
+    network[2].mean.copy_(torch.randn(32))
+    network[2].scale.copy_(torch.rand(32) + 0.5)
+    return network.eval(), torch.randn(8, 1, 16, 16)
+
+
+@pytest.mark.parametrize("make", [small_resnet, small_mobile, dense_with_constants])
+def test_a_network_is_the_same_in_torch_as_a_program_and_on_shares(make):
+    network, films = make()
+    program, weights = smpc.compile(network, films)
+    program = Program.from_json(program.to_json())
+    with torch.no_grad():
+        want = network(films[:2]).double().numpy()
+    plain = run(program, Plain(weights), Wire(films[:2].shape, films[:2].double().numpy())).share
+    assert np.abs(plain - want).max() < 1e-5
+    shares, _ = infer(program, weights, films[:2].numpy())
+    assert np.abs(decode(shares[0] + shares[1], program.logit_fraction) - want).max() < 0.02
+
+
+@pytest.mark.parametrize(
+    ("layers", "word"),
+    [
+        ([nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(784, 2)], "GroupNorm"),
+        ([nn.Flatten(), nn.Linear(256, 4), nn.Tanh(), nn.Linear(4, 2)], "Tanh"),
+        ([nn.Conv2d(1, 4, 3), nn.ReLU(), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(784, 2)], "BatchNorm2d"),
+        ([nn.Conv2d(1, 4, 3), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(196, 2)], "maximum"),
+        ([nn.Conv2d(1, 4, 3, dilation=2), nn.Flatten(), nn.Linear(576, 2)], "plain"),
+        ([nn.Flatten(), nn.Linear(256, 2), nn.ReLU()], "dense"),
+    ],
+)
+def test_a_layer_without_a_gate_is_named(layers, word):
+    with pytest.raises(UserError, match=word):
+        smpc.compile(nn.Sequential(*layers).eval(), torch.randn(4, 1, 16, 16))
+
+
+def test_values_beyond_every_range_are_refused_and_large_ones_get_fewer_bits():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(256, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
+    films = torch.randn(8, 1, 16, 16)
+    ordinary = smpc.compile(network, films)[0].fractions["1"]
+    network[1].weight.data *= 100
+    assert smpc.compile(network, films)[0].fractions["1"] < ordinary
+    network[1].weight.data *= 1000
+    with pytest.raises(UserError, match="range|bits"):
+        smpc.compile(network, films)
+    network[1].weight.data[0, 0] = float("nan")
+    with pytest.raises(UserError, match="finite"):
+        smpc.compile(network, films)
+
+
+def test_training_mode_and_films_of_another_size_are_refused(small):
+    network, _, _, films = small
+    with pytest.raises(UserError, match="eval"):
+        smpc.compile(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).train(), films)
+    with pytest.raises(UserError, match="take"):
+        smpc.compile(network, torch.randn(4, 1, 28, 28))
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", "null", '{"steps": 3}', '{"steps": [{"op": "conv"}]}'])
+def test_what_is_no_program_is_refused(text):
+    with pytest.raises(UserError, match="program"):
+        Program.from_json(text)
