@@ -19,7 +19,7 @@ def best_rate(answer: float) -> str | None:
     if answer not in (0.05, 0.25):
         return "choose 0.05, 0.25 or 1"
     left = {q: round(calibrate_noise_multiplier(1.0, DELTA, q, 41) / q, 1) for q in (answer, 1.0)}
-    return f"sampling hides a patient, but fewer of them share the noise: σ/q is {left[answer]} there, and {left[1.0]} at 1"
+    return f"sampling hides a patient, but fewer share the noise: σ/q is {left[answer]} there, and {left[1.0]} at 1"
 
 
 def right_of_two(right: Callable[[float], float]) -> str | None:
