@@ -121,7 +121,7 @@ def load_profile(name: str) -> dict[str, dict]:
         profile = yaml.safe_load(profiles[name].read_text("utf-8")) or {}
     except yaml.YAMLError as error:
         raise UserError(f"configs/{name}.yaml is not valid YAML: {error}") from error
-    known = {p.stem for p in (repo_root() / "notebooks").glob("*.ipynb")}
+    known = {p.stem for pattern in ("*.ipynb", "studies/*.ipynb") for p in (repo_root() / "notebooks").glob(pattern)}
     for notebook, parameters in profile.items():
         if notebook not in known:
             raise UserError(f"configs/{name}.yaml: no notebook {notebook!r}; there are {', '.join(sorted(known))}")

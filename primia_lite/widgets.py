@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 
 import ipywidgets
 import matplotlib.pyplot as plt
@@ -20,11 +21,12 @@ def explore(draw: Callable[..., plt.Figure], **controls) -> ipywidgets.VBox:
     Parameters
     ----------
     draw
-        Called with one keyword argument per control.
+        Called with one keyword argument per control; its defaults are where the controls start.
     controls
         Widgets, or what ``ipywidgets.interactive`` makes widgets of: ``(low, high, step)``, a list, a bool.
     """
 
+    @wraps(draw)
     def show(**values):
         figure = draw(**values)
         display(figure)

@@ -30,6 +30,13 @@ def shown(monkeypatch):
     return figures
 
 
+def test_controls_start_at_the_functions_defaults(shown):
+    box = widgets.explore(
+        lambda noise=1.7, taken=0, ok=True: plt.figure(), noise=(0.1, 3.0, 0.1), taken=(0, 4), ok=False
+    )
+    assert [control.value for control in box.children[:-1]] == [1.7, 0, True]
+
+
 def test_a_control_that_is_moved_redraws(shown):
     calls = []
 

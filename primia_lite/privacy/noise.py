@@ -37,7 +37,7 @@ _EXTRA_BITS, _PRECISION = 192, 400
 FLOAT32_MARGIN = 2.0**-8
 
 
-def sensitivity(scale: float, max_grad_norm: float, parameters: int) -> float:
+def l2_sensitivity(scale: float, max_grad_norm: float, parameters: int) -> float:
     """How far one unit moves d computed sums on the grid of ``scale`` to 1, in L2: s C (1 + 2^-8) + √d.
 
     The exact sums move by at most s C, computing them in floating-point numbers counts for 2^-8 of that, and rounding
@@ -53,7 +53,7 @@ def local_noise(
 
     The grid's scale is a power of two of at least 2^12 √d / C, so that rounding adds next to nothing to the noise;
     where σ is below 1, of that over σ (down to 2^-24), so that the grid stays finer than the noise. The noise's
-    standard deviation is σ times :func:`sensitivity`. Gives float64 by name, whole numbers over the scale.
+    standard deviation is σ times :func:`l2_sensitivity`. Gives float64 by name, whole numbers over the scale.
 
     Parameters
     ----------
@@ -62,7 +62,7 @@ def local_noise(
     d = sum(value.numel() for value in total.values())
     finest = min(1.0, max(noise_multiplier, 2.0**-24)) * max_grad_norm
     scale = 2.0 ** math.ceil(math.log2(2**12 * math.sqrt(d) / finest))
-    noise = rounded_gaussian(d, noise_multiplier * sensitivity(scale, max_grad_norm, d), rng)
+    noise = rounded_gaussian(d, noise_multiplier * l2_sensitivity(scale, max_grad_norm, d), rng)
     parts = torch.from_numpy(noise).split([value.numel() for value in total.values()])
     return {
         # Held within 63 bits, which moves no two sums further apart.

@@ -5,7 +5,7 @@ whole numbers, and adds discrete Gaussian noise (the distributed discrete Gaussi
 2021). What has to hold, for C the clip, s the scale, d the parameters:
 
 Sensitivity. One unit moves the rounded sum by at most s C (1 + 2^-8) + √d
-(:func:`primia_lite.privacy.noise.sensitivity`). Before rounding each coordinate is held within ±C times the declared
+(:func:`primia_lite.privacy.noise.l2_sensitivity`). Before rounding each coordinate is held within ±C times the declared
 units: that moves no two sums further apart.
 
 Shares. A sum is revealed only with at least t hospitals in it, of whom c may tell their own noise: t - c shares remain.
@@ -37,7 +37,7 @@ from reprlib import repr as shortened
 import torch
 
 from primia_lite.config import UserError
-from primia_lite.privacy.noise import discrete_gaussian, sensitivity
+from primia_lite.privacy.noise import discrete_gaussian, l2_sensitivity
 from primia_lite.privacy.rng import SecureGenerator
 
 MODULUS_BITS = 32
@@ -139,13 +139,13 @@ class Quantizer:
         return low
 
     def _share_sigma(self, scale: int) -> int:
-        moved = sensitivity(scale, self.max_grad_norm, self.shared.parameters)
+        moved = l2_sensitivity(scale, self.max_grad_norm, self.shared.parameters)
         return math.ceil(self.noise_multiplier * moved / math.sqrt(self.shared.threshold - self.shared.colluding))
 
     @property
     def sensitivity(self) -> float:
         """How far one unit moves a hospital's numbers, L2, rounding included."""
-        return sensitivity(self.scale, self.max_grad_norm, self.shared.parameters)
+        return l2_sensitivity(self.scale, self.max_grad_norm, self.shared.parameters)
 
     @property
     def share_sigma(self) -> int:
@@ -161,7 +161,9 @@ class Quantizer:
         """What accounting for normal noise leaves out of δ over so many steps, at ε; see the module's text."""
         if epsilon > 700:
             return 1.0
-        return min(1.0, steps * (1 + math.exp(epsilon)) * total_variation(self.total_sigma, self.shared.parameters))
+        return min(
+            1.0, steps * (1 + math.exp(epsilon)) * total_variation_distance(self.total_sigma, self.shared.parameters)
+        )
 
     def share(self, total: Mapping[str, torch.Tensor], declared: int, rng: SecureGenerator) -> dict[str, torch.Tensor]:
         """A hospital's message, int64: its sum of clipped gradients in whole numbers, plus its share of the noise.
@@ -186,7 +188,7 @@ class Quantizer:
             )
 
 
-def total_variation(sigma: float, d: int) -> float:
+def total_variation_distance(sigma: float, d: int) -> float:
     """At most so far is N_Z(0, σ²) from a rounded N(0, σ²) over d coordinates, σ ≥ 1; about √d / 24 σ²."""
     chi_square = (1 + sigma**-2) / (144 * sigma**4)
     exponent = d * math.log1p(chi_square)

@@ -70,6 +70,13 @@ def test_parameters_are_literals(path):
         ast.literal_eval(statement.value)  # raises for anything derived
 
 
+def test_every_profile_names_notebooks_and_studies_that_exist():
+    from primia_lite.apps.runner import plan
+
+    for profile in sorted((ROOT / "configs").glob("*.yaml")):
+        assert {p.path.stem for p in plan(profile.stem)} >= {path.stem for path in NOTEBOOKS}
+
+
 @each_with_studies
 def test_profiles_give_only_parameters_that_exist(path):
     import yaml

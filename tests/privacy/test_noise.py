@@ -10,7 +10,7 @@ import torch
 from scipy import special, stats
 
 from primia_lite.config import UserError
-from primia_lite.privacy.noise import MAX_SIGMA, discrete_gaussian, local_noise, rounded_gaussian, sensitivity
+from primia_lite.privacy.noise import MAX_SIGMA, discrete_gaussian, l2_sensitivity, local_noise, rounded_gaussian
 from primia_lite.privacy.rng import SecureGenerator
 
 N = 200_000
@@ -254,7 +254,7 @@ def test_a_noisy_sum_lies_on_the_grid_and_has_the_counted_deviation(d, bound, si
     scale = 2.0 ** math.ceil(math.log2(2**12 * math.sqrt(d + 6) / bound / min(1, sigma)))
     assert all((value * scale).frac().eq(0).all() and value.dtype == torch.float64 for value in noisy.values())
     assert noisy["b"].shape == (2, 3)
-    wanted = sigma * sensitivity(scale, bound, d + 6) / scale
+    wanted = sigma * l2_sensitivity(scale, bound, d + 6) / scale
     assert sigma * bound * (1 + 2**-8) < wanted < sigma * bound * (1 + 2**-8 + 2**-11)
     draws = torch.cat([(local_noise(total, sigma, bound, SecureGenerator.from_seed(s))["a"] - total["a"])[:1000]
                        for s in range(10 if d > 1 else 500)]) / wanted  # fmt: skip
@@ -270,7 +270,7 @@ def test_rounding_moves_two_sums_no_further_apart_than_counted():
     one, two = (local_noise({"w": x.double()}, quiet, bound, SecureGenerator())["w"] * scale
                 for x in (old.double(), old.double() + bound / math.sqrt(d)))  # fmt: skip
     moved = float((one - two).norm())
-    assert scale * bound < moved <= scale * bound + math.sqrt(d) < sensitivity(scale, bound, d)
+    assert scale * bound < moved <= scale * bound + math.sqrt(d) < l2_sensitivity(scale, bound, d)
 
 
 def test_noise_too_large_for_64_bits_is_refused():

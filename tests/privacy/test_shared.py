@@ -18,7 +18,7 @@ from primia_lite.privacy.accounting import Release, epsilon
 from primia_lite.privacy.dpsgd import ClippedSum, PoissonBatch, Privacy
 from primia_lite.privacy.noise import FLOAT32_MARGIN, discrete_gaussian
 from primia_lite.privacy.rng import SecureGenerator
-from primia_lite.privacy.shared import Quantizer, SharedNoise, total_variation
+from primia_lite.privacy.shared import Quantizer, SharedNoise, total_variation_distance
 from primia_lite.training import Training, private_rows
 
 # --- the accounting ---------------------------------------------------------------------------------------------------
@@ -39,7 +39,7 @@ def test_total_variation_is_within_its_bound_and_near_it(sigma, d):
     for _ in range(d - 1):
         joint_p, joint_r = np.multiply.outer(joint_p, p), np.multiply.outer(joint_r, r)
     true = np.abs(joint_p - joint_r).sum() / 2
-    assert true < total_variation(sigma, d) < 4 * true
+    assert true < total_variation_distance(sigma, d) < 4 * true
 
 
 @pytest.mark.parametrize("sigma", [1, 2, 5, 20])
@@ -65,7 +65,7 @@ def test_slack_covers_the_subsampled_mechanism_both_ways(eps, q):
         a, b = (with_unit, without) if removed else (without, with_unit)
         return np.maximum(a - np.exp(eps) * b, 0).sum()
 
-    slack = (1 + np.exp(eps)) * total_variation(sigma, 1)
+    slack = (1 + np.exp(eps)) * total_variation_distance(sigma, 1)
     for removed in (True, False):
         exact, rounded = delta(p, removed), delta(r, removed)
         assert exact <= rounded + slack
@@ -97,7 +97,7 @@ def test_slack_counts_steps_and_epsilon():
     assert one == pytest.approx((1 + math.exp(8)) * math.sqrt(3840) / 24 / quantizer.total_sigma**2, rel=1e-3)
     assert quantizer.delta_slack(50, 8.0) == pytest.approx(50 * one)
     assert quantizer.delta_slack(1, 1e9) == 1.0 and quantizer.delta_slack(10**30, 8.0) == 1.0
-    assert total_variation(1.0, 10**12) == 1.0
+    assert total_variation_distance(1.0, 10**12) == 1.0
 
 
 # --- the quantizer ----------------------------------------------------------------------------------------------------
