@@ -31,10 +31,8 @@ def shown(monkeypatch):
 
 
 def test_controls_start_at_the_functions_defaults(shown):
-    box = widgets.explore(
-        lambda noise=1.7, taken=0, ok=True: plt.figure(), noise=(0.1, 3.0, 0.1), taken=(0, 4), ok=False
-    )
-    assert [control.value for control in box.children[:-1]] == [1.7, 0, True]
+    box = widgets.explore(lambda noise=1.7, taken=0: plt.figure(), noise=(0.1, 3.0, 0.1), taken=(0, 4))
+    assert [control.value for control in box.children[:-1]] == [1.7, 0]
 
 
 def test_a_control_that_is_moved_redraws(shown):
