@@ -15,7 +15,8 @@ the session           ``setup``, ``runs_dir``, ``UserError``; ``stored`` results
 ====================  ==================================================================================
 
 Each chapter has a subpackage or module of its own: ``data``, ``phantom``, ``models``, ``metrics``, ``plotting``,
-``privacy``, ``federation``, ``secagg``, ``encrypted``, ``attacks``, ``widgets``. Programs that use them: ``apps``.
+``privacy``, ``federation``, ``secagg``, ``encrypted``, ``smpc``, ``attacks``, ``widgets``. Programs that use
+them: ``apps``.
 A name is loaded when it is first used, so that importing this costs nothing.
 """
 
@@ -27,7 +28,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submodules=[
         "apps", "attacks", "config", "data", "encrypted", "exercises", "federation", "metrics", "models", "phantom",
-        "plotting", "privacy", "runtime", "secagg", "training", "widgets",
+        "plotting", "privacy", "runtime", "secagg", "smpc", "training", "widgets",
     ],
     submod_attrs={
         "config": ["UserError", "runs_dir"],

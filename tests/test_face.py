@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-PACKAGES = ("", ".data", ".phantom", ".models", ".privacy", ".federation", ".secagg", ".encrypted", ".attacks",
+PACKAGES = ("", ".data", ".phantom", ".models", ".privacy", ".federation", ".secagg", ".encrypted", ".smpc", ".attacks",
             ".apps.service", ".apps.syft")  # fmt: skip
 
 

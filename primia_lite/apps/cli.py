@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from primia_lite import __version__
+from primia_lite.apps import smpc
 from primia_lite.apps.flower.commands import add_arguments as deploy_arguments
 from primia_lite.config import DATA_SOURCES, UserError, elsewhere, set_variable
 from primia_lite.runtime import any_console
@@ -68,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     deploy_arguments(
         command("deploy", lambda args: args.deploy(args), "a federation over Flower, as processes over TLS")
     )
+    smpc.add_arguments(command("smpc", lambda args: args.smpc(args), "a diagnosis on shares, between two servers"))
     bench = command("bench", _bench, "list the benchmarks, or run one")
     bench.add_argument("name", nargs="?")
     bench.add_argument("arguments", nargs=argparse.REMAINDER, help="given to the benchmark")

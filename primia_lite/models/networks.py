@@ -24,27 +24,40 @@ class Copy(nn.Module):
 
 
 class FixedNorm(nn.Module):
-    """(x - mean) / scale by constants, each feature's own: a norm that needs no statistics of private films. Under
-    encryption it is folded into the dense layer behind it."""
+    """(x - mean) / scale by constants, each feature's own or each channel's: a norm that needs no statistics of
+    private films. Under encryption and on shares it is folded into the layer beside it."""
 
-    def __init__(self, size: int):
+    def __init__(self, size: int, of_channels: bool = False):
         super().__init__()
-        self.register_buffer("mean", torch.zeros(size))
-        self.register_buffer("scale", torch.ones(size))
+        shape = (size, 1, 1) if of_channels else (size,)
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("scale", torch.ones(shape))
 
     def forward(self, x):
         return (x - self.mean) / self.scale
 
+    def fit(self, x: torch.Tensor) -> None:
+        """From public inputs [N, features] or [N, channels, H, W]: outputs have mean 0 there, and features a squared
+        length of 1 on average, so that a clipped gradient isn't spent on what all films share; channels a deviation
+        of 1."""
+        if self.mean.ndim == 1:
+            self.mean.copy_(x.mean(0))
+            self.scale.copy_(x.std(0).clamp(min=1e-6) * x.shape[1] ** 0.5)
+        else:
+            self.mean.copy_(x.mean((0, 2, 3), keepdim=True)[0])
+            self.scale.copy_(x.std((0, 2, 3), keepdim=True)[0].clamp(min=1e-6))
 
-def fit_norms(network: nn.Sequential, inputs: torch.Tensor) -> None:
-    """Set each :class:`FixedNorm` from public inputs [N, ...], so that its outputs there have mean 0 and a squared
-    length of 1 on average: a clipped gradient isn't spent on what all films share."""
-    with torch.no_grad():
-        for layer in network:
-            if isinstance(layer, FixedNorm):
-                layer.mean.copy_(inputs.mean(0))
-                layer.scale.copy_(inputs.std(0).clamp(min=1e-6) * inputs.shape[1] ** 0.5)
-            inputs = layer(inputs)
+
+def fit_norms(network: nn.Module, inputs: torch.Tensor) -> None:
+    """Fit each :class:`FixedNorm` on what public inputs [N, ...] become in front of it, the first one first."""
+    norms = [layer for layer in network.modules() if isinstance(layer, FixedNorm)]
+    hooks = [layer.register_forward_pre_hook(lambda layer, given: layer.fit(given[0])) for layer in norms]
+    try:
+        with torch.no_grad():
+            network(inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def folded(network: nn.Sequential) -> nn.Sequential:
@@ -92,23 +105,39 @@ def ckksnet(n_classes: int, in_shape: tuple[int, ...], channels: int = 8, hidden
     return nn.Sequential(*layers, last)
 
 
-def resnet18(n_classes: int, in_shape: tuple[int, ...]) -> nn.Module:
-    """ResNet-18 (He et al. 2016), the network of the PriMIA paper, from MONAI with GroupNorm in place of BatchNorm."""
+def resnet18(n_classes: int, in_shape: tuple[int, ...], norm: str = "group") -> nn.Module:
+    """ResNet-18 (He et al. 2016), the network of the PriMIA paper, from MONAI.
+
+    BatchNorm learns from all films together, and is replaced: by GroupNorm, or with ``norm="fixed"`` by constants
+    (:class:`FixedNorm`), which two servers can compute on shares (:mod:`primia_lite.smpc`).
+    """
     from monai.networks.nets.resnet import ResNetBlock
     from monai.networks.nets.resnet import resnet18 as monai_resnet18
     from opacus.validators import ModuleValidator
 
     if in_shape[-1] > 224:
         raise UserError(f"resnet18 takes films of at most 224 px, these have {in_shape[-1]}: load them with size=224")
-    network = ModuleValidator.fix(
-        monai_resnet18(spatial_dims=2, n_input_channels=1, num_classes=n_classes, conv1_t_stride=2)
-    )
+    if norm not in ("group", "fixed"):
+        raise UserError(f"resnet18 has no norm {norm!r}: choose group or fixed")
+    network = monai_resnet18(spatial_dims=2, n_input_channels=1, num_classes=n_classes, conv1_t_stride=2)
+    network = _with_fixed_norms(network) if norm == "fixed" else ModuleValidator.fix(network)
     # Opacus's hooks can't see past what is overwritten: the activations, and the sum that ends each residual block.
     for layer in list(network.modules()):
         if isinstance(layer, nn.ReLU):
             layer.inplace = False
         elif isinstance(layer, ResNetBlock):
             layer.bn2 = nn.Sequential(layer.bn2, Copy())
+    return network
+
+
+def _with_fixed_norms(network: nn.Module) -> nn.Module:
+    """BatchNorm's shift becomes a bias of the convolution before it, which had none; its gain is left to weights."""
+    for layer in network.modules():
+        for name, child in list(layer.named_children()):
+            if isinstance(child, nn.BatchNorm2d):
+                setattr(layer, name, FixedNorm(child.num_features, of_channels=True))
+            elif isinstance(child, nn.Conv2d) and child.bias is None:
+                child.bias = nn.Parameter(torch.zeros(child.out_channels))
     return network
 
 

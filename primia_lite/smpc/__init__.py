@@ -5,7 +5,7 @@
 compute. :func:`diagnose` is what the owner of a film calls.
 """
 
-from primia_lite.smpc.client import Diagnosis, diagnose, send_model
+from primia_lite.smpc.client import diagnose, send_model
 from primia_lite.smpc.compiler import compile
 from primia_lite.smpc.connection import Party, PeerError, make_identity
 from primia_lite.smpc.keys import deal
@@ -13,6 +13,6 @@ from primia_lite.smpc.program import Program
 from primia_lite.smpc.server import Server
 
 __all__ = [
-    "Diagnosis", "Party", "PeerError", "Program", "Server", "compile", "deal", "diagnose", "make_identity",
+    "Party", "PeerError", "Program", "Server", "compile", "deal", "diagnose", "make_identity",
     "send_model",
 ]  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,12 +47,15 @@ def send_model(program: Program, weights: Weights, party: Party, servers: Addres
 
 
 def diagnose(
-    film: np.ndarray, party: Party, servers: Addresses, program: Program | None = None, deadline_s: float = DEADLINE_S
-) -> Diagnosis:
+    film: np.ndarray | Callable[[Program], np.ndarray], party: Party, servers: Addresses,
+    program: Program | None = None, deadline_s: float = DEADLINE_S,
+) -> Diagnosis:  # fmt: skip
     """Logits of films [N, C, H, W], in the form that the network takes, which neither server sees.
 
     Parameters
     ----------
+    film
+        Or a function that prepares films for the program that both servers offer.
     program
         What the servers must compute. Default: what both say alike.
 
@@ -64,7 +67,6 @@ def diagnose(
     PeerError
         A server vanished, was too slow, reports an error, or the two differ.
     """
-    film = np.asarray(film, np.float64)
     connections = connect_both(party, servers, deadline_s)
     try:
         offers = [connection.receive("program", most=MAX_HEADER) for connection in connections]
@@ -76,6 +78,7 @@ def diagnose(
         batch = offers[0][0].get("batch")
         if batch != offers[1][0].get("batch") or type(batch) is not int or batch < 1:
             raise PeerError("the servers hold no keys: the dealer must deal first")
+        film = np.asarray(film(offered) if callable(film) else film, np.float64)
         check_film(film, offered, batch)
         padded = np.zeros((batch, *offered.in_shape))
         padded[: len(film)] = film

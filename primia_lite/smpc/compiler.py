@@ -29,7 +29,7 @@ AVERAGES = (
 )
 
 
-def compile(network: nn.Module, films: torch.Tensor) -> tuple[Program, Weights]:
+def compile(network: nn.Module, films: torch.Tensor, description: dict | None = None) -> tuple[Program, Weights]:
     """A trained network as a public program, and its weights (weight, bias; float64), which stay with its owner.
 
     Parameters
@@ -37,6 +37,8 @@ def compile(network: nn.Module, films: torch.Tensor) -> tuple[Program, Weights]:
     films
         Public films in the form that the network takes, float32 [N, C, H, W]. They calibrate: a film whose values go
         beyond twice the largest that they reach at some layer may be diagnosed wrongly, and nobody would see it.
+    description
+        Shown to whoever wants a diagnosis: how films are prepared, and what logits mean.
 
     Raises
     ------
@@ -48,7 +50,8 @@ def compile(network: nn.Module, films: torch.Tensor) -> tuple[Program, Weights]:
         raise UserError("the network must end in a dense layer")
     shapes = {name: weight.shape for name, (weight, _) in weights.items()}
     bound = MARGIN * float(films.abs().max())
-    draft = Program(tuple(films.shape[1:]), shapes[steps[-1].settings["name"]][0], steps, shapes, {}, bound)
+    n_classes = shapes[steps[-1].settings["name"]][0]
+    draft = Program(tuple(films.shape[1:]), n_classes, steps, shapes, {}, bound, description or {})
     _average(draft, weights)
     seen: dict[str, float] = {}
 

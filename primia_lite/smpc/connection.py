@@ -70,9 +70,9 @@ class Party:
         self._known: dict[str, str] = {}
         try:
             peers = sorted((self.folder / "peers").glob("*.crt"))
-            trusted = "".join(path.read_text("ascii") for path in peers)
+            trusted = "".join(path.read_text("utf-8") for path in peers)
             for path in peers:
-                der = ssl.PEM_cert_to_DER_cert(path.read_text("ascii"))
+                der = ssl.PEM_cert_to_DER_cert(path.read_text("utf-8"))
                 self._known[hashlib.sha256(der).hexdigest()] = path.stem
             self._contexts = {purpose: self._context(purpose, trusted) for purpose in (True, False)}
         except (OSError, ValueError, ssl.SSLError) as error:
@@ -203,7 +203,7 @@ class Connection:
 
 def address_of(text: str) -> tuple[str, int]:
     host, _, port = text.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+    if not host or not port.isdigit() or int(port) > 65535:
         raise UserError(f"{text!r} is no address: give host:port")
     return host, int(port)
 

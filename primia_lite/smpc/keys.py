@@ -109,7 +109,7 @@ class KeyStore:
         if not folder.exists():
             folder.mkdir()
             write_atomic(folder / "card.json", json.dumps(card).encode(), private=True)
-        if json.loads((folder / "card.json").read_text()) != card:
+        if json.loads((folder / "card.json").read_text("utf-8")) != card:
             raise UserError("this key belongs to another dealing of the same name")
         path = folder / f"{number:06}.key"
         if number < self.first(dealing) or path.exists():
@@ -159,7 +159,7 @@ class KeyStore:
     def first(self, dealing: str) -> int:
         """The lowest number that may be used."""
         path = self.folder / dealing / "next"
-        return int(path.read_text()) if path.exists() else 0
+        return int(path.read_text("utf-8")) if path.exists() else 0
 
     def held(self, model: str) -> dict[str, list[int]]:
         """Numbers that may be used with a model, by dealing."""
@@ -174,7 +174,7 @@ class KeyStore:
         return found
 
     def card(self, dealing: str) -> dict:
-        return json.loads((self.folder / dealing / "card.json").read_text())
+        return json.loads((self.folder / dealing / "card.json").read_text("utf-8"))
 
     def bind(self, dealing: str, model: str) -> None:
         """A dealing's masks hide one model's weights: with another's, both servers would see the difference."""
@@ -185,7 +185,7 @@ class KeyStore:
 
     def _bound(self, dealing: str) -> str | None:
         path = self.folder / dealing / "model"
-        return path.read_text() if path.exists() else None
+        return path.read_text("utf-8") if path.exists() else None
 
     def take(self, dealing: str, number: int) -> Key:
         """Marks the key as used, also should this process be killed now, then deletes and returns it.

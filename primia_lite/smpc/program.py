@@ -34,7 +34,7 @@ class Program:
     """What both servers, the dealer and the film's owner know of a network.
 
     ``shapes``: of weights by layer; ``fractions``: their bits behind the point; ``input_bound``: what no pixel of a
-    film may pass.
+    film may pass; ``description``: how films are prepared, and what logits mean (``ModelCard.describe``).
     """
 
     in_shape: tuple[int, int, int]
@@ -43,6 +43,7 @@ class Program:
     shapes: dict[str, tuple[int, ...]]
     fractions: dict[str, int]
     input_bound: float
+    description: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

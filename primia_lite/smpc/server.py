@@ -45,8 +45,8 @@ class Model:
     """A program and this server's shares of its weights, as its owner sent them."""
 
     def __init__(self, folder: Path) -> None:
-        self.name = (folder / "name").read_text()
-        self.program = Program.from_json((folder / "program.json").read_text())
+        self.name = (folder / "name").read_text("utf-8")
+        self.program = Program.from_json((folder / "program.json").read_text("utf-8"))
         with np.load(folder / "shares.npz") as file:
             self.shares = {
                 name: (file[f"{i}w"], file[f"{i}b"]) for i, name in enumerate(self.program.shapes)
