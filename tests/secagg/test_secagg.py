@@ -72,7 +72,7 @@ def survivors(n, gone, step):
     return [name for name in names(n) if name not in gone or STEPS.index(step) > STEPS.index("mask")]
 
 
-@pytest.mark.parametrize(("n", "threshold"), [(3, None), (5, 3), (9, None), (100, 51)])
+@pytest.mark.parametrize(("n", "threshold"), [(3, None), (5, 3), (9, None), (24, 13)])
 def test_as_many_as_the_threshold_allows_may_vanish_at_each_step(n, threshold):
     """From one start; which ones differs by step."""
     start, order = Round(n, 4, threshold=threshold), np.random.default_rng(n)
