@@ -155,7 +155,7 @@ def test_folders_that_cannot_be_made_are_named_before_hours_of_work(notebooks, t
             notebooks.run(profile, out=None)
     monkeypatch.setattr(runner, "repo_root", lambda: file)  # where published figures go
     monkeypatch.delenv("PRIMIA_LITE_FIGURES")
-    with pytest.raises(UserError, match="set PRIMIA_LITE_FIGURES to"):
+    with pytest.raises(UserError, match="PRIMIA_LITE_FIGURES"):
         notebooks.run("paper", out=None)
 
 

@@ -77,7 +77,7 @@ def test_an_update_that_says_nothing_is_refused(method, films):
             reconstruct(nothing, method)
         with pytest.raises(UserError, match=word):
             infer_labels(nothing)
-    with pytest.raises(UserError, match="learning rate"):
+    with pytest.raises(UserError, match="learning"):
         seen(films, [0], learning_rate=0.0).gradient()
 
 

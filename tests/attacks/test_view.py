@@ -250,7 +250,7 @@ def test_more_than_the_threat_model_lets_see_is_refused(films):
         ([own] * 2, state, KNOWING),
         ([own] * 2, [state] * 2, SUM),
     ):
-        with pytest.raises(UserError, match="sees one"):
+        with pytest.raises(UserError, match="sees"):
             simulate_view(hospitals, RECIPE, states, threat)
 
 

@@ -291,5 +291,5 @@ def test_a_csv_that_is_none(tmp_path):
     with pytest.raises(DataError, match="UTF-8"):
         load("dicom", 16, root=tmp_path)
     (tmp_path / "labels.csv").unlink()
-    with pytest.raises(DataError, match="no labels.csv"):
+    with pytest.raises(DataError, match="labels"):
         load("dicom", 16, root=tmp_path)

