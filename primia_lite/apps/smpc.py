@@ -13,8 +13,6 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from primia_lite.config import UserError
 
 CALIBRATION_FILMS, CALIBRATION_SEED = 200, 7919
@@ -134,13 +132,15 @@ def _diagnose(args) -> None:
 
 def diagnosis(image, party, servers: Sequence[tuple[str, int]]) -> str:
     """A film as a table: probabilities, and what the servers did. It is prepared here, as both servers say alike."""
+    import numpy as np
+
     from primia_lite import smpc
     from primia_lite.data.pixels import to_square
     from primia_lite.encrypted.model_card import prepare_film
 
     described = {}
 
-    def prepared(program) -> np.ndarray:
+    def prepared(program):
         described.update(program.description)
         film = prepare_film(described, to_square(image, described["image_size"]))
         return film.reshape(1, *program.in_shape)
