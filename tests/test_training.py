@@ -13,7 +13,7 @@ from primia_lite.config import UserError
 from primia_lite.data.films import Films
 from primia_lite.models import build
 from primia_lite.privacy.rng import SecureGenerator
-from primia_lite.training import Training, augment, predict, shuffled_batches, train
+from primia_lite.training import SGD, Training, augment, predict, shuffled_batches, train
 
 
 def tabular(n=40, d=6, classes=3, seed=0, views=1):
@@ -60,6 +60,22 @@ def test_full_batches_are_plain_sgd(weights, smoothing):
         want.append(float(loss.detach()))
     same(model, plain, atol=1e-6, rtol=1e-5)
     np.testing.assert_allclose(losses, want, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"weight_decay": 0.01}, {"momentum": 0.8}, {"momentum": 0.8, "weight_decay": 0.01}]
+)
+def test_a_step_is_that_of_torch_to_the_bit(options):
+    ours, theirs = nn.Linear(5, 3), nn.Linear(5, 3)
+    theirs.load_state_dict(ours.state_dict())
+    steps = SGD(ours, Training(learning_rate=0.3, **options)), torch.optim.SGD(theirs.parameters(), 0.3, **options)
+    for seed in range(4):
+        x = torch.randn(7, 5, generator=torch.Generator().manual_seed(seed))
+        for model, optimizer in zip((ours, theirs), steps, strict=True):
+            optimizer.zero_grad()
+            model(x).square().sum().backward()
+            optimizer.step()
+    same(ours, theirs, atol=0, rtol=0)
 
 
 def test_training_repeats_by_seed():

@@ -17,7 +17,7 @@ from jupyter_client.provisioning import LocalProvisioner
 
 IMPORTS = (
     "ipykernel.kernelapp", "ipykernel.ipkernel", "ipywidgets", "matplotlib.pyplot", "pandas.io.formats.style",
-    "jinja2", "torch", "sklearn.metrics", "scipy.stats", "scipy.signal",
+    "jinja2", "torch", "torch._dynamo", "sklearn.metrics", "scipy.stats", "scipy.signal",
     "efficientnet_lite_pytorch", "primia_lite.session", "primia_lite.data.phantom", "primia_lite.models.frozen",
     "primia_lite.federation.rounds", "primia_lite.privacy.accounting", "opacus.accountants.analysis.rdp",
 )  # fmt: skip

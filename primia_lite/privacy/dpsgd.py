@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -220,9 +221,17 @@ class ClippedSum:
         return total, loss
 
 
+class Optimizer(Protocol):
+    """Moves parameters by their gradients."""
+
+    def step(self) -> None: ...
+
+    def zero_grad(self) -> None: ...
+
+
 def clipped_step(
     clipped_sum: ClippedSum,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     batch: PoissonBatch,
     parts: Iterable[PhysicalBatch],
     expected_batch: float,
