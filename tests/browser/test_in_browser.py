@@ -20,6 +20,7 @@ NOTEBOOKS = [
     "05_encrypted_inference",
     "06_secure_aggregation",
     "07_governed_federation",
+    "08_smpc_inference",
 ]
 RUN_S = 1800  # a notebook, on a slow and busy machine
 

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from conftest import fresh_seeds, infer, together
 from torch import nn
 
 from primia_lite import smpc
@@ -12,7 +11,8 @@ from primia_lite.models.networks import FixedNorm
 from primia_lite.smpc.engines import Plain, Wire
 from primia_lite.smpc.gates import Gate
 from primia_lite.smpc.program import Program, run
-from primia_lite.smpc.ring import decode, share
+from primia_lite.smpc.ring import share
+from primia_lite.smpc.simulation import simulate, simulate_film
 
 SIX = 6 << 10
 
@@ -23,8 +23,8 @@ def through(gate, y):
     def work(engine, b):
         return engine.select(Wire(y.shape, None if b is None else shares[b]), gate)
 
-    wires, ends, _ = together(work, fresh_seeds())
-    return (wires[0].share + wires[1].share).view(np.int32), ends
+    found = simulate(work)
+    return (found.shares[0] + found.shares[1]).view(np.int32), found
 
 
 @pytest.mark.parametrize(
@@ -60,11 +60,11 @@ def test_a_gate_keeps_its_bound_over_its_whole_range(gate, low, high, units):
 def test_what_is_opened_is_uniform_whatever_the_value(gate):
     """χ² over the top four bits of what server 0 receives, and over the bits of comparisons."""
     for value in (-(2**20), 0, 2**28):
-        _, ends = through(gate, np.full(16_000, value, np.int32))
-        words = np.frombuffer(ends[0].seen[0][1][: 2 * 16_000], np.uint16)
+        _, found = through(gate, np.full(16_000, value, np.int32))
+        words = np.frombuffer(found.opened[0][0][1][: 2 * 16_000], np.uint16)
         counts = np.bincount(words >> np.uint16(12), minlength=16)
         assert ((counts - 1000) ** 2 / 1000).sum() < 60
-        own, other = (np.unpackbits(np.frombuffer(part, np.uint8)) for part in ends[0].seen[1])
+        own, other = (np.unpackbits(np.frombuffer(part, np.uint8)) for part in found.opened[0][1])
         opened = own ^ other
         assert abs(opened.mean() - 0.5) < 6 * 0.5 / len(opened) ** 0.5
 
@@ -119,8 +119,7 @@ def test_a_network_is_the_same_in_torch_as_a_program_and_on_shares(make):
         want = network(films[:2]).double().numpy()
     plain = run(program, Plain(weights), Wire(films[:2].shape, films[:2].double().numpy())).share
     assert np.abs(plain - want).max() < 1e-5
-    shares, _ = infer(program, weights, films[:2].numpy())
-    assert np.abs(decode(shares[0] + shares[1], program.logit_fraction) - want).max() < 0.02
+    assert np.abs(simulate_film(program, weights, films[:2].numpy())[0] - want).max() < 0.02
 
 
 @pytest.mark.parametrize(
