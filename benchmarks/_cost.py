@@ -24,7 +24,7 @@ def cost(command: list[str], **options) -> tuple[int, float, float]:
 
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     before, started = os.times(), time.perf_counter()
-    status = subprocess.run(command, **options).returncode
+    status = _ended(subprocess.Popen(command, **options))
     seconds = time.perf_counter() - started
     last = time.monotonic() + ORPHANS_S
     with suppress(ChildProcessError):
@@ -34,6 +34,17 @@ def cost(command: list[str], **options) -> tuple[int, float, float]:
     after = os.times()
     spent = after.children_user + after.children_system - before.children_user - before.children_system
     return status, seconds, spent
+
+
+def _ended(process: subprocess.Popen) -> int:
+    """The exit status. Orphans are waited for as they end: somebody may watch for that."""
+    if sys.platform != "linux":
+        return process.wait()
+    while True:
+        pid, status = os.wait()
+        if pid == process.pid:
+            process.returncode = os.waitstatus_to_exitcode(status)
+            return process.returncode
 
 
 def main() -> int:

@@ -104,6 +104,8 @@ class Server:
     def close(self) -> None:
         self._ended.set()
         if self._listener is not None:
+            with suppress(OSError):
+                self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
             self._listener.close()
 
     def _serve(self, raw: socket.socket, free: threading.Semaphore) -> None:
