@@ -1,6 +1,6 @@
-"""README's results on real films, made from the files under results/: ``python docs/results.py`` writes them anew.
+"""The page of results on real films, made from the files under results/: ``python docs/results.py`` writes them anew.
 
-A block of README between ``<!-- NAME: made by docs/results.py -->`` and ``<!-- /NAME -->`` is this script's, and so are
+A block of docs/results.md between ``<!-- NAME: made by docs/results.py -->`` and ``<!-- /NAME -->`` is this script's, and so are
 some rows of the table of targets; a test makes them again and compares. What a file doesn't hold is left out.
 """
 
@@ -184,18 +184,18 @@ def made(text: str) -> str:
         before, found, rest = text.partition(begin)
         _, closed, after = rest.partition(end)
         if not found or not closed:
-            raise SystemExit(f"README.md needs a block between {begin} and {end}")
+            raise SystemExit(f"docs/results.md needs a block between {begin} and {end}")
         block = make()
         text = f"{before}{begin}\n" + (f"\n{block}\n\n" if block else "") + f"{end}{after}"
     lines = text.splitlines(keepends=True)
     for start, row in rows().items():
         at = [number for number, line in enumerate(lines) if line.startswith(start)]
         if len(at) != 1:
-            raise SystemExit(f"README.md has {len(at)} rows that begin {start}: it needs one")
+            raise SystemExit(f"docs/results.md has {len(at)} rows that begin {start}: it needs one")
         lines[at[0]] = f"{row}\n"
     return "".join(lines)
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(made(readme.read_text("utf-8")), "utf-8")
+    page = ROOT / "docs" / "results.md"
+    page.write_text(made(page.read_text("utf-8")), "utf-8")

@@ -123,7 +123,7 @@ def test_environment_yml_agrees_with_pyproject(root, project):
         assert f"--no-deps {package}=={project[package]}" in (root / "environment.yml").read_text()
 
 
-@pytest.mark.parametrize("page", ["README.md", "environment.yml"])
+@pytest.mark.parametrize("page", ["docs/install.md", "environment.yml"])
 def test_versions_in_the_documentation_are_the_locks(root, lock, page):
     quoted = re.findall(r"\b([A-Za-z][\w.-]*)==(\d[\w.]*)", (root / page).read_text())
     assert quoted

@@ -113,14 +113,18 @@ def resnet18(n_classes: int, in_shape: tuple[int, ...], norm: str = "group") -> 
     """
     from monai.networks.nets.resnet import ResNetBlock
     from monai.networks.nets.resnet import resnet18 as monai_resnet18
-    from opacus.validators import ModuleValidator
 
     if in_shape[-1] > 224:
         raise UserError(f"resnet18 takes films of at most 224 px, these have {in_shape[-1]}: load them with size=224")
     if norm not in ("group", "fixed"):
         raise UserError(f"resnet18 has no norm {norm!r}: choose group or fixed")
     network = monai_resnet18(spatial_dims=2, n_input_channels=1, num_classes=n_classes, conv1_t_stride=2)
-    network = _with_fixed_norms(network) if norm == "fixed" else ModuleValidator.fix(network)
+    if norm == "fixed":
+        network = _with_fixed_norms(network)
+    else:
+        from opacus.validators import ModuleValidator
+
+        network = ModuleValidator.fix(network)
     # Opacus's hooks can't see past what is overwritten: the activations, and the sum that ends each residual block.
     for layer in list(network.modules()):
         if isinstance(layer, nn.ReLU):
