@@ -195,14 +195,21 @@ class Server:
             with self._came:
                 self._waiting[session] = asked
                 self._came.notify_all()
-        if not asked.done.wait(WAIT_S):
-            raise PeerError("the film had no turn in time: try again")
+        try:
+            if not asked.done.wait(WAIT_S):
+                raise PeerError("the film had no turn in time: try again")
+        finally:
+            asked.done.set()  # who leaves is passed over
+            with self._came:
+                self._waiting.pop(session, None)
 
     def _lead(self) -> None:
         while not self._ended.is_set():
             try:
                 asked = self._turn.get(timeout=1)
             except queue.Empty:
+                continue
+            if asked.done.is_set():
                 continue
             try:
                 with self.party.connect(self.other, "server1", self.deadline_s) as peer:
