@@ -40,7 +40,7 @@ _NAMES = re.compile(
     r"|(?P<mendeley>(?P<kind>NORMAL|BACTERIA|VIRUS)-\d+)-\d"
 )
 _LABELS = {"normal": 0, "bacteria": 1, "virus": 2}
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2  # raise it where what is stored changes
 
 
 @dataclass(frozen=True)
