@@ -48,7 +48,8 @@ def test_the_p_value_by_enumeration(epsilon, right, guesses, canaries):
     tail = sum(binom.pmf(k, guesses, chance) for k in range(right, guesses + 1))
     assert one_run_p_value(right, guesses, canaries, epsilon, 0.0) == pytest.approx(tail)
     worst = max(
-        (sum(binom.pmf(k, guesses, chance) for k in range(right - i, right)) / i for i in range(1, right + 1)), default=0
+        (sum(binom.pmf(k, guesses, chance) for k in range(right - i, right)) / i for i in range(1, right + 1)),
+        default=0,
     )
     with_delta = min(1.0, tail + 2 * canaries * 1e-3 * worst)
     assert one_run_p_value(right, guesses, canaries, epsilon, 1e-3) == pytest.approx(with_delta)
@@ -103,7 +104,11 @@ def test_a_perfect_attack_is_bounded_by_its_number_of_runs():
 
 @pytest.mark.parametrize(
     ("present", "absent", "word"),
-    [(np.ones(3), np.zeros(100), "at least"), (np.ones(9), np.full(9, np.nan), "finite"), ([], np.zeros(9), "at least")],
+    [
+        (np.ones(3), np.zeros(100), "at least"),
+        (np.ones(9), np.full(9, np.nan), "finite"),
+        ([], np.zeros(9), "at least"),
+    ],
 )
 def test_scores_that_say_nothing_are_refused(present, absent, word):
     with pytest.raises(UserError, match=word):
