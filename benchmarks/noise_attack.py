@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from primia_lite import runtime
 from primia_lite.apps.bench import Options
+from primia_lite.attacks.low_bits import share_consistent
 from primia_lite.data.films import Films
 from primia_lite.privacy.accounting import calibrate_noise_multiplier
 from primia_lite.privacy.dpsgd import ClippedSum, PoissonBatch, Privacy, clipped_step
@@ -40,22 +41,6 @@ def patients(seed: int) -> Films:
     return Films(inputs, torch.randint(CLASSES, (PATIENTS,), generator=generator), np.arange(PATIENTS).astype(str))
 
 
-def share_consistent(released: np.ndarray, total: np.ndarray, std: float) -> float:
-    """The share of numbers that ``total`` plus ``std`` times a float32 can have become, in float32 throughout.
-
-    Looked at where the released number is the smaller one, so that the difference is a float32 itself.
-    """
-    near = (np.abs(released) < np.abs(total) / 2) & (total != 0)
-    noise = released[near].astype(np.float64) - total[near].astype(np.float64)
-    fits = np.zeros(len(noise), bool)
-    for towards in (-np.inf, np.inf):
-        candidate = (noise / std).astype(np.float32)
-        for _ in range(3):
-            fits |= (torch.from_numpy(candidate) * std).numpy() == noise
-            candidate = np.nextafter(candidate, np.float32(towards))
-    return float(fits.mean()) if len(fits) else 0.0
-
-
 def right(noise: str, sample_rate: float, plays: int, seed: int) -> int:
     """How many plays the attacker wins against ``float`` or ``exact`` noise."""
     random, films, won = np.random.default_rng(seed), patients(seed), 0
@@ -75,7 +60,7 @@ def right(noise: str, sample_rate: float, plays: int, seed: int) -> int:
         optimizer, own = torch.optim.SGD(model.parameters(), 1.0), partial(adds, rng=SecureGenerator())
         clipped_step(summed, optimizer, batches[world], rows[world], 32.0, own)
         released = -32 * model.weight.detach().numpy()
-        shares = [share_consistent(released, total, sigma * BOUND) for total in totals]
+        shares = [share_consistent(released, total, privacy) for total in totals]
         guess = int(shares[1] > shares[0]) if shares[0] != shares[1] else int(random.integers(2))
         won += guess == world
     return won

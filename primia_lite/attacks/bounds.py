@@ -61,8 +61,8 @@ class TwoSampleBounds:
 
 
 def two_sample_bounds(present: np.ndarray, absent: np.ndarray, delta: float, alpha: float = 0.05) -> TwoSampleBounds:
-    """Lower bounds on ε from scores of many runs with and without one unit: for any mechanism, and "if Gaussian", for one
-    whose trade-off is a Gaussian's, as that of full batches is.
+    """Lower bounds on ε from scores of many runs with and without one unit: for any mechanism, and "if Gaussian", for
+    one whose trade-off is a Gaussian's, as that of full batches is.
 
     A threshold is chosen on the first half of the scores, and counted on the second. With n runs in the second half the
     first bound can't pass log(n / 4) or so, however good the attack: no error in n runs leaves a rate of 3.7 / n.

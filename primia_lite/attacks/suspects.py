@@ -36,8 +36,8 @@ def divides_by_batch(state, films, training, privacy, rng, *, declared_size) -> 
 
 
 def keeps_batches(state, films, training, privacy, rng, *, declared_size) -> Update:
-    """Patients are dealt into batches once, by a fixed shuffle, and each round takes the next batch: a patient takes part
-    in every so many rounds for certain, where the ledger counts chances."""
+    """Patients are dealt into batches once, by a fixed shuffle, and each round takes the next batch: a patient takes
+    part in every so many rounds for certain, where the ledger counts chances."""
     n_batches = round(1 / training.sample_rate)
     number = keeps_batches.round = (keeps_batches.round + 1) % n_batches
     names = films.patient_id if privacy.unit == "patient" else np.arange(len(films))
