@@ -10,6 +10,7 @@ training              ``Training``, ``local_update``, ``predict``, ``Schedule``,
 privacy               ``Privacy``, ``epsilon``, ``calibrate_noise_multiplier``, ``Ledger``, ``SecureGenerator``
 secure sums           ``SecureAggregation``
 encrypted diagnosis   ``ModelCard``, ``prepare_film``
+audits                ``audit``
 pictures              ``film_grid``, ``show_films``, ``save_figure``, ``source_note``, ``explore``
 the session           ``setup``, ``runs_dir``, ``UserError``; ``stored`` results, ``check`` of an exercise
 ====================  ==================================================================================
@@ -31,6 +32,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "plotting", "privacy", "runtime", "secagg", "smpc", "training", "widgets",
     ],
     submod_attrs={
+        "attacks.auditing": ["audit"],
         "config": ["UserError", "runs_dir"],
         "data": ["assign_hospitals", "load", "partition", "split_by_patient"],
         "encrypted.model_card": ["ModelCard", "prepare_film"],

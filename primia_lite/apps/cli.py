@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     _service_arguments(command)
     ledger = command("ledger", _ledger, "what a hospital's privacy ledger was charged for, and what is left")
     ledger.add_argument("file", metavar="FILE", help="such as runs/smoke-phantom/state/.../ledger-A.sqlite")
+    _audit_arguments(command("audit", _audit, "lower bounds on ε by attacks, beside what is claimed; privacy cards"))
     deploy_arguments(
         command("deploy", lambda args: args.deploy(args), "a federation over Flower, as processes over TLS")
     )
@@ -74,6 +75,16 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("name", nargs="?")
     bench.add_argument("arguments", nargs=argparse.REMAINDER, help="given to the benchmark")
     return parser
+
+
+def _audit_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", nargs="?", metavar="RUN_FOLDER", help="of a run by federate(); left out: a recipe")
+    parser.add_argument("--card", action="store_true", help="write the run's privacy card, privacy_card.md and .html")
+    parser.add_argument("--epsilon", type=float, default=8.0, help="of the recipe (default: 8)")
+    parser.add_argument("--sample-rate", type=float, default=0.5, help="of the recipe (default: 0.5; 1: full batches)")
+    parser.add_argument("--steps", type=int, default=40, help="of the recipe (default: 40)")
+    parser.add_argument("--how", choices=["one run", "many runs", "low bits"], help="default: what suits the recipe")
+    parser.add_argument("-n", type=int, help="canaries of one run, or runs (default: 5000, 1000)")
 
 
 def _film_arguments(command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -118,6 +129,12 @@ def _run(args: argparse.Namespace) -> int:
         args.profile, source=args.data, only=args.only, out=args.out, skip_bad=args.skip_bad, fresh=args.fresh,
         jobs=args.jobs,
     )  # fmt: skip
+
+
+def _audit(args: argparse.Namespace) -> int:
+    from primia_lite.apps.audit import command
+
+    return command(args)
 
 
 def _doctor(args: argparse.Namespace) -> int:

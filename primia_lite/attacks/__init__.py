@@ -5,7 +5,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "audit": ["Finding", "audit"],
+        "auditing": ["Finding", "audit"],
         "bounds": ["one_run_epsilon", "one_run_gaussian_epsilon", "two_sample_bounds"],
         "ciphertexts": ["ATTACKS", "SENT", "key_from_decryption", "recover_key", "weights_from_replies"],
         "estimate": ["LinearEstimator", "pca_weights"],

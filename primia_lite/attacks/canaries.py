@@ -1,4 +1,4 @@
-"""Canaries: made-up patients, and films with and without them, as :mod:`primia_lite.attacks.audit` trains on."""
+"""Canaries: made-up patients, and films with and without them, as :mod:`primia_lite.attacks.auditing` trains on."""
 
 from __future__ import annotations
 

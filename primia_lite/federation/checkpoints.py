@@ -65,11 +65,11 @@ def save(server: ServerOptimizer, folder: Path) -> None:
     write_atomic(folder / "checkpoint.pt", lambda file: torch.save(server.state_dict(), file))
 
 
-def resume(server: ServerOptimizer, folder: Path, key_of: Callable[[str], str]) -> str:
+def resume(server: ServerOptimizer, folder: Path, key_of: Callable[[str], str], about: dict | None = None) -> str:
     """Take up the run of a folder, or begin one there; UserError for a folder that holds another run.
 
-    Gives the run's key, made by ``key_of`` from a salt: without it, a hash of private films would confirm a guess at
-    them.
+    ``about`` is what is public of the run, kept for its privacy card. Gives the run's key, made by ``key_of`` from a
+    salt: without it, a hash of private films would confirm a guess at them.
     """
     checkpoint, named = folder / "checkpoint.pt", folder / "run.json"
     # The key is written before the first update is stored: a folder never holds updates of an unknown run.
@@ -77,7 +77,7 @@ def resume(server: ServerOptimizer, folder: Path, key_of: Callable[[str], str]) 
         if checkpoint.exists():
             raise UserError(f"{folder} has a checkpoint but no run.json that says of which run: start anew, fresh=True")
         salt = os.urandom(16).hex()
-        write_atomic(named, json.dumps({"salt": salt, "key": key_of(salt)}).encode())
+        write_atomic(named, json.dumps({"salt": salt, "key": key_of(salt), "about": about}).encode())
     run = json.loads(named.read_text("utf-8"))
     if run["key"] != (key := key_of(run.get("salt", ""))):
         raise UserError(
@@ -88,6 +88,17 @@ def resume(server: ServerOptimizer, folder: Path, key_of: Callable[[str], str]) 
     if checkpoint.exists():
         server.load_state_dict(torch.load(checkpoint, weights_only=True))
     return key
+
+
+def about(folder: Path) -> dict:
+    """What is public of a folder's run; UserError where there is none."""
+    named = Path(folder) / "run.json"
+    if not named.exists():
+        raise UserError(f"{folder} holds no run: name a folder that was given to federate(), where run.json lies")
+    found = json.loads(named.read_text("utf-8")).get("about")
+    if not found:
+        raise UserError(f"the run in {folder} is older than privacy cards, or of another kind: run it anew")
+    return found
 
 
 def fingerprint(hospitals: Iterable[Hospital], settings: list, salt: str = "") -> str:

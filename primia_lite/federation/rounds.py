@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from primia_lite import runtime
 from primia_lite.config import UserError
 from primia_lite.data.films import Films
 from primia_lite.federation import checkpoints
@@ -116,7 +117,8 @@ def federate(
         return {h.name: partial(h.update, *given, draws[h.name], folder) for h in hospitals}
 
     with checkpoints.locked(folder) if folder else nullcontext():
-        study = _take_up(server, hospitals, privacy, [seed, noise_seed, aggregator.name], folder, fresh)
+        settings = {"seed": seed, "noise_seed": noise_seed, "aggregator": aggregator.name}
+        study = _take_up(server, hospitals, privacy, settings, folder, fresh)
         sizes = {h.name: h.declared(privacy) for h in hospitals}
         options = {"privacy": privacy, "folder": folder, "validation": validation, "study": study}
         with shown(progress, schedule.rounds, server.history) as show:
@@ -160,17 +162,18 @@ def _check(
     return tuple(first.inputs.shape[2:])
 
 
-def _take_up(server: ServerOptimizer, hospitals, privacy, settings: list, folder: Path | None, fresh: bool) -> str:
+def _take_up(server: ServerOptimizer, hospitals, privacy, settings: dict, folder: Path | None, fresh: bool) -> str:
     """Go on with a folder's run, or start one there; what names the run."""
-    settings = [server.training.as_dict(), asdict(server.schedule), privacy and privacy.as_dict(), *settings]
-    key_of = partial(checkpoints.fingerprint, hospitals, settings)
+    recipe = {"training": server.training.as_dict(), "schedule": asdict(server.schedule)}
+    recipe |= {"privacy": privacy and privacy.as_dict(), **settings}
+    key_of = partial(checkpoints.fingerprint, hospitals, list(recipe.values()))
     if not folder:
         return key_of()
     if fresh:
         checkpoints.forget(folder)
         for h in hospitals:
             h.forget_ledgers(folder)
-    key = checkpoints.resume(server, folder, key_of)
+    key = checkpoints.resume(server, folder, key_of, recipe | _public(hospitals, server))
     if privacy:
         checkpoints.check_ledgers(hospitals, server.training, privacy, server.history, folder)
         left = server.schedule.rounds - server.round
@@ -183,6 +186,13 @@ def _take_up(server: ServerOptimizer, hospitals, privacy, settings: list, folder
                     stacklevel=3,
                 )
     return key
+
+
+def _public(hospitals, server: ServerOptimizer) -> dict:
+    declared = {h.name: {"patients": h.declared_patients, "films": h.declared_size} for h in hospitals}
+    came_from = runtime.origin(data_source="", data_fingerprint="", seeds=[], command="")
+    kept = {name: came_from[name] for name in ("versions", "machine", "time")}
+    return {"declared": declared, "in_shape": server.in_shape, **kept}
 
 
 def federate_study(

@@ -114,7 +114,7 @@ class Study:
         """The inverse of :meth:`to_bytes`; UserError for what is no study, or one that contradicts itself."""
         c = read_json(content, "study.json")
         try:
-            training, privacy = _training(c["training"]), _privacy(c["privacy"])
+            training, privacy = training_from(c["training"]), privacy_from(c["privacy"])
             agreement = Agreement.from_dict(c["agreement"])
             return cls(**c | {"training": training, "privacy": privacy, "agreement": agreement})
         except UserError:
@@ -181,13 +181,15 @@ def job_code() -> bytes:
     return Path(__file__).with_name("job_main.py").read_bytes()
 
 
-def _training(content: dict) -> Training:
+def training_from(content: dict) -> Training:
+    """A training as ``as_dict`` gave it, by way of JSON."""
     weights = content["class_weights"]
     weights = tuple(weights) if isinstance(weights, list) else weights
     return Training(**content | {"augmentation": tuple(content["augmentation"]), "class_weights": weights})
 
 
-def _privacy(content: dict | None) -> Privacy | None:
+def privacy_from(content: dict | None) -> Privacy | None:
+    """A privacy as ``as_dict`` gave it, by way of JSON."""
     if content is None:
         return None
     shared, planned = content.get("shared"), content["planned"]

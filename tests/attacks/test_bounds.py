@@ -24,7 +24,7 @@ from primia_lite.privacy.accounting import Release, epsilon
 from primia_lite.privacy.accounting.gaussian import gaussian_epsilon
 
 
-# By the functions behind jax_privacy 2.0.0's CanaryScoreAuditor.epsilon_one_run and epsilon_one_run_fdp, on these counts.
+# By the functions behind epsilon_one_run and epsilon_one_run_fdp of jax_privacy 2.0.0's CanaryScoreAuditor.
 @pytest.mark.parametrize(
     ("counts", "steinke", "f_dp"),
     [

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from primia_lite.attacks import SUSPECTS, audit
-from primia_lite.attacks.audit import log_likelihood_ratio
+from primia_lite.attacks.auditing import log_likelihood_ratio
 from primia_lite.config import UserError
 from primia_lite.data.films import Films
 from primia_lite.privacy import Privacy, Release
@@ -23,9 +23,7 @@ def recipe(epsilon: float, sample_rate: float, steps: int, local_steps: int = 1,
     [(8, 0.5, 10, 1, "one run", 1000), (1, 0.5, 10, 2, "one run", 1000), (8, 1.0, 2, 2, "many runs", 60),
      (4, 0.5, 2, 1, "many runs", 60), (0.5, 1.0, 1, 1, "low bits", 60)],
 )  # fmt: skip
-def test_a_bound_on_the_products_own_step_stays_below_its_epsilon(
-    epsilon, sample_rate, steps, local_steps, how, n, unit
-):
+def test_a_bound_on_the_products_step_stays_below_its_epsilon(epsilon, sample_rate, steps, local_steps, how, n, unit):
     training, privacy = recipe(epsilon, sample_rate, steps, local_steps, unit=unit)
     for found in audit(training, privacy, how=how, n=n, alpha=1e-6):
         assert max(found.epsilon, found.mechanism_epsilon) <= found.claimed == pytest.approx(epsilon, rel=0.01)
