@@ -12,6 +12,7 @@ from primia_lite.config import UserError, cache_dir, check_writable
 
 PEERS = {
     "orion": ("orion-v2-compiler==2.1.8", "orion-v2-evaluator==2.1.8", "orion-v2-lattigo==6.2.4"),
+    "sycret": ("sycret==0.2.8",),
     "crypten": ("crypten==0.4.1", "omegaconf==2.3.0", "antlr4-python3-runtime==4.9.3"),
 }
 LIMIT_S = 1800  # of pip, and of a peer's run
