@@ -85,8 +85,9 @@ def card(folder: Path, about: dict, training: Training, privacy: Privacy | None,
             rule = {"plan": "PLD, by plan", "filter": "RDP filter"}[spent["rule"]] if spent else "a lasting ledger"
             lines += [f"| {name} | {declared['patients']} | {declared['films']} | {told} | {rule} |"]
         steps, rounds = training.steps_per_round, about["schedule"]["rounds"]
-        lines += ["", f"Noise multiplier {privacy.noise_multiplier:g}, clipping bound {privacy.max_grad_norm:g}, "
-                      f"sample rate {training.sample_rate:g}, local steps a round {steps}, rounds {rounds}."]  # fmt: skip
+        clip, rate = privacy.max_grad_norm, training.sample_rate
+        lines += ["", f"Noise multiplier {privacy.noise_multiplier:g}, clipping bound {clip:g}, sample rate {rate:g}, "
+                      f"local steps a round {steps}, rounds {rounds}."]  # fmt: skip
         if seeded:
             lines += ["", "**Noise and sampling came from a fixed seed: nothing is private.**"]
     lines += [

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from primia_lite.config import UserError
-from primia_lite.smpc.connection import DEADLINE_S, MAX_HEADER, Party, PeerError, connect_both
+from primia_lite.smpc.connection import DEADLINE_S, MAX_HEADER, TURN_S, Party, PeerError, connect_both
 from primia_lite.smpc.program import ACTIVATION, Program, Weights
 from primia_lite.smpc.ring import decode, encode, share
 
@@ -75,11 +75,10 @@ def diagnose(
         offered = Program.from_json(offers[0][1].decode("utf-8", "replace"))
         if program is not None and program.digest != offered.digest:
             raise PeerError("the servers offer another program than yours: no film was sent")
-        batch = offers[0][0].get("batch")
-        if batch != offers[1][0].get("batch") or type(batch) is not int or batch < 1:
-            raise PeerError("the servers hold no keys: the dealer must deal first")
+        batches = _common(offers[0][0].get("batches"), offers[1][0].get("batches"))
         film = np.asarray(film(offered) if callable(film) else film, np.float64)
-        check_film(film, offered, batch)
+        check_film(film, offered, batches[-1])
+        batch = next(size for size in batches if size >= len(film))
         padded = np.zeros((batch, *offered.in_shape))
         padded[: len(film)] = film
         session = secrets.token_hex(16)
@@ -87,8 +86,9 @@ def diagnose(
             connection.send({"kind": "film", "session": session}, own.tobytes())
         replies, size = [], 4 * batch * offered.n_classes
         for connection in connections:
+            connection.deadline_s = deadline_s + TURN_S
             header, data = connection.receive("logits", most=size)
-            if len(data) != size:
+            if len(data) != size or header.get("model") != offers[0][0].get("model"):
                 raise PeerError(f"{connection.role} sent something that isn't a share of logits")
             replies.append((header, np.frombuffer(data, np.uint32).reshape(batch, -1)))
     finally:
@@ -97,6 +97,14 @@ def diagnose(
     logits = decode(replies[0][1] + replies[1][1], offered.logit_fraction)
     costs = tuple(header.get("cost") or {} for header, _ in replies)
     return Diagnosis(logits[: len(film)], replies[0][0].get("key"), costs)
+
+
+def _common(*told: object) -> list[int]:
+    """How many films a key serves, of keys that both servers hold."""
+    sizes = [{n for n in t if type(n) is int and n > 0} if isinstance(t, list) else set() for t in told]
+    if not (both := sorted(set.intersection(*sizes))):
+        raise PeerError("the servers hold no keys: the dealer must deal first")
+    return both
 
 
 def check_film(film: np.ndarray, program: Program, batch: int) -> None:

@@ -18,6 +18,7 @@ from primia_lite.smpc.engines import Plain, Wire
 from primia_lite.smpc.program import ACTIVATION, CAP, Program, Shapes, Step, Weights, run
 
 LAST_CAP, FEWEST = 17, 6  # bits of the last layer's weights, whose products aren't cut, at most; of any layer at least
+SAME = 1e-3  # of the largest logit: what rounding may move
 LIMIT, MARGIN = 2**30, 2  # a gate's range, and how far calibration stays below it
 WIDEST = 9216  # products summed: beyond, float64 would lose more than a last bit
 NORMS = (nn.BatchNorm2d, FixedNorm)
@@ -61,7 +62,10 @@ def compile(network: nn.Module, films: torch.Tensor, description: dict | None = 
             raise UserError(f"step {step.out!r} makes values that aren't finite of the calibration films")
 
     with torch.no_grad():
-        run(draft, Plain(weights), Wire(films.shape, films.double().numpy()), watch)
+        logits = run(draft, Plain(weights), Wire(films.shape, films.double().numpy()), watch).share
+        right = network(films).double().numpy()
+    if logits.shape != right.shape or np.abs(logits - right).max() > SAME * max(1.0, np.abs(right).max()):
+        raise UserError("the network has something that no step stands for: the program's logits differ from its own")
     scales = _Scales(steps, seen)
     return replace(draft, steps=tuple(scales.steps), fractions=scales.fractions), weights
 
@@ -93,9 +97,13 @@ class _Tracing:
                 self._module(node, self.modules[node.target], str(node.target))
             elif node.op in ("call_function", "call_method"):
                 self._function(node)
+            elif node.op == "output" and self.wires.get(node.args[0]) != self.steps[-1].out:
+                raise UserError("the network must end in a dense layer, whose logits are all that it gives")
         return tuple(_pool_first(self.steps)), self.weights
 
     def _add(self, node: fx.Node, op: str, *inputs: fx.Node, **settings) -> None:
+        if not all(isinstance(i, fx.Node) and i in self.wires for i in inputs):
+            self._refuse(node.name, "a constant where a layer's output belongs")
         self.steps.append(Step(op, node.name, tuple(self.wires[i] for i in inputs), settings))
         self.wires[node] = node.name
 

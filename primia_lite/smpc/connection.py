@@ -23,6 +23,7 @@ from primia_lite.config import UserError
 from primia_lite.runtime import write_atomic
 
 ROLES = ("server0", "server1", "dealer", "model", "film")
+TURN_S = 300.0  # for a film's turn
 DEADLINE_S = 60.0  # for a message to come or go as a whole
 MAX_HEADER, MAX_PAYLOAD = 1 << 20, 1 << 31
 PIECE = 1 << 17
@@ -113,6 +114,9 @@ class Party:
         except (OSError, ValueError) as error:
             raw.close()
             raise PeerError(f"no TLS connection to somebody known: {error}") from error
+        if seen not in self._known:  # signed by somebody known is not enough
+            secured.close()
+            raise PeerError("no TLS connection to somebody known: this certificate is nobody's here")
         return Connection(secured, self._known[seen], deadline_s)
 
 
@@ -179,8 +183,8 @@ class Connection:
     def _move(self, out: memoryview, into: memoryview) -> None:
         """In one thread, as a TLS connection must not be read and written by two at once."""
         last = time.monotonic() + self.deadline_s
-        self._socket.setblocking(False)
         try:
+            self._socket.setblocking(False)
             while out or into:
                 waiting = True
                 if out:
@@ -197,8 +201,19 @@ class Connection:
                     raise PeerError(f"{self.role} took longer than {self.deadline_s:.0f} s")
                 if waiting:
                     select.select([self._socket] if into else [], [self._socket] if out else [], [], left)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: closed in this process
             raise PeerError(f"the connection to {self.role} broke: {error}") from error
+
+    def gone(self) -> bool:
+        """Whether the other party has closed the connection, where nothing is to come from it."""
+        try:
+            self._socket.setblocking(False)
+            self._socket.recv(1)
+        except _LATER:
+            return False
+        except (OSError, ValueError):
+            pass
+        return True
 
 
 def address_of(text: str) -> tuple[str, int]:

@@ -16,14 +16,15 @@ import numpy as np
 
 from primia_lite.config import UserError
 from primia_lite.runtime import write_atomic
-from primia_lite.smpc.connection import Connection, Party, connect_both, sync
+from primia_lite.smpc.connection import Connection, Party, PeerError, connect_both, sync
 from primia_lite.smpc.engines import Dealer, Wire, weight_masks
 from primia_lite.smpc.program import Program, run
 
 ID = re.compile(r"[0-9a-f]{32}")
 MAX_KEYS, MAX_BATCH = 100_000, 64
 CHECK = 32  # bytes of the SHA-256 that ends a key's file
-PART_BYTES = 1 << 28  # of one message; a layer's keys come in several where they are larger
+PART_BYTES = 1 << 24  # of one message: what a slow line carries well before the deadline
+TOLD = 1000  # numbers of a dealing that servers tell one another of
 
 
 def deal(
@@ -139,15 +140,16 @@ class KeyStore:
     @staticmethod
     def _part(connection: Connection) -> bytearray | None:
         header, data = connection.receive("part", "end", most=PART_BYTES)
+        if header["kind"] == "part" and not data:
+            raise PeerError("the dealer sent an empty part")
         return data if header["kind"] == "part" else None
 
     def _checked(self, header: dict, program: Program) -> tuple[str, int]:
         number, batch = header.get("number"), header.get("batch")
-        sound = (
-            ID.fullmatch(str(header.get("dealing"))) and ID.fullmatch(str(header.get("seed")))
-            and ID.fullmatch(str(header.get("model_seed"))) and type(number) is int and 0 <= number < MAX_KEYS
-            and type(batch) is int and 0 < batch <= MAX_BATCH
-        )  # fmt: skip
+        names = [header.get(name) for name in ("dealing", "seed", "model_seed")]
+        sound = all(isinstance(name, str) and ID.fullmatch(name) for name in names)
+        sound = sound and type(number) is int and 0 <= number < MAX_KEYS
+        sound = sound and type(batch) is int and 0 < batch <= MAX_BATCH
         if not sound:
             raise UserError("this is no key's header")
         if header.get("server") != self.server:
@@ -161,16 +163,16 @@ class KeyStore:
         path = self.folder / dealing / "next"
         return int(path.read_text("utf-8")) if path.exists() else 0
 
-    def held(self, model: str) -> dict[str, list[int]]:
-        """Numbers that may be used with a model, by dealing."""
+    def held(self, model: str, program: str) -> dict[str, list[int]]:
+        """Numbers that may be used with a model of a program (its digest), by dealing; the first :data:`TOLD`."""
         found = {}
         for folder in sorted(self.folder.iterdir()):
-            if self._bound(folder.name) not in (None, model):
+            if self._bound(folder.name) not in (None, model) or self.card(folder.name)["program"] != program:
                 continue
             first = self.first(folder.name)
             numbers = sorted(int(path.stem) for path in folder.glob("*.key") if int(path.stem) >= first)
             if numbers:
-                found[folder.name] = numbers
+                found[folder.name] = numbers[:TOLD]
         return found
 
     def card(self, dealing: str) -> dict:
@@ -209,9 +211,9 @@ class KeyStore:
         path.unlink()
         try:
             header, start, end = self._header(file)
-            wanted = {"server": self.server, "number": number, "program": self.card(dealing)["program"]}
+            wanted = {"server": self.server, "number": number, **self.card(dealing)}
             if {name: header.get(name) for name in wanted} != wanted:
-                raise UserError(f"key {number} is of another server, number or program")
+                raise UserError(f"key {number} is of another server, number, dealing or program")
         except (ValueError, KeyError, UserError) as error:
             file.close()
             raise UserError(f"key {number} is broken, and lost: {error}") from error

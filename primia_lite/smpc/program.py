@@ -15,6 +15,7 @@ from primia_lite.smpc.engines import Engine, Wire, product_shape
 from primia_lite.smpc.gates import Gate
 
 ACTIVATION = 10  # bits behind the point of activations; products have those of the weights more
+MOST = 2**24  # of numbers in a film, and of a weight's side
 CAP = 14  # bits of weights, at most
 
 
@@ -61,10 +62,20 @@ class Program:
             )
             shapes = {name: tuple(map(int, shape)) for name, shape in content.pop("shapes").items()}
             program = cls(tuple(content.pop("in_shape")), steps=steps, shapes=shapes, **content)
+            program.check_numbers()
             run(program, Shapes(program), Wire((1, *program.in_shape)))
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             raise UserError(f"not a program: {type(error).__name__}: {error}") from error
         return program
+
+    def check_numbers(self) -> None:
+        """ValueError for numbers that would take all memory, or that no gate has."""
+        settings = [value for step in self.steps for value in step.settings.values() if type(value) is int]
+        numbers = [*self.in_shape, self.n_classes, *(n for shape in self.shapes.values() for n in shape)]
+        if not all(type(n) is int and 0 < n <= MOST for n in numbers) or np.prod(self.in_shape, dtype=float) > MOST:
+            raise ValueError("a shape is out of bounds")
+        if not all(0 <= value <= 512 for value in settings) or not all(0 <= f <= 20 for f in self.fractions.values()):
+            raise ValueError("a setting is out of bounds")
 
     @property
     def digest(self) -> str:

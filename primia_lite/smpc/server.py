@@ -20,12 +20,11 @@ import numpy as np
 
 from primia_lite.config import UserError
 from primia_lite.runtime import write_atomic
-from primia_lite.smpc.connection import DEADLINE_S, Connection, Party, PeerError
+from primia_lite.smpc.connection import DEADLINE_S, TURN_S, Connection, Party, PeerError
 from primia_lite.smpc.engines import Online, Preparation, SharedWeight, Wire, open_weights
 from primia_lite.smpc.keys import ID, KeyStore
 from primia_lite.smpc.program import Program, run
 
-WAIT_S = 300.0  # for a film's turn
 MAX_CONNECTIONS = 32
 MAX_WEIGHT_BYTES = 1 << 30
 HELLO = 1 << 16
@@ -33,12 +32,14 @@ HELLO = 1 << 16
 
 @dataclass
 class Asked:
-    """A film's share, and the connection that waits for the logits'."""
+    """A film's share, the connection that waits for the logits', and the model that its owner was offered."""
 
     session: str
     connection: Connection
     share: np.ndarray
+    model: str
     done: threading.Event
+    started: bool = False
 
 
 class Model:
@@ -122,7 +123,7 @@ class Server:
 
     def _say(self, connection: Connection, error: Exception) -> None:
         print(f"server {self.number}: {connection.role}: {error}", flush=True)
-        with suppress(PeerError):  # it may have gone
+        with suppress(Exception):  # it may have gone
             connection.send({"kind": "error", "text": str(error)})
 
     def answer(self, connection: Connection) -> None:
@@ -180,15 +181,16 @@ class Server:
     def _receive_film(self, connection: Connection) -> None:
         """Give the program; wait for the film's share; answer when it has had its turn."""
         model = self._known()
-        batch = max((self.keys.card(dealing)["batch"] for dealing in self._held()), default=0)
-        connection.send({"kind": "program", "model": model.name, "batch": batch}, model.program.to_json().encode())
-        most = 4 * batch * int(np.prod(model.program.in_shape))
-        header, data = connection.receive("film", most=most)
+        batches = sorted({self.keys.card(dealing)["batch"] for dealing in self._held()})
+        offer = {"kind": "program", "model": model.name, "batches": batches}
+        connection.send(offer, model.program.to_json().encode())
+        one = 4 * int(np.prod(model.program.in_shape))
+        header, data = connection.receive("film", most=one * max(batches, default=0))
         session = str(header.get("session"))
-        if not ID.fullmatch(session) or len(data) != most:
+        if not ID.fullmatch(session) or len(data) % one or len(data) // one not in batches:
             raise PeerError("this is no film of the program's size")
-        share = np.frombuffer(data, np.uint32).reshape(batch, *model.program.in_shape)
-        asked = Asked(session, connection, share, threading.Event())
+        share = np.frombuffer(data, np.uint32).reshape(-1, *model.program.in_shape)
+        asked = Asked(session, connection, share, model.name, threading.Event())
         if self.number == 0:
             self._turn.put(asked)
         else:
@@ -196,8 +198,10 @@ class Server:
                 self._waiting[session] = asked
                 self._came.notify_all()
         try:
-            if not asked.done.wait(WAIT_S):
-                raise PeerError("the film had no turn in time: try again")
+            if not asked.done.wait(TURN_S):
+                if not asked.started:
+                    raise PeerError("the film had no turn in time: try again")
+                asked.done.wait()  # who computes also answers, and has deadlines
         finally:
             asked.done.set()  # who leaves is passed over
             with self._came:
@@ -209,8 +213,9 @@ class Server:
                 asked = self._turn.get(timeout=1)
             except queue.Empty:
                 continue
-            if asked.done.is_set():
+            if asked.done.is_set() or asked.connection.gone():
                 continue
+            asked.started = True
             try:
                 with self.party.connect(self.other, "server1", self.deadline_s) as peer:
                     self._compute(asked, peer)
@@ -220,7 +225,8 @@ class Server:
                 self._say(
                     asked.connection, PeerError(f"server 0 failed ({type(error).__name__}): the film's key is lost")
                 )
-            asked.done.set()
+            finally:
+                asked.done.set()
             self._prepare_ahead()
 
     def _follow(self, peer: Connection) -> None:
@@ -230,6 +236,7 @@ class Server:
             if not self._came.wait_for(lambda: session in self._waiting, timeout=self.deadline_s):
                 raise PeerError("the film's owner has sent no share to server 1")
             asked = self._waiting.pop(session)
+        asked.started = True
         try:
             self._compute(asked, peer)
         except UserError as error:
@@ -237,12 +244,14 @@ class Server:
             raise
         finally:
             asked.done.set()
-        self._prepare_ahead()
+            self._prepare_ahead()
 
     def _compute(self, asked: Asked, peer: Connection) -> None:
         """Both servers: agree on model and key, then from the film's share to that of its logits."""
         with self._computing:
             model = self._known()
+            if model.name != asked.model:
+                raise UserError("the model was replaced while the film waited: ask again")
             if self.number == 0:
                 peer.send({"kind": "film", "session": asked.session})
             dealing, number, other = self._agree(peer, model, len(asked.share))
@@ -262,13 +271,15 @@ class Server:
             "online_wall_s": ended[1] - online[1], "sent_bytes": peer.sent, "rounds": peer.rounds, **engine.seconds,
         }  # fmt: skip
         self.costs.append(cost)
-        asked.connection.send({"kind": "logits", "dealing": dealing, "key": number, "cost": cost}, logits.tobytes())
+        reply = {"kind": "logits", "model": model.name, "dealing": dealing, "key": number, "cost": cost}
+        asked.connection.send(reply, logits.tobytes())
 
     def _held(self) -> dict[str, list[int]]:
         """Numbers of keys not used so far, the one that is prepared among them, by dealing."""
-        held = self.keys.held(self._known().name)
-        if self._next is not None and self._next[1] not in held.get(self._next[0], []):
-            held.setdefault(self._next[0], []).append(self._next[1])
+        model, ahead = self._known(), self._next  # read once: a thread may be about to take it
+        held = self.keys.held(model.name, model.program.digest)
+        if ahead is not None and ahead[1] not in held.get(ahead[0], []):
+            held.setdefault(ahead[0], []).append(ahead[1])
         return held
 
     def _agree(self, peer: Connection, model: Model, batch: int) -> tuple[str, int, bool]:
@@ -314,11 +325,11 @@ class Server:
         """The next key of the dealing whose weights are open, while nobody waits."""
         with self._computing:
             try:
-                dealing = self._opened[0] if self._opened else None
-                numbers = self.keys.held(self._known().name).get(dealing)
-                if self._ahead is None and numbers and self.model is not None:
+                dealing, model = self._opened[0] if self._opened else None, self._known()
+                numbers = self.keys.held(model.name, model.program.digest).get(dealing)
+                if self._ahead is None and numbers:
                     self._next = dealing, numbers[0]
-                    self._ahead = *self._next, self._prepared(self.model, *self._next)
-            except UserError as error:
+                    self._ahead = *self._next, self._prepared(model, *self._next)
+            except Exception as error:  # the next film finds another key
                 self._next = None
-                print(f"server {self.number}: {error}", flush=True)
+                print(f"server {self.number}: {type(error).__name__}: {error}", flush=True)

@@ -152,12 +152,59 @@ def test_values_beyond_every_range_are_refused_and_large_ones_get_fewer_bits():
         smpc.compile(network, films)
 
 
+class Odd(nn.Module):
+    """A network with something that tracing sees in part."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.what, self.conv = what, nn.Conv2d(1, 2, 3)
+        self.head, self.aux = nn.Linear(2, 3), nn.Linear(2, 3)
+
+    def forward(self, x):
+        x = self.conv(x)
+        if self.what == "alpha":
+            x = torch.add(x, x, alpha=3)
+        elif self.what == "constant":
+            x = x + 1.0
+        x = x.mean((2, 3))
+        logits = self.head(x)
+        aux = self.aux(x) if self.what == "aux" else None
+        return (logits, aux)[0]
+
+
+@pytest.mark.parametrize(
+    ("network", "word"),
+    [
+        (Odd("alpha"), "differ"),
+        (Odd("constant"), "constant"),
+        (Odd("aux"), "end"),
+        (nn.Sequential(nn.Conv2d(1, 2, 3, padding=(1, 0)), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 3)), "differ"),
+        (nn.Sequential(nn.Conv2d(1, 2, 4), nn.MaxPool2d(3, 2, 1, ceil_mode=True), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                       nn.Linear(2, 3)), "differ"),
+    ],
+)  # fmt: skip
+def test_what_a_program_would_compute_differently_is_refused(network, word):
+    with pytest.raises(UserError, match=word):
+        smpc.compile(network.eval(), torch.randn(4, 1, 17, 17))
+
+
 def test_training_mode_and_films_of_another_size_are_refused(small):
     network, _, _, films = small
     with pytest.raises(UserError, match="eval"):
         smpc.compile(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).train(), films)
     with pytest.raises(UserError, match="take"):
         smpc.compile(network, torch.randn(4, 1, 28, 28))
+
+
+def test_a_program_with_impossible_numbers_is_refused(small):
+    text = small[1].to_json()
+    for old, new in (('"stride": 2', '"stride": 0'), ('"in_shape": [1, 32, 32]', '"in_shape": [1, 999999, 999999]'),
+                     ('"n_classes": 3', '"n_classes": -3'), ('"shift": 1', '"shift": 99999')):  # fmt: skip
+        assert old in text
+        with pytest.raises(UserError, match="program"):
+            smpc.Program.from_json(text.replace(old, new, 1))
+    with pytest.raises(UserError, match="program"):
+        smpc.Program.from_json("[" * 100_000)
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", "null", '{"steps": 3}', '{"steps": [{"op": "conv"}]}'])

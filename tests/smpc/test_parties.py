@@ -68,8 +68,9 @@ def test_servers_go_on_with_the_next_key_after_a_restart(ready, small):
         again.close()
 
 
-def test_a_key_is_never_taken_twice_also_if_its_file_comes_back(ready, tmp_path):
+def test_a_key_is_never_taken_twice_also_if_its_file_comes_back(ready, small, tmp_path):
     ready.close()
+    model, program = ready.servers[0].model.name, small[1].digest
     for server in range(2):
         copy = shutil.copy(key_file(ready, server, 0), tmp_path)
         store = KeyStore(ready.root / f"server{server}" / "keys", server)
@@ -78,10 +79,10 @@ def test_a_key_is_never_taken_twice_also_if_its_file_comes_back(ready, tmp_path)
             with pytest.raises(UserError, match="used"):
                 KeyStore(store.folder, server).take(ready.dealing, 0)
             shutil.copy(copy, key_file(ready, server, 0))
-        assert store.held("")[ready.dealing] == [1]
+        assert store.held(model, program)[ready.dealing] == [1]
         later = KeyStore(store.folder, server)
         later.take(ready.dealing, 1)
-        assert later.held("") == {}
+        assert later.held(model, program) == {}
 
 
 def spoil(path, how, other):
@@ -268,6 +269,54 @@ def test_ten_thousand_mutated_messages_do_no_harm(ready, small):
         theirs.close()
     assert refused > 5_000  # a dealer's connection may end at any time
     assert server.model.name == (ready.root / "server0" / "model" / "name").read_text()
-    for extra in set(server.keys.held(server.model.name)) - {ready.dealing}:
+    for extra in set(server.keys.held(server.model.name, program.digest)) - {ready.dealing}:
         server.keys.forget(extra)
     assert ready.diagnose(films[:1]).key == 0
+
+
+def test_keys_of_an_earlier_program_are_passed_over(ready, small):
+    """Same sizes, another cut: with the wrong keys the logits would be wrong, and nobody would see it."""
+    network, _, _, films = small
+    for layer in network.modules():
+        if hasattr(layer, "weight"):
+            layer.weight.data *= 3
+    try:
+        program, weights = smpc.compile(network, films)
+        assert program.digest != small[1].digest
+        ready.send_model(program, weights)
+        with pytest.raises(PeerError, match="keys"):
+            ready.diagnose(films[:1])
+        for _ in range(4):  # whatever their names' order
+            ready.deal(program, 1)
+            logits = ready.diagnose(films[:1]).logits
+            assert np.abs(logits - network(films[:1]).detach().numpy()).max() < 0.05
+    finally:
+        for layer in network.modules():
+            if hasattr(layer, "weight"):
+                layer.weight.data /= 3
+
+
+def test_a_film_whose_owner_has_left_stops_nobody(ready, small):
+    films, share = small[3], bytes(4 * 32 * 32)
+    for session in ("e" * 32, "f" * 32):
+        with ready.party["film"].connect(ready.addresses[0], "server0") as connection:
+            connection.receive("program", most=1 << 20)
+            connection.send({"kind": "film", "session": session}, share)
+    assert ready.diagnose(films[:1]).key == 0
+
+
+def test_a_key_for_more_films_does_not_hide_those_for_one(ready, small):
+    _, program, _, films = small
+    ready.deal(program, 1, batch=2)
+    keys = ready.servers[1].keys
+    (larger,) = set(keys.held(ready.servers[1].model.name, program.digest)) - {ready.dealing}
+    keys.forget(larger)
+    assert ready.diagnose(films[:1]).key == 0
+
+
+def test_a_stranger_who_bears_a_known_name_is_refused(ready, tmp_path):
+    smpc.make_identity(tmp_path / "film", "film")
+    for peer in (ready.root / "film" / "peers").iterdir():
+        shutil.copy(peer, tmp_path / "film" / "peers")
+    with pytest.raises(PeerError):
+        smpc.diagnose(np.zeros((1, 1, 32, 32)), smpc.Party(tmp_path / "film"), ready.addresses)
