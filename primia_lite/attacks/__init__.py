@@ -23,7 +23,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "imprint": ["ImprintReading", "imprint_weights", "orthogonal_weights"],
         "inversion": ["DeepLeakage", "DenseLayerInversion", "InvertingGradients", "reconstruct"],
         "labels": ["infer_labels"],
-        "membership": ["Shadows", "lira", "shadow_runs", "true_positive_rate"],
+        "membership": ["lira", "shadow_runs", "true_positive_rate"],
         "prior": ["FeatureInversion", "FilmPrior", "MapEstimator", "class_image", "head_features"],
         "search": ["Reconstruction"],
         "simulate": ["clipping_alone", "initial_state", "simulate_view"],

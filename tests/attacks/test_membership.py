@@ -5,7 +5,8 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from primia_lite.attacks import Shadows, lira, shadow_runs, true_positive_rate
+from primia_lite.attacks import lira, shadow_runs, true_positive_rate
+from primia_lite.attacks.membership import Shadows
 from primia_lite.config import UserError
 from primia_lite.data.films import Films
 from primia_lite.federation import Hospital, Schedule
