@@ -407,21 +407,3 @@ def test_a_plain_privacy_says_nothing_of_sharing_and_a_shared_one_reads_as_json(
         "threshold": 3, "colluding": 1, "parameters": 24, "declared": [60, 40, 100],
     }  # fmt: skip
     assert SharedNoise(1, 0, 24, [60]) == SharedNoise(1, 0, 24, (60,)) and hash(PRIVACY)
-
-
-def test_full_local_noise_where_all_but_one_collude():
-    alone = Quantizer(SharedNoise(1, 0, 24, (60,)), 2.0, 0.5)
-    among = Quantizer(SharedNoise(2, 1, 24, (60, 40, 100)), 2.0, 0.5)
-    assert alone.share_sigma / alone.sensitivity == pytest.approx(2.0, rel=1e-4)
-    assert among.share_sigma / among.sensitivity == pytest.approx(2.0, rel=1e-4)
-
-
-def test_a_gradient_that_is_not_finite_gives_no_share_and_stays_charged(tmp_path):
-    hospital = hospitals()[0]
-    hospital.films.inputs[:] = 3e38  # finite films, logits that aren't
-    training = TRAINING.changed(sample_rate=1.0)
-    with pytest.raises(TrainingError, match="hospital A, round 1: a gradient isn't finite in this round: .* refused"):
-        hospital.update(1, {"weight": torch.full((3, 8), 2.0)}, training, PRIVACY, SecureGenerator(), tmp_path)
-    assert len(hospital.ledger(tmp_path, PRIVACY).charges()) == 1
-    with pytest.raises(FloatingPointError):
-        PRIVACY.quantizer.share({"w": torch.full((24,), float("nan"))}, 60, SecureGenerator())
