@@ -77,7 +77,9 @@ class Finding:
         return max(self.epsilon, self.mechanism_epsilon) > self.claimed
 
     def __str__(self) -> str:
-        found = f"claimed {self.claimed:.2f}, audited at least {self.epsilon:.2f} ({self.mechanism_epsilon:.2f} if DP-SGD)"
+        found = (
+            f"claimed {self.claimed:.2f}, audited at least {self.epsilon:.2f} ({self.mechanism_epsilon:.2f} if DP-SGD)"
+        )
         verdict = (
             "the claim is refuted: this training isn't what its ε was counted for"
             if self.refuted
@@ -191,14 +193,18 @@ def _one_run(setting: _Setting, films: Films | None, n: int | None) -> Iterator[
         length = np.linalg.norm(error, axis=1)
         step = change / training.learning_rate + training.steps_per_round * training.weight_decay * weights
         noisy = -(step * error).sum(1) / length * declared * training.sample_rate / privacy.max_grad_norm
-        ratio += log_likelihood_ratio(noisy, np.minimum(1, length / privacy.max_grad_norm), setting.release, setting.rounds)
+        ratio += log_likelihood_ratio(
+            noisy, np.minimum(1, length / privacy.max_grad_norm), setting.release, setting.rounds
+        )
         seen.append(noisy)
     final = (before["weight"] + update["weight"])[:, width:].double().numpy().T
     logit = final[np.arange(m), label]
     attacks = {
         "one run, every update": ratio,
         "one run, changes between updates": np.std(seen, 0),
-        "one run, one round in so many": _kept_batches(np.array(seen), np.minimum(1, length / privacy.max_grad_norm), setting),
+        "one run, one round in so many": _kept_batches(
+            np.array(seen), np.minimum(1, length / privacy.max_grad_norm), setting
+        ),
         "one run, released model": logit - (final.sum(1) - logit) / (training.n_classes - 1),
     }
     if setting.rounds == 1:
@@ -259,7 +265,9 @@ def guess_counts(release: Release, canaries: int, alpha: float) -> tuple[int, ..
         inside = rng.random(canaries) < 0.5
         scores = np.zeros(canaries)
         for _ in range(release.steps):
-            noisy = rng.normal(0, release.noise_multiplier, canaries) + inside * (rng.random(canaries) < release.sample_rate)
+            noisy = rng.normal(0, release.noise_multiplier, canaries) + inside * (
+                rng.random(canaries) < release.sample_rate
+            )
             scores += log_likelihood_ratio(noisy, np.ones(canaries), replace(release, steps=1), 1)
         right = inside[np.argsort(-scores)].cumsum()
         found += [bounds.one_run_epsilon(int(right[k - 1]), int(k), canaries, 0.0, alpha) for k in tried]
@@ -361,5 +369,3 @@ def _gradient(state: State, canary: Films, training: Training) -> State:
     gradient = {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
     length = sum(float((value**2).sum()) for value in gradient.values()) ** 0.5
     return {name: value / length for name, value in gradient.items()}
-
-

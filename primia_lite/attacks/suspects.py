@@ -81,4 +81,6 @@ def _as(kind: type[Privacy], privacy: Privacy) -> Privacy:
     return kind(**{f.name: getattr(privacy, f.name) for f in fields(privacy)})
 
 
-SUSPECTS = {f.__name__: f for f in (half_the_noise, clips_films, divides_by_batch, keeps_batches, repeats_noise, adds_floats)}
+SUSPECTS = {
+    f.__name__: f for f in (half_the_noise, clips_films, divides_by_batch, keeps_batches, repeats_noise, adds_floats)
+}
