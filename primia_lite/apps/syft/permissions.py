@@ -1,7 +1,7 @@
 """Who may read and write a datasite's files, as syft's rules say, without parsing each rule again for each file.
 
-syft 0.10 reads every permission file of a datasite anew for every file that it sends or is sent; parsing them is a third
-of a round's time. The files are read as often here, so that what they say holds at once, and their text is parsed once.
+syft 0.10 reads every permission file of a datasite anew for every file that it sends or is sent; parsing them was a
+third of a round's time. They are read as often here, so that what they say holds at once, and a text is parsed once.
 """
 
 from __future__ import annotations
