@@ -222,10 +222,3 @@ def test_a_lying_server_needs_twice_the_threshold_less_degree_and_one_of_the_nei
 def test_shares_that_leave_nobody_are_refused(corrupt, gone):
     with pytest.raises(UserError, match="together"):
         choose_degree(1000, corrupt, gone)
-
-
-@pytest.mark.parametrize("shares", [None, 1, 2, 6])
-def test_shares_of_half_the_neighbours_are_refused(shares):
-    with pytest.raises(UserError, match=f"share_threshold {shares}: take .* more than half .* up to 5"):
-        agree(identities(9), degree=4, share_threshold=shares)
-    assert agree(identities(9), degree=4, share_threshold=3).share_threshold == 3

