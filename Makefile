@@ -58,8 +58,9 @@ test: setup
 	$(MAKE) --no-print-directory test-notebooks || status=1; \
 	exit $$status
 
+# nbval takes 4 s to import, in each process.
 test-unit: setup
-	@$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
+	@$(TEST_ENV) $(BIN)/python -m pytest -p no:nbval -n 2 --dist loadfile $(TESTS)
 
 # nbval compares the outputs of cells tagged nbval-check-output and fails on any error. What notebooks make here goes to
 # runs/test, where no user's run finds it.
@@ -69,10 +70,10 @@ test-notebooks: setup
 	--nbval-lax --nbval-cell-timeout 1800 --nbval-kernel-startup-timeout 600 -p no:cacheprovider notebooks
 
 test-browser: setup chromium
-	@$(TEST_ENV) $(BIN)/python -m pytest -m browser -n 2 --dist worksteal $(if $(filter tests,$(TESTS)),tests/browser,$(TESTS))
+	@$(TEST_ENV) $(BIN)/python -m pytest -p no:nbval -m browser -n 2 --dist worksteal $(if $(filter tests,$(TESTS)),tests/browser,$(TESTS))
 
 test-flower: flower
-	@$(TEST_ENV) $(FLOWER_BIN)/python -m pytest -m flower -n 2 --dist loadfile $(if $(filter tests,$(TESTS)),tests/apps/flower/test_tls.py tests/apps/flower tests/test_lock.py,$(TESTS))
+	@$(TEST_ENV) $(FLOWER_BIN)/python -m pytest -p no:nbval -m flower -n 2 --dist loadfile $(if $(filter tests,$(TESTS)),tests/apps/flower/test_tls.py tests/apps/flower tests/test_lock.py,$(TESTS))
 
 flower: setup
 	@[ "$$(cat $(FLOWER)/.stamp 2>/dev/null)" = "$(FLOWER_KEY)" ] && $(FLOWER_BIN)/python -c "" 2>/dev/null \

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import pytest
 # Before numpy or torch is imported: two workers share two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["MPLBACKEND"] = os.environ.get("MPLBACKEND") or "Agg"
+# jsonschema, which nbformat imports, compiles a grammar of addresses for 3 s where this is installed.
+sys.modules.setdefault("rfc3987_syntax", None)
 ROOT = Path(__file__).resolve().parent.parent
 
 

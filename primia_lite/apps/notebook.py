@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import psutil
@@ -38,6 +39,18 @@ class Outcome:
     cpu_seconds: float = 0.0  # of its kernel
 
 
+def import_nbformat() -> ModuleType:
+    """nbformat, in a tenth of its time: the library that checks its schemas compiles a grammar of internationalised
+    addresses when it is imported, for 3 s, and goes without where that isn't installed. Notebooks hold none."""
+    hidden = sys.modules.setdefault("rfc3987_syntax", None) is None
+    try:
+        import nbformat
+    finally:
+        if hidden:
+            del sys.modules["rfc3987_syntax"]
+    return nbformat
+
+
 def parameter_names(path: Path) -> set[str]:
     """The variables of the notebook's ``parameters`` cell.
 
@@ -46,6 +59,7 @@ def parameter_names(path: Path) -> set[str]:
     UserError
         The file can't be read as a notebook.
     """
+    import_nbformat()
     import papermill
 
     try:
@@ -104,7 +118,7 @@ def execute(
     ``kernel_log`` gets what it prints; ``on_cell`` is called with the number of the cell that starts, from 1, and the
     number of cells.
     """
-    import nbformat
+    nbformat = import_nbformat()
     import papermill
     from papermill.engines import papermill_engines
     from papermill.exceptions import PapermillExecutionError

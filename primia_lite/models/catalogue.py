@@ -79,7 +79,7 @@ def build(name: str, n_classes: int, in_shape: tuple[int, ...], *, seed: int = 0
     """
     check_options(name, options)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed queues calls for devices, too
         network = spec(name).build(n_classes, tuple(in_shape), **options)
     if any(isinstance(layer, networks.FixedNorm) for layer in network.modules()):
         networks.fit_norms(network, public_pixels(in_shape[-1]))

@@ -55,7 +55,7 @@ def notebooks(tmp_path, monkeypatch, write_notebook):
 
 
 def test_runs_in_order_with_parameters_and_writes_a_summary(notebooks, capsys):
-    assert notebooks.run("paper", only="00,01") == 0
+    assert notebooks.run("paper", only="00,01", jobs=1) == 0
     assert "kermany 14" in notebooks.printed("00_first")
     assert f"{notebooks.folder} 1.5" in notebooks.printed("01_second"), "a notebook runs in its own folder"
     assert [(r["notebook"], r["status"]) for r in notebooks.rows()] == [("00_first", "ok"), ("01_second", "ok")]
@@ -191,39 +191,41 @@ def test_state_is_kept_for_what_was_killed_and_deleted_for_what_ended_well(tmp_p
         assert sorted(p.name for p in (tmp_path / "state").iterdir()) == left
 
 
-def start_sleepers(tmp_path, notebooks, jobs):
-    """`primia-lite run` of notebooks of which the first ``jobs`` never end; their kernels' processes."""
-    flags = [tmp_path / f"pid{number}" for number in range(jobs)]
-    for flag, name in zip(flags, ("00_first", "01_second"), strict=False):
-        cell = f"import os, pathlib, time\npathlib.Path({str(flag)!r}).write_text(str(os.getpid()))\ntime.sleep(2000)"
-        notebooks.write(name, "a = 1", cell)
+def start(notebooks, ready, before=""):
+    """`primia-lite run --jobs 2` of the notebooks as a process, once the files ``ready`` are there: it, and the kernels
+    and other processes that it has started."""
     code = (
-        "import sys, pathlib; from primia_lite.apps import cli, runner\n"
+        "import sys, pathlib; from primia_lite.apps import cli, notebook, runner\n"
         "runner.load_profile = lambda name: {}\n"
-        f"runner.repo_root = lambda: pathlib.Path({str(tmp_path)!r})\n"
-        f"sys.exit(cli.main(['run', '--jobs', '{jobs}', '--out', {str(tmp_path / 'out')!r}]))"
+        f"runner.repo_root = lambda: pathlib.Path({str(notebooks.folder.parent)!r})\n{before}\n"
+        f"sys.exit(cli.main(['run', '--jobs', '2', '--out', {str(notebooks.out)!r}]))"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
     )  # fmt: skip
-    deadline = time.monotonic() + 600
-    while not all(flag.exists() and flag.read_text() for flag in flags) and time.monotonic() < deadline:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.1)
-    return process, [int(flag.read_text()) for flag in flags]
+    wait(lambda: all(file.exists() for file in ready) or process.poll() is not None)
+    assert process.poll() is None, process.communicate()
+    return process, [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
 
 
-def wait_for_the_end_of(kernels):
+def wait(over):
     deadline = time.monotonic() + 600
-    while any(map(psutil.pid_exists, kernels)):
-        assert time.monotonic() < deadline, kernels
-        time.sleep(0.1)
+    while not over():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def sleeper(flag: Path) -> str:
+    return f"import pathlib, time\npathlib.Path({str(flag)!r}).touch()\ntime.sleep(2000)"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
 def test_ctrl_c_stops_the_kernels_saves_the_summary_and_exits_130(notebooks, tmp_path):
-    process, kernels = start_sleepers(tmp_path, notebooks, 2)
+    flags = [tmp_path / "first", tmp_path / "second"]
+    for flag, name in zip(flags, ("00_first", "01_second"), strict=True):
+        notebooks.write(name, "a = 1", sleeper(flag))
+    process, started = start(notebooks, flags, "runner.own_kernel = lambda warm: notebook.own_kernel()")
     os.killpg(process.pid, signal.SIGINT)  # what a terminal does
     stdout, stderr = process.communicate(timeout=600)
     assert process.returncode == 130, (stdout, stderr)
@@ -231,15 +233,7 @@ def test_ctrl_c_stops_the_kernels_saves_the_summary_and_exits_130(notebooks, tmp
     assert [(row["notebook"], row["status"]) for row in notebooks.rows()] == [
         (name, "interrupted") for name in ("00_first", "01_second")
     ], "and none of the others begins"
-    wait_for_the_end_of(kernels)
-
-
-@pytest.mark.skipif(os.name == "nt", reason="sends SIGKILL")
-def test_kernels_side_by_side_end_with_a_run_that_is_killed(notebooks, tmp_path):
-    """Or a run that goes on from there would share its state with them."""
-    process, kernels = start_sleepers(tmp_path, notebooks, 2)
-    process.kill()
-    wait_for_the_end_of(kernels)
+    wait(lambda: not any(map(psutil.pid_exists, started)))
 
 
 def test_two_run_at_once_and_the_summary_keeps_their_order(notebooks, tmp_path, capsys):
@@ -248,11 +242,13 @@ def test_two_run_at_once_and_the_summary_keeps_their_order(notebooks, tmp_path, 
         "while not (here / other).exists(): time.sleep(0.05)\ntime.sleep(late)\n"
         "print(os.environ['OMP_NUM_THREADS'], os.environ['PRIMIA_LITE_COMMAND'])"
     )
-    notebooks.write("00_first", "mine, other, late = 'a', 'b', 1", meet)
+    notebooks.write("00_first", "mine, other, late = 'a', 'b', 0.3", meet)
     notebooks.write("01_second", "mine, other, late = 'b', 'a', 0", meet)
     before = os.environ.get("OMP_NUM_THREADS")
-    assert notebooks.run(only="00,01", jobs=2) == 0
-    assert [(r["notebook"], r["status"]) for r in notebooks.rows()] == [("00_first", "ok"), ("01_second", "ok")]
+    assert notebooks.run(jobs=2) == 0
+    assert [(r["notebook"], r["status"]) for r in notebooks.rows()] == [
+        (name, "ok") for name in ("00_first", "01_second", "02_third")
+    ]
     assert all(r["peak_memory_mib"] > 20 for r in notebooks.rows()), "each its own"
     assert "2 at a time" in capsys.readouterr().out
     threads, command = notebooks.printed("00_first").split(maxsplit=1)
@@ -303,29 +299,24 @@ print("weights", result.state["weight"].sum().item(), "rounds", len(result.histo
 """
 
 
-@pytest.mark.skipif(os.name != "posix", reason="kills a process group")
-def test_a_killed_run_goes_on_and_ends_in_the_same_weights(notebooks, tmp_path, monkeypatch, capsys):
-    """SIGKILL of `primia-lite run` and its kernel in the middle of the rounds; the same command finishes the run."""
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGKILL")
+def test_a_killed_run_leaves_no_kernel_goes_on_and_ends_in_the_same_weights(notebooks, tmp_path, monkeypatch, capsys):
+    """SIGKILL of `primia-lite run` in the middle of the rounds, while another kernel runs: both kernels end by
+    themselves, or a run that goes on from there would share its state with them. The same notebook finishes the run."""
     monkeypatch.setenv("PRIMIA_LITE_RUNS", str(tmp_path / "whole"))
     exec(KILLED_RUN, {"pause": 0.0})
     whole = capsys.readouterr().out
-    notebooks.write("00_first", "pause = 0.1", KILLED_RUN)
-
-    code = (
-        "import sys; from primia_lite.apps.runner import run_notebooks; from pathlib import Path; run_notebooks("
-        f"'smoke', only='00', out={str(notebooks.out)!r}, notebooks=Path({str(notebooks.folder)!r}))"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stdout=subprocess.DEVNULL)
-    checkpoint = notebooks.out / "state" / "00_first" / "checkpoint.pt"
-    deadline = time.time() + 600
-    while not checkpoint.exists() and time.time() < deadline:
-        time.sleep(0.05)
-    for child in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
-        child.kill()
-    process.wait()
-    assert checkpoint.exists() and not (notebooks.out / "summary.json").exists()
+    flag, checkpoint = tmp_path / "second", notebooks.out / "state" / "00_first" / "checkpoint.pt"
+    meet = f"import pathlib, time\nwhile not pathlib.Path({str(flag)!r}).exists(): time.sleep(0.05)"
+    notebooks.write("00_first", "pause = 0.1", meet, KILLED_RUN)
+    notebooks.write("01_second", "a = 1", sleeper(flag))
+    process, started = start(notebooks, [checkpoint])
+    process.kill()
+    process.communicate()
+    wait(lambda: not any(map(psutil.pid_exists, started)))
+    assert len(started) >= 2 and not (notebooks.out / "summary.json").exists()
     assert 1 <= torch.load(checkpoint, weights_only=True)["round"] < 12
-    assert notebooks.run(only="00") == 0
+    assert notebooks.run(only="00,02", jobs=1) == 0
     assert notebooks.printed("00_first").strip() == whole.strip().splitlines()[-1]
 
 

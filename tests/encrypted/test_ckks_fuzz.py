@@ -112,7 +112,7 @@ def fuzz(examples: int):
     return decorate
 
 
-@fuzz(1200)
+@fuzz(500)
 @given(edits=EDITS, raw=st.booleans(), keep_length=st.booleans(), which=st.integers(0, 1))
 def test_uploads(wide, edits, raw, keep_length, which):
     uploads = list(wide.uploads)
@@ -121,7 +121,7 @@ def test_uploads(wide, edits, raw, keep_length, which):
         assert len(wide.session.diagnose(uploads)) == 1
 
 
-@fuzz(500)
+@fuzz(250)
 @given(edits=EDITS, keep_length=st.booleans())
 def test_replies(wide, edits, keep_length):
     with contextlib.suppress(CiphertextError):
@@ -129,7 +129,7 @@ def test_replies(wide, edits, keep_length):
         assert out.shape == (3,) and np.isfinite(out).all()
 
 
-@fuzz(300)
+@fuzz(150)
 @given(edits=EDITS, raw=st.booleans(), keep_length=st.booleans(), which=st.integers(0, 3))
 def test_keys_and_their_head(cnn, edits, raw, keep_length, which):
     keys = list(cnn.keys)

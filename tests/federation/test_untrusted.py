@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from primia_lite.config import UserError, printable
+from primia_lite.config import UserError
 from primia_lite.data.films import Films
 from primia_lite.federation.study import Study, films_from, write_films
 from primia_lite.federation.untrusted import read_json
@@ -50,11 +50,6 @@ def test_what_can_be_meant_is_read_as_json_reads_it():
     content = {"a": [1, 2.5, None, True, {"b": "ä\u0000"}], "c": -(2**62), "d": {}}
     assert read_json(json.dumps(content).encode(), "it") == content
     assert read_json(b'{"a": "' + b"x" * 2**20 + b'"}', "it", 2**21)["a"].startswith("x")
-
-
-def test_a_line_stays_a_line():
-    assert printable("two\nlines\x1b[2J \u202eabc\udc80") == "two\\nlines\\x1b[2J \\u202eabc\\udc80"
-    assert len(printable("x" * 10**6, 100)) < 110
 
 
 def packed(**arrays) -> bytes:

@@ -160,14 +160,10 @@ def test_hospitals_with_neighbours_may_vanish_at_each_step(step):
     assert np.array_equal(party.server.total, party.exact(party.server.survivors))
 
 
-def test_a_tenth_of_121_hospitals_vanishes_along_the_way():
-    party = Round(121, 4)
-    assert party.agreement.degree < 120
-    party.leave = dict(
-        zip(STEPS, np.array_split(np.random.default_rng(1).permutation(names(121))[:12], 5), strict=True)
-    )
-    party.finish()
-    assert len(party.server.survivors) == 121 - sum(len(party.leave[step]) for step in STEPS[:3])
+def test_a_tenth_of_the_hospitals_vanishes_along_the_way():
+    first, second, third = names(30)[4:7]
+    party = sparse(leave={"share": [first], "mask": [second], "unmask": [third]}).finish()
+    assert set(party.server.survivors) == set(names(30)) - {first, second}
     assert np.array_equal(party.server.total, party.exact(party.server.survivors))
 
 
@@ -226,10 +222,3 @@ def test_a_lying_server_needs_twice_the_threshold_less_degree_and_one_of_the_nei
 def test_shares_that_leave_nobody_are_refused(corrupt, gone):
     with pytest.raises(UserError, match="together"):
         choose_degree(1000, corrupt, gone)
-
-
-@pytest.mark.parametrize("shares", [None, 1, 2, 6])
-def test_shares_of_half_the_neighbours_are_refused(shares):
-    with pytest.raises(UserError, match=f"share_threshold {shares}: take .* more than half .* up to 5"):
-        agree(identities(9), degree=4, share_threshold=shares)
-    assert agree(identities(9), degree=4, share_threshold=3).share_threshold == 3

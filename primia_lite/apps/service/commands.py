@@ -146,14 +146,14 @@ def running(cards: dict, *, limits: bool = True, wait_s: float = 600.0) -> Itera
             )
         url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + wait_s
         try:
-            while True:
-                with contextlib.suppress(httpx.TransportError):
-                    # No proxy has anything to do with this machine.
-                    if httpx.get(f"{url}/health", timeout=2, trust_env=False).is_success:
-                        break
-                if process.poll() is not None or time.monotonic() > deadline:
-                    raise UserError(f"the service didn't start: {log.read_text('utf-8', 'replace')[-2000:]}")
-                time.sleep(0.1)
+            with httpx.Client(timeout=2, trust_env=False) as web:  # no proxy has anything to do with this machine
+                while True:
+                    with contextlib.suppress(httpx.TransportError):
+                        if web.get(f"{url}/health").is_success:
+                            break
+                    if process.poll() is not None or time.monotonic() > deadline:
+                        raise UserError(f"the service didn't start: {log.read_text('utf-8', 'replace')[-2000:]}")
+                    time.sleep(0.1)
             yield url, process
         finally:
             process.terminate()

@@ -32,6 +32,7 @@ from primia_lite.apps.syft.approval import (
     study_problems,
     verdict,
 )
+from primia_lite.apps.syft.permissions import Permissions
 from primia_lite.apps.syft.process import run_job
 from primia_lite.apps.syft.runner import HospitalRunner, is_round, quiet, read_job
 from primia_lite.config import UserError, printable
@@ -74,6 +75,7 @@ class Datasite:
         self.journal: list[str] = []
         self.seconds: dict[str, float] = {}
         client.job_runner = HospitalRunner.for_site(self)
+        client.sync_engine.datasite_owner_syncer.perm_context.service = Permissions(client.email)
 
     @property
     def name(self) -> str:

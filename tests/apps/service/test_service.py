@@ -546,9 +546,15 @@ def test_a_worker_that_dies_or_hangs_costs_its_sessions_only_and_is_replaced_whe
         first, second, third = remote("head"), remote("head"), remote("net")
         right = first.diagnose(film())
         np.testing.assert_allclose(second.diagnose(film()), right, atol=1e-5)
-        one, other = service.workers
-        kept, pid = second.token, one.pid
-        os.kill(pid, signal.SIGKILL)
+        one, kept = service.workers[0], second.token
+        ask = lambda token, body: web.post(f"/sessions/{token}/diagnose", content=body)  # noqa: E731
+        with monkeypatch.context() as patch:
+            patch.setattr(workers, "work", hostile.dies)
+            os.kill(pid := one.pid, signal.SIGKILL)
+            answer = ask(first.token, join(first.client.encrypt(film())))
+            assert answer.status_code == 503 and "ended" in answer.json()["error"]
+        statuses = {web.post("/models/head/sessions", content=first.client.public()).status_code for _ in range(4)}
+        assert statuses == {503, 201}  # one call finds it dead, and it starts
         np.testing.assert_allclose(first.diagnose(film()), right, atol=1e-5)  # in a new session
         np.testing.assert_allclose(second.diagnose(film()), right, atol=1e-5)
         assert one.pid != pid and second.token == kept
@@ -556,7 +562,6 @@ def test_a_worker_that_dies_or_hangs_costs_its_sessions_only_and_is_replaced_whe
         while third.open()[0] != "0":  # among the first worker's sessions
             third.close()
             third = remote("net")
-        ask = lambda token, body: web.post(f"/sessions/{token}/diagnose", content=body)  # noqa: E731
         large = join(third.client.encrypt(np.full((32, 32), 0.1)))
         assert len(large) > 250_000  # more than a pipe holds
         os.kill(pid := one.pid, signal.SIGSTOP)
@@ -569,15 +574,6 @@ def test_a_worker_that_dies_or_hangs_costs_its_sessions_only_and_is_replaced_whe
         assert {answer.status_code for answer in answers} <= {503, 410}
         assert any("took more than 2 s" in answer.text for answer in answers)
         assert one.pid != pid and ask(third.token, large).status_code == 410
-
-        body = join(second.client.encrypt(film()))
-        with monkeypatch.context() as patch:
-            patch.setattr(workers, "work", hostile.dies)
-            os.kill(other.pid, signal.SIGKILL)
-            answer = ask(kept, body)
-            assert answer.status_code == 503 and "ended" in answer.json()["error"]
-        statuses = {web.post("/models/head/sessions", content=first.client.public()).status_code for _ in range(4)}
-        assert statuses == {503, 201}  # one call finds it dead, and it starts
         pids = [worker.pid for worker in service.workers]
     assert not any(map(psutil.pid_exists, pids))
 
@@ -685,7 +681,7 @@ def stored(part: bytes) -> bytes:
     return wrapped(payload(part))
 
 
-def test_ten_thousand_altered_bodies_get_a_reply_or_a_sentence(card, deep):
+def test_thousands_of_altered_bodies_get_a_reply_or_a_sentence(card, deep):
     """Films and keys, also a CNN's, compressed or not; and good uploads under altered keys that were let through. Most
     go straight to what a worker calls, one in ten by HTTP, where a refusal is a 4xx."""
     rng, counts, sources, shares_of = np.random.default_rng(0), collections.Counter(), [], []
@@ -718,7 +714,7 @@ def test_ten_thousand_altered_bodies_get_a_reply_or_a_sentence(card, deep):
                     sources.append((what, name, given, body, [0, *(body.index(part) for part in parts)], join(uploads)))
                     shares_of.append(share)
         shares_of = np.array(shares_of) / sum(shares_of)
-        for number, k in enumerate(rng.choice(len(sources), 10_000, p=shares_of)):
+        for number, k in enumerate(rng.choice(len(sources), 4000, p=shares_of)):
             what, name, given, body, starts, good = sources[k]
             by_http = number % 10 == 0
             fine, reply = asked(by_http, what, *given, hostile.altered(body, rng, starts, most=1))
@@ -732,6 +728,6 @@ def test_ten_thousand_altered_bodies_get_a_reply_or_a_sentence(card, deep):
         for what, _, given, body, *_ in sources:
             assert asked(True, what, *given, body)[0]
     # Enough of each kind is refused, and let through; of a CNN's keys few that were altered are.
-    assert counts["net", "open", False] > 40
-    for name, what, least in (("head", "open", 50), ("head", "diagnose", 500), ("net", "diagnose", 5)):
+    assert counts["net", "open", False] > 15
+    for name, what, least in (("head", "open", 20), ("head", "diagnose", 200), ("net", "diagnose", 3)):
         assert min(counts[name, what, fine] for fine in (True, False)) >= least, counts

@@ -7,8 +7,6 @@ import contextlib
 import gzip
 import json
 import socket
-import subprocess
-import sys
 import threading
 import time
 
@@ -131,11 +129,6 @@ MODELS = json.dumps({"head": described()})
 def remote(answers, **options) -> RemoteServer:
     """A client whose requests are answered in this process."""
     return RemoteServer("http://here", transport=httpx.MockTransport(answers), **{"retries": 0, **options})
-
-
-def test_a_client_needs_no_server():
-    code = "import primia_lite.apps.service.client, sys; print({'starlette', 'uvicorn'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
 
 
 # --- proxies ----------------------------------------------------------------------------------------------------------
@@ -476,12 +469,12 @@ def changed(told, rng: np.random.Generator):
     return told
 
 
-def test_thousands_of_altered_replies_get_logits_or_a_sentence(talk):
+def test_hundreds_of_altered_replies_get_logits_or_a_sentence(talk):
     (server, instead, last, film), rng, read, refused = talk, np.random.default_rng(0), 0, 0
     server.diagnose(film)
     good = last["diagnose"]
     instead["diagnose"] = lambda: hostile.altered(good, rng)
-    for _ in range(1200 if server.client.packing.kind == "linear" else 150):  # a CNN's films take long to encrypt
+    for _ in range(400 if server.client.packing.kind == "linear" else 100):  # a CNN's films take long to encrypt
         try:
             logits = server.diagnose(film)
         except UserError as error:
@@ -494,10 +487,10 @@ def test_thousands_of_altered_replies_get_logits_or_a_sentence(talk):
     assert min(read, refused) > 5
 
 
-def test_thousands_of_altered_descriptions_get_a_client_or_a_sentence():
+def test_hundreds_of_altered_descriptions_get_a_client_or_a_sentence():
     rng, fine = np.random.default_rng(0), 0
     cnn = {"class_names": ["a", "b"], "packing": spec_of(CNNPacking(12, 5, 3, 2, 0, 2))}
-    for number in range(1200):
+    for number in range(400):
         told = {"head": described(**(cnn if number % 2 else {}))}
         text = json.dumps(changed(told, rng)).encode()
         text = hostile.altered(text, rng) if number % 3 == 0 else text
@@ -508,13 +501,13 @@ def test_thousands_of_altered_descriptions_get_a_client_or_a_sentence():
         else:
             fine += 1
             assert all(name.isprintable() for name in server.description["class_names"])
-    assert 20 < fine < 1000
+    assert 7 < fine < 333
 
 
-def test_hundreds_of_altered_answers_on_the_line():
+def test_a_hundred_altered_answers_on_the_line():
     good, rng = said(MODELS, "200 OK", "Content-Type: application/json"), np.random.default_rng(0)
     with answering(lambda *_: hostile.altered(good, rng)) as (port, _):
-        for _ in range(200):
+        for _ in range(100):
             with contextlib.suppress(UserError):
                 RemoteServer(f"http://127.0.0.1:{port}", retries=0, timeout_s=5)
 

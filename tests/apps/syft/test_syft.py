@@ -7,6 +7,7 @@ import io
 import json
 import shutil
 import sys
+import zipfile
 from dataclasses import replace
 
 import numpy as np
@@ -157,13 +158,11 @@ def test_a_round_through_local_update_equals_one_in_process_and_what_jobs_print_
 
 @pytest.mark.slow
 def test_a_researcher_tries_a_job_on_the_mock_half(federation):
-    study = study_of(federation, "trial")
-    update = federation.researcher.try_out(study, "A", weights())
-    assert update.shape == (LENGTH,) and update.dtype == np.float32 and np.isfinite(update).all() and update.any()
-    assert charges(federation, "trial") == dict.fromkeys(NAMES, 0)
-    shared = replace(PRIVACY, shared=SharedNoise(2, 1, LENGTH, tuple(study.agreement.sizes.values())))
+    sizes = study_of(federation, "trial").agreement.sizes
+    shared = replace(PRIVACY, shared=SharedNoise(2, 1, LENGTH, tuple(sizes.values())))
     update = federation.researcher.try_out(study_of(federation, "trial", shared, local_steps=1), "A", weights())
-    assert update.dtype == np.int64 and update.shape == (LENGTH,)
+    assert update.dtype == np.int64 and update.shape == (LENGTH,) and update.any()
+    assert charges(federation, "trial") == dict.fromkeys(NAMES, 0)
 
 
 def test_ledgers_are_charged_before_the_job_and_the_researcher_sees_only_the_sum(federation, folder):
@@ -311,7 +310,7 @@ def test_a_job_that_asks_for_packages_is_refused_on_both_sides(federation):
     researcher, site = federation.researcher, federation.sites["A"]
     with pytest.raises(UserError, match="requests"):
         researcher.submit("A", "hungry", study.files(), ["requests"])
-    with pytest.raises(UserError, match=r"asks for code/pyproject\.toml"):
+    with pytest.raises(UserError, match="pyproject"):
         researcher.submit("A", "hungry", {**study.files(), "code/pyproject.toml": b"[project]"})
     # With syft's own client: its run.sh installs what was asked for.
     ours = researcher.client.job_client
@@ -330,13 +329,11 @@ def test_a_job_that_asks_for_packages_is_refused_on_both_sides(federation):
         researcher.client.job_client = ours
     federation.sync()
     review = site.review("hungry")
-    assert review.problems == (
-        "run.sh isn't the agreed one: hospitals start main.py with their own Python, and install nothing",
-    )
-    with pytest.raises(NotApproved, match=r"can't take part in 'hungry': run\.sh isn't the agreed one"):
+    assert len(review.problems) == 1 and "run.sh" in review.problems[0]
+    with pytest.raises(NotApproved, match="run.sh"):
         site.approve(review)
     answered(federation)
-    assert "run.sh isn't the agreed one" in researcher.status("hungry-90002-advertise")["A"]
+    assert "run.sh" in researcher.status("hungry-90002-advertise")["A"]
 
 
 def test_a_name_is_used_once(federation):
@@ -387,12 +384,10 @@ def test_a_job_that_crashes_counts_as_gone_and_only_its_hospital_learns_why(fede
     assert b"PRIVATE-C-7" not in left(federation)
 
     # A second round, and B's budget is spent meanwhile: A alone is below the threshold.
-    ledger, spent = federation.sites["B"].hospital.lasting_ledger, Release(0.5, 1.0, 1)
-    while ledger.affords(spent):
-        ledger.charge("another study", spent)
-    for sigma in (1.0, 2.0, 4.0):
-        while ledger.affords(small := Release(sigma, 0.5, 1)):
-            ledger.charge("another study", small)
+    ledger = federation.sites["B"].hospital.lasting_ledger
+    for steps in 2 ** np.arange(20)[::-1]:
+        if ledger.affords(spent := Release(10.0, 1.0, int(steps))):
+            ledger.charge("another study", spent)
     message = refusal(federation, study)
     assert "ended at mask: 1 hospitals answered" in message and "epsilon" not in message
     assert "BudgetError" in federation.sites["B"].journal[-1]
@@ -439,11 +434,10 @@ def test_a_study_that_a_hospital_cant_take_part_in_isnt_approved(federation):
 
 
 def test_a_round_without_noise_is_answered_once_whatever_the_session_and_after_a_restart(federation, folder):
+    """More of what hospitals keep of their rounds: tests/secagg/test_secagg_once.py."""
     code = fast(folder, "once")
     study = approved(federation, study_of(federation, "once", None, rounds=9), code, without_noise=True)
-    first = federation.researcher.round(study, weights(), 1)
-    again = federation.researcher.round(study, weights(), 1)  # the same hospitals: the same sum
-    assert first.survivors == again.survivors == NAMES and (first.total == again.total).all()
+    assert federation.researcher.round(study, weights(), 1).survivors == NAMES
     for name, site in federation.sites.items():
         federation.sites[name] = Datasite(site.client, site.hospital, site.folder)
         federation.sites[name].trust(site.trusted)
@@ -455,10 +449,6 @@ def test_a_round_without_noise_is_answered_once_whatever_the_session_and_after_a
     with pytest.raises(TooFewSurvivors, match="ended"):
         federation.researcher.round(study, other, 1)
     assert "for other weights" in federation.sites["B"].journal[-1]
-    for number in (10, True):
-        with pytest.raises(TooFewSurvivors, match="ended"):
-            federation.researcher.round(study, weights(), number)
-    assert federation.researcher.round(study, weights(), 2).survivors == NAMES
 
 
 def test_a_request_that_the_protocol_doesnt_allow_gets_no_answer(federation, folder):
@@ -558,7 +548,7 @@ def test_what_could_hide_from_a_reader_is_shown(federation):
 HUNGRY = """
 import numpy as np
 print("began", flush=True)
-kept = np.ones(2**28)
+kept = np.ones(2**27)
 np.save("outputs/update.npy", np.zeros(60, np.float32))
 """
 
@@ -570,7 +560,7 @@ def test_a_job_that_takes_more_memory_than_it_may_fails_with_a_sentence(federati
     with pytest.raises(JobError, match="memory"):
         run_job(files, tmp_path / "job", films, "A", memory_gib=1.0)
     assert "began" in (tmp_path / "job" / "stdout.txt").read_text()
-    assert run_job(files, tmp_path / "job", films, "A", memory_gib=6.0).shape == (60,)
+    assert run_job(files, tmp_path / "job", films, "A", memory_gib=3.0).shape == (60,)
     native = files | {CODE: b"import torch\nkept = torch.ones(2**28, dtype=torch.float64)\n"}
     with pytest.raises(JobError, match="memory"):
         run_job(native, tmp_path / "job", films, "A", memory_gib=1.5)
@@ -578,8 +568,10 @@ def test_a_job_that_takes_more_memory_than_it_may_fails_with_a_sentence(federati
 
 @pytest.mark.skipif(sys.platform != "linux", reason="no limit of memory is kept")
 def test_weights_that_unpack_to_more_than_a_job_may_take_end_it_alone(federation, tmp_path):
-    packed = io.BytesIO()
-    np.savez_compressed(packed, weight=np.zeros(2**28, np.float32))
+    packed, array = io.BytesIO(), io.BytesIO()
+    np.lib.format.write_array_header_1_0(array, {"descr": "<f4", "fortran_order": False, "shape": (2**28,)})
+    with zipfile.ZipFile(packed, "w") as file:
+        file.writestr("weight.npy", array.getvalue() + bytes(2**20))
     weights = base64.b64encode(packed.getvalue()).decode()
     files = {**study_of(federation, "bomb").files(), ROUND: json.dumps({"round": 1, "weights": weights}).encode()}
     assert len(files[ROUND]) < 2**21
