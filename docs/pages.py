@@ -1,0 +1,77 @@
+"""What the site's pages need and Sphinx doesn't do by itself: exported names, formulas, and anchors of notebooks."""
+
+import inspect
+import re
+from importlib import import_module
+from pathlib import Path
+
+from docutils.nodes import SkipNode
+from docutils.utils.math.latex2mathml import tex2mathml
+from myst_parser.mdit_to_docutils.base import default_slugify
+from sphinx.util.docutils import SphinxDirective
+
+
+class Exported(SphinxDirective):
+    """A module's docstring and each name that it exports; modules among them have sections of their own.
+
+    A name that stood under an earlier module of the page isn't explained twice.
+    """
+
+    required_arguments = 1
+
+    def run(self):
+        module, before = import_module(self.arguments[0]), self.env.current_document.setdefault("exported", {})
+        own = [name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
+        lines, again = [f".. automodule:: {module.__name__}", "   :no-members:", ""], []
+        for name in sorted(getattr(module, "__all__", own), key=str.lower):
+            value, full = getattr(module, name), f"{module.__name__}.{name}"
+            if callable(value) and value in before:
+                again.append(f":py:obj:`{name} <{before[value]}>`")
+            elif inspect.isclass(value):
+                lines += [f".. autoclass:: {full}", "   :members:", ""]
+            elif callable(value):
+                lines += [f".. autofunction:: {full}", ""]
+            elif not inspect.ismodule(value):
+                lines += [f".. py:data:: {name}", f"   :module: {module.__name__}", ""]
+            if callable(value):
+                before.setdefault(value, full)
+        lines += [f"Explained above: {', '.join(again)}."] if again else []
+        return self.parse_text_to_nodes("\n".join(lines))
+
+
+def describe(app, what, name, obj, options, lines):
+    """In our docstrings `name : words` has words about a parameter, where numpydoc's would have a type."""
+    lines[:] = "\n".join(re.sub(r"^(\*{0,2}\w[\w, *]*) : (.+)$", r"\1\n    \2", line) for line in lines).split("\n")
+
+
+def jupyter_anchors(app, docname, source):
+    """Notebooks' anchors are as JupyterLab makes them, `#2-·-The-films`: here they are GitHub's, as in all pages."""
+    if docname.startswith("notebooks/"):
+        source[0] = re.sub(r"\]\(#([^)]+)\)", lambda match: f"](#{default_slugify(match[1])})", source[0])
+
+
+def math(block):
+    """Formulas as MathML, which browsers draw by themselves: nothing is fetched from elsewhere."""
+
+    def visit(self, node):
+        tex = re.sub(r"\\([Bb]ig)(?![a-zA-Z])", r"\\\1l", node.astext()).replace(r"\dots", r"\ldots")
+        self.body.append(tex2mathml(tex, as_block=block))
+        raise SkipNode
+
+    return visit, None
+
+
+def front_door(app, exception):
+    """The site's address leads to its home."""
+    if not exception and app.builder.format == "html":
+        home = f'<!doctype html><meta http-equiv="refresh" content="0; url={app.config.root_doc}.html">\n'
+        Path(app.outdir, "index.html").write_text(home, "utf-8")
+
+
+def setup(app):
+    app.add_directive("exported", Exported)
+    app.add_html_math_renderer("mathml", math(block=False), math(block=True))
+    app.connect("autodoc-process-docstring", describe, priority=400)  # before napoleon
+    app.connect("source-read", jupyter_anchors)
+    app.connect("build-finished", front_door)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
