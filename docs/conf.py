@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 project = html_title = "primia_lite"
 author = copyright = "the primia_lite contributors"
 root_doc = "docs/index"
-include_patterns = ["docs/*.md", "notebooks/**.ipynb", "data/README.md", "CHANGELOG.md"]
+include_patterns = ["docs/**.md", "notebooks/**.ipynb", "data/README.md", "CHANGELOG.md"]
 exclude_patterns = [".*", "build", "runs", "shared", "primia_lite", "tests", "**/.*"]
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "pages"]
@@ -16,6 +16,7 @@ myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"
 nb_ipywidgets_js = {}
+nb_mime_priority_overrides = [("html", "application/vnd.jupyter.widget-view+json", None)]
 napoleon_use_ivar = True
 napoleon_use_param = True
 autodoc_typehints_format = "short"

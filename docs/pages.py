@@ -12,30 +12,27 @@ from sphinx.util.docutils import SphinxDirective
 
 
 class Exported(SphinxDirective):
-    """A module's docstring and each name that it exports; modules among them have sections of their own.
-
-    A name that stood under an earlier module of the page isn't explained twice.
-    """
+    """A module's docstring and each name that it exports. A chapter explains what the face doesn't; modules have pages."""
 
     required_arguments = 1
 
     def run(self):
-        module, before = import_module(self.arguments[0]), self.env.current_document.setdefault("exported", {})
+        module, face = import_module(self.arguments[0]), import_module("primia_lite")
         own = [name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
         lines, again = [f".. automodule:: {module.__name__}", "   :no-members:", ""], []
         for name in sorted(getattr(module, "__all__", own), key=str.lower):
             value, full = getattr(module, name), f"{module.__name__}.{name}"
-            if callable(value) and value in before:
-                again.append(f":py:obj:`{name} <{before[value]}>`")
+            if inspect.ismodule(value) or name.startswith("_"):
+                continue
+            if module is not face and getattr(face, name, None) is value:
+                again.append(f":py:obj:`{name} <primia_lite.{name}>`")
             elif inspect.isclass(value):
                 lines += [f".. autoclass:: {full}", "   :members:", ""]
             elif callable(value):
                 lines += [f".. autofunction:: {full}", ""]
-            elif not inspect.ismodule(value):
+            else:
                 lines += [f".. py:data:: {name}", f"   :module: {module.__name__}", ""]
-            if callable(value):
-                before.setdefault(value, full)
-        lines += [f"Explained above: {', '.join(again)}."] if again else []
+        lines += [f"Also here: {', '.join(again)}."] if again else []
         return self.parse_text_to_nodes("\n".join(lines))
 
 
@@ -44,10 +41,11 @@ def describe(app, what, name, obj, options, lines):
     lines[:] = "\n".join(re.sub(r"^(\*{0,2}\w[\w, *]*) : (.+)$", r"\1\n    \2", line) for line in lines).split("\n")
 
 
-def jupyter_anchors(app, docname, source):
-    """Notebooks' anchors are as JupyterLab makes them, `#2-·-The-films`: here they are GitHub's, as in all pages."""
+def notebook(app, docname, source):
+    """Anchors are as JupyterLab makes them, `#2-·-The-films`: here as GitHub does. A control needs a running notebook."""
     if docname.startswith("notebooks/"):
-        source[0] = re.sub(r"\]\(#([^)]+)\)", lambda match: f"](#{default_slugify(match[1])})", source[0])
+        text = re.sub(r"\]\(#([^)]+)\)", lambda match: f"](#{default_slugify(match[1])})", source[0])
+        source[0] = re.sub(r'"interactive\(children=.*"', '"(a control, in a running notebook)"', text)
 
 
 def math(block):
@@ -72,6 +70,6 @@ def setup(app):
     app.add_directive("exported", Exported)
     app.add_html_math_renderer("mathml", math(block=False), math(block=True))
     app.connect("autodoc-process-docstring", describe, priority=400)  # before napoleon
-    app.connect("source-read", jupyter_anchors)
+    app.connect("source-read", notebook)
     app.connect("build-finished", front_door)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
