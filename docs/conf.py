@@ -1,4 +1,4 @@
-"""Sphinx's settings for the site (`make docs`). Its sources are the checkout's files, so that GitHub's links hold here."""
+"""Sphinx's settings for the site (`make docs`). Its sources are the checkout's files, so that GitHub's links hold."""
 
 import sys
 from pathlib import Path
@@ -17,8 +17,9 @@ myst_heading_anchors = 3
 nb_execution_mode = "off"
 nb_ipywidgets_js = {}
 nb_mime_priority_overrides = [("html", "application/vnd.jupyter.widget-view+json", None)]
+nb_merge_streams = True
 napoleon_use_ivar = True
-napoleon_use_param = True
+napoleon_use_rtype = False
 autodoc_typehints_format = "short"
 
 html_theme = "furo"

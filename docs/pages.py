@@ -12,7 +12,7 @@ from sphinx.util.docutils import SphinxDirective
 
 
 class Exported(SphinxDirective):
-    """A module's docstring and each name that it exports. A chapter explains what the face doesn't; modules have pages."""
+    """A module's docstring and each name that it exports; on a chapter's page only those that the face hasn't."""
 
     required_arguments = 1
 
@@ -42,7 +42,7 @@ def describe(app, what, name, obj, options, lines):
 
 
 def notebook(app, docname, source):
-    """Anchors are as JupyterLab makes them, `#2-·-The-films`: here as GitHub does. A control needs a running notebook."""
+    """JupyterLab's anchors, such as `#2-·-The-films`, become GitHub's. A control needs a running notebook."""
     if docname.startswith("notebooks/"):
         text = re.sub(r"\]\(#([^)]+)\)", lambda match: f"](#{default_slugify(match[1])})", source[0])
         source[0] = re.sub(r'"interactive\(children=.*"', '"(a control, in a running notebook)"', text)
