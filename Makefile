@@ -88,7 +88,7 @@ docs-setup: setup
 
 # Notebooks are shown as committed; nothing is run.
 docs: docs-setup
-	@$(DOCS_BIN)/python -m sphinx -W --keep-going -q -j 2 -b html -c docs . $(SITE) && echo "The site is in $(SITE)"
+	@$(DOCS_BIN)/python -m sphinx -W --keep-going -q -j 2 -b html -c docs -d build/site/doctrees . $(SITE) && echo "The site is in $(SITE)"
 
 # The .pth file is read after the others, so that what lies in this environment comes first.
 install-flower install-docs: install-%:
