@@ -6,6 +6,7 @@
 #   make test                              the tests, then every notebook checked against its committed outputs
 #   make test-browser                      the notebooks' widgets in a real JupyterLab and chromium
 #   make test-flower                       Flower as the transport, in an environment of its own (make flower)
+#   make docs                              the site, into build/site/html (what it needs: an environment of its own)
 #   make lab                               JupyterLab, opened at the first notebook
 #   make refresh                           runs the notebooks and keeps their outputs, to commit
 #   make setup | doctor | lint | format | clean
@@ -32,9 +33,14 @@ PIP := $(BIN)/python -m pip
 KEY := $(shell (cat requirements.lock pyproject.toml; pwd) | cksum)
 
 # Flower asks for older versions of some packages: its environment lies over .venv and holds only what differs.
-FLOWER := .venv-flower
-FLOWER_BIN := $(FLOWER)/$(notdir $(BIN))
-FLOWER_KEY := $(shell (cat requirements-flower.lock requirements.lock pyproject.toml; pwd) | cksum)
+FLOWER_BIN := .venv-flower/$(notdir $(BIN))
+# So has the site, which few build.
+DOCS_BIN := .venv-docs/$(notdir $(BIN))
+SITE := build/site/html
+over_key = $(shell (cat requirements-$(1).lock requirements.lock pyproject.toml; pwd) | cksum)
+# $(call over,NAME): .venv-NAME is there and up to date
+over = [ "$$(cat .venv-$(1)/.stamp 2>/dev/null)" = "$(call over_key,$(1))" ] && .venv-$(1)/$(notdir $(BIN))/python -c "" 2>/dev/null \
+	|| $(MAKE) --no-print-directory install-$(1)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_USER := no
@@ -47,7 +53,7 @@ export PYTHONDONTWRITEBYTECODE :=
 TEST_ENV := OMP_NUM_THREADS=1 MPLBACKEND= PRIMIA_LITE_HEADLESS=1 \
 	PRIMIA_LITE_DATA="$${PRIMIA_LITE_DATA:+$$(cd "$$PRIMIA_LITE_DATA" 2>/dev/null && pwd || echo "$$PRIMIA_LITE_DATA")}"
 
-.PHONY: run test test-unit test-notebooks test-browser test-flower flower chromium refresh lab doctor setup install install-flower lint format clean help
+.PHONY: run test test-unit test-notebooks test-browser test-flower flower docs docs-setup chromium refresh lab doctor setup install install-flower install-docs lint format clean help
 
 run: setup
 	@$(BIN)/primia-lite run --profile $(PROFILE) $(if $(DATA),--data $(DATA)) $(if $(ONLY),--only $(ONLY)) $(if $(OUT),--out "$(OUT)")
@@ -76,18 +82,24 @@ test-flower: flower
 	@$(TEST_ENV) $(FLOWER_BIN)/python -m pytest -p no:nbval -m flower -n 2 --dist loadfile $(if $(filter tests,$(TESTS)),tests/apps/flower/test_tls.py tests/apps/flower tests/test_lock.py,$(TESTS))
 
 flower: setup
-	@[ "$$(cat $(FLOWER)/.stamp 2>/dev/null)" = "$(FLOWER_KEY)" ] && $(FLOWER_BIN)/python -c "" 2>/dev/null \
-	|| $(MAKE) --no-print-directory install-flower
+	@$(call over,flower)
+
+docs-setup: setup
+	@$(call over,docs)
+
+# Notebooks are shown as committed; nothing is run.
+docs: docs-setup
+	@$(DOCS_BIN)/python -m sphinx -W --keep-going -q -j 2 -b html -c docs -d build/site/doctrees . $(SITE) && echo "The site is in $(SITE)"
 
 # The .pth file is read after the others, so that what lies in this environment comes first.
-install-flower:
-	@echo "Setting up $(FLOWER), over $(VENV)"
-	@$(BIN)/python -m venv --clear $(FLOWER)
-	@$(FLOWER_BIN)/python -m pip install --quiet --no-deps --only-binary :all: -r requirements-flower.lock
+install-flower install-docs: install-%:
+	@echo "Setting up .venv-$*, over $(VENV)"
+	@$(BIN)/python -m venv --clear .venv-$*
+	@.venv-$*/$(notdir $(BIN))/python -m pip install --quiet --no-deps --only-binary :all: -r requirements-$*.lock
 	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
-	  > "$$($(FLOWER_BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_below.pth"
-	@$(FLOWER_BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
-	@echo "$(FLOWER_KEY)" > $(FLOWER)/.stamp
+	  > "$$(.venv-$*/$(notdir $(BIN))/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_below.pth"
+	@.venv-$*/$(notdir $(BIN))/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@echo "$(call over_key,$*)" > .venv-$*/.stamp
 
 # Playwright drives the system's browser; it downloads none of its own.
 chromium:
@@ -156,7 +168,7 @@ endif
 	@echo "$(KEY)" > $(VENV)/.stamp
 
 clean:
-	rm -rf $(VENV) $(FLOWER) runs .cache
+	rm -rf $(VENV) .venv-flower .venv-docs build runs .cache
 
 help:
 	@sed -n '3,/^$$/s/^# \{0,1\}//p' Makefile

@@ -155,7 +155,9 @@ def audits() -> str:
         "one_run_released_any": "one training, from the released model alone, any mechanism",
     }  # fmt: skip
     head = ["ε at least, by", *(f"claimed {claim}" for claim in (1, 4, 8))]
-    lower = [[label, *(f"{found[f'audit_{way}_eps{c}']['mean']:.2f}" for c in (1, 4, 8))] for way, label in ways.items()]
+    lower = [
+        [label, *(f"{found[f'audit_{way}_eps{c}']['mean']:.2f}" for c in (1, 4, 8))] for way, label in ways.items()
+    ]
     names = {"no_dp": "without DP", "eps8": "ε = 8", "eps1": "ε = 1"}
     who = ["LiRA, AUC", "true positives at 1 % false ones", "loss attack, AUC", "LiRA, mislabelled patients, AUC"]
     keys = ["lira_auc_{}", "lira_tpr_1pct_{}", "loss_auc_{}", "lira_auc_{}_mislabelled"]

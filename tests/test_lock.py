@@ -52,15 +52,23 @@ def flower_lock(root) -> dict[str, Requirement]:
 
 
 @pytest.fixture(scope="module")
+def docs_lock(root) -> dict[str, Requirement]:
+    return read_lock(root / "requirements-docs.lock")
+
+
+@pytest.fixture(scope="module")
 def pyproject(root) -> dict:
     return tomllib.loads((root / "pyproject.toml").read_text())["project"]
 
 
 @pytest.fixture(scope="module")
 def project(pyproject, lock) -> dict[str, str]:
-    """What pyproject.toml pins, but for Flower; of what it gives a range for, the lock's."""
+    """What pyproject.toml pins, but for Flower and the site; of what it gives a range for, the lock's."""
     extras = pyproject["optional-dependencies"]
-    groups = [pyproject["dependencies"], *(extras[name] for name in extras if not name.startswith("flower"))]
+    groups = [
+        pyproject["dependencies"],
+        *(extras[name] for name in extras if name != "docs" and not name.startswith("flower")),
+    ]
     found = {}
     for requirement in (Requirement(text) for group in groups for text in group):
         name = canonicalize_name(requirement.name)
@@ -90,6 +98,12 @@ def test_the_extras_pin_flower_and_pip_can_install_them(pyproject, lock, flower_
     ranges = {canonicalize_name(r.name): r.specifier for r in map(Requirement, pyproject["dependencies"])}
     for name in HELD_BACK & ranges.keys():
         assert ranges[name].contains(pin(lock[name])) and ranges[name].contains(pin(flower_lock[name])), name
+
+
+def test_the_site_s_lock_adds_to_the_lock_and_has_what_the_extra_asks_for(pyproject, lock, docs_lock):
+    assert lock.keys() & docs_lock.keys() == set()
+    extra = {canonicalize_name(r.name): pin(r) for r in map(Requirement, pyproject["optional-dependencies"]["docs"])}
+    assert extra == {name: pin(docs_lock[name]) for name in extra}
 
 
 @pytest.mark.flower

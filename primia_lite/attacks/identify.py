@@ -123,7 +123,7 @@ def _factor(matrix: torch.Tensor) -> torch.Tensor:
 def top1_rate(gram, sigma: float, *, steps: int = 1, sample_rate: float = 1.0, trials: int = 1000, seed=0) -> Rate:
     """How often the best attacker names the film, each of N being as likely, by playing.
 
-    At each step it sees u = b g_i + σ n, with b = 1 at probability q. It sums log(1 - q + q exp((<g_j, u> - |g_j|² / 2)
+    At each step it sees u = b g_i + σ n, with b = 1 at probability q. It sums log(1 - q + q exp((<g_j, u> - ‖g_j‖² / 2)
     / σ²)), the log likelihood ratio of j taking part to nobody, and names the j of the largest sum. Of m candidates
     with one gradient (twins) it names any at random: a tie counts 1 / m on average, and trials stay yes or no.
 

@@ -77,7 +77,7 @@ def local_noise(
 def rounded_gaussian(n: int, sigma: float, rng: SecureGenerator) -> np.ndarray:
     """int64 [n], independent samples of round(σ Z) for a standard normal Z, exact.
 
-    By inversion: one bit of a word is the sign, the others begin a uniform U, and |Z| is the number that a normal
+    By inversion: one bit of a word is the sign, the others begin a uniform U, and ``|Z|`` is the number that a normal
     exceeds with probability U / 2.
     """
     if not 0 < sigma <= MAX_SIGMA:

@@ -109,6 +109,11 @@ def test_readme_quotes_what_a_newcomer_will_see():
     assert [quote for quote in quotes if quote not in README] == []
 
 
+def test_the_site_s_home_quotes_what_readme_does():
+    words = (ROOT / "docs" / "index.md").read_text().split()
+    assert [word for word in words if "0." in word and word.strip(".") not in README] == []
+
+
 def test_readme_decides_in_two_minutes():
     assert len(README.splitlines()) <= 150 and len(README.split()) <= 1500
     assert max(map(len, README.splitlines())) <= 400
