@@ -166,17 +166,6 @@ def audits() -> str:
     return f"{table(head, lower)}\n\n{bugs}\n\n{table(['training', *who], member)}"
 
 
-def shares() -> str:
-    found = {name: entry["mean"] for name, entry in metrics("paper/08_smpc_inference").items()}
-    return (
-        f"A ResNet-18 at 64 px, trained by three hospitals (one seed), has AUROC {found['auroc_resnet18']:.3f} without DP, and "
-        f"{found['auroc_resnet18_dp']:.3f} at ε = 8. On shares {found['agreement_resnet18']:.0f} of "
-        f"{found['films_resnet18']:.0f} test films get the diagnosis that they get in the clear; AUROC "
-        f"{found['auroc_resnet18_shared']:.4f} beside {found['auroc_resnet18_clear']:.4f}; largest error of a logit "
-        f"{found['logit_error_resnet18']:.4f}; {found['rounds']:.0f} rounds and {found['megabytes_each_way']:.2f} MB each way a film."
-    )
-
-
 def rows() -> dict[str, str]:
     """Rows of the table of targets, by how they begin."""
     two, three = metrics("paper/02_federated_dp_training"), metrics("paper/03_privacy_accounting")
