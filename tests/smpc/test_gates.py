@@ -167,7 +167,7 @@ def with_an_unused_head(net, x):
     ("forward", "word"),
     [
         (lambda net, x: net.head(net.flat(torch.add(x, net.conv(x), alpha=3))), "logits"),
-        (lambda net, x: net.head(net.flat(net.norm(net.conv(net.norm(net.conv(x)))))), "logits"),
+        (lambda net, x: net.head(net.flat(net.conv(net.norm(net.conv(x))))), "logits"),
         (lambda net, x: net.head(net.flat(x + 1.0)), "add"),
         (lambda net, x: (net.head(net.flat(x)), x), "output"),
         (lambda net, x: {"logits": net.head(net.flat(x))}, "output"),

@@ -492,7 +492,7 @@ def test_one_party_cannot_vouch_for_another(ready, tmp_path):
 
 def test_a_logits_share_is_new_even_where_key_and_film_are_not(ready, small):
     """Dealer and film's owner know all masks of the last layer, and see both shares."""
-    network, program, _, films = small
+    films = small[3]
     ready.close()
     copy, film = shutil.copytree(ready.root, ready.root.parent / "copy"), share(encode(films[:1].numpy(), 10))
     seen = []
