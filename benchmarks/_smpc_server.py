@@ -29,7 +29,7 @@ def server(b: int, pipe, peer, text: str, weights, model_seed: bytes, keys: Path
     own = open_weights(b, weights, model_seed, exchange)
     sent[:] = 0, 0
     marks = [time.process_time()]
-    engine = Preparation(b, seed, own, Key(seed, keys.open("rb"), keys.stat().st_size))
+    engine = Preparation(b, own, Key(seed, keys.open("rb"), keys.stat().st_size))
     run(program, engine, Wire(film.shape))
     marks.append(time.process_time())
     exchange(b"ready")

@@ -17,6 +17,7 @@ from primia_lite.config import UserError
 
 CALIBRATION_FILMS, CALIBRATION_SEED = 200, 7919
 PROGRAM = "program.json"
+LARGEST = 4096  # px of a side, of a film
 
 
 def add_arguments(parser) -> None:
@@ -142,8 +143,14 @@ def diagnosis(image, party, servers: Sequence[tuple[str, int]]) -> str:
 
     def prepared(program):
         described.update(program.description)
-        film = prepare_film(described, to_square(image, described["image_size"]))
-        return film.reshape(1, *program.in_shape)
+        try:
+            names, size = described["class_names"], described["image_size"]
+            if len(names) != program.n_classes or not 0 < size <= LARGEST:
+                raise ValueError(f"{names} of films of {size} px")
+            film = prepare_film(described, to_square(image, size)).reshape(1, *program.in_shape)
+        except (LookupError, TypeError, ValueError) as error:
+            raise smpc.PeerError(f"the servers' program doesn't say how to prepare a film: {error!r}") from error
+        return film
 
     found = smpc.diagnose(prepared, party, servers)
     shares = np.exp(found.logits[0] - found.logits[0].max())
@@ -155,7 +162,7 @@ def diagnosis(image, party, servers: Sequence[tuple[str, int]]) -> str:
         f"key {found.key}; {first.get('rounds')} rounds and {first.get('sent_bytes', 0) / 1e6:.2f} MB each way, "
         f"{first.get('online_cpu_s', 0):.2f} CPU s a server"
     )
-    return "\n".join([*lines, f"model: {described['model']}, {described['trained_on']}; not for clinical use"])
+    return "\n".join([*lines, f"model: {described['model']}, {described.get('trained_on')}; not for clinical use"])
 
 
 def demo_card(n_films: int = 600, size: int = 64, seed: int = 0):

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from primia_lite.config import UserError
-from primia_lite.smpc.connection import DEADLINE_S, MAX_HEADER, TURN_S, Party, PeerError, connect_both
+from primia_lite.smpc.connection import DEADLINE_S, MAX_HEADER, WAIT_S, Party, PeerError, connect_both
+from primia_lite.smpc.keys import MAX_BATCH
 from primia_lite.smpc.program import ACTIVATION, Program, Weights
 from primia_lite.smpc.ring import decode, encode, share
 
@@ -27,8 +28,8 @@ class Diagnosis:
 
 def send_model(program: Program, weights: Weights, party: Party, servers: Addresses) -> str:
     """Send each server its shares of a model; returns the name that both know it by. Earlier keys don't fit it."""
-    name, connections = secrets.token_hex(16), connect_both(party, servers)
-    try:
+    name = secrets.token_hex(16)
+    with connect_both(party, servers) as connections:
         for connection in connections:
             connection.send({"kind": "model", "name": name}, program.to_json().encode())
         for connection in connections:
@@ -40,9 +41,6 @@ def send_model(program: Program, weights: Weights, party: Party, servers: Addres
                 connection.send({"kind": "layer"}, own.tobytes() + own_bias.tobytes())
         for connection in connections:
             connection.receive("kept")
-    finally:
-        for connection in connections:
-            connection.close()
     return name
 
 
@@ -67,44 +65,44 @@ def diagnose(
     PeerError
         A server vanished, was too slow, reports an error, or the two differ.
     """
-    connections = connect_both(party, servers, deadline_s)
-    try:
+    with connect_both(party, servers, deadline_s) as connections:
         offers = [connection.receive("program", most=MAX_HEADER) for connection in connections]
-        if offers[0][1] != offers[1][1] or offers[0][0].get("model") != offers[1][0].get("model"):
+        model = offers[0][0].get("model")
+        if offers[0][1] != offers[1][1] or model != offers[1][0].get("model"):
             raise PeerError("the two servers offer different programs: no film was sent")
         offered = Program.from_json(offers[0][1].decode("utf-8", "replace"))
         if program is not None and program.digest != offered.digest:
             raise PeerError("the servers offer another program than yours: no film was sent")
-        batches = _common(offers[0][0].get("batches"), offers[1][0].get("batches"))
+        batches = set.intersection(*(_batches(header) for header, _ in offers))
+        if not batches:
+            raise PeerError("the servers hold no keys: the dealer must deal first")
         film = np.asarray(film(offered) if callable(film) else film, np.float64)
-        check_film(film, offered, batches[-1])
-        batch = next(size for size in batches if size >= len(film))
+        check_film(film, offered, max(batches))
+        batch = min(batch for batch in batches if batch >= len(film))
         padded = np.zeros((batch, *offered.in_shape))
         padded[: len(film)] = film
         session = secrets.token_hex(16)
         for connection, own in zip(connections, share(encode(padded, ACTIVATION)), strict=True):
-            connection.send({"kind": "film", "session": session}, own.tobytes())
+            connection.send({"kind": "film", "session": session, "batch": batch}, own.tobytes())
         replies, size = [], 4 * batch * offered.n_classes
         for connection in connections:
-            connection.deadline_s = deadline_s + TURN_S
-            header, data = connection.receive("logits", most=size)
-            if len(data) != size or header.get("model") != offers[0][0].get("model"):
-                raise PeerError(f"{connection.role} sent something that isn't a share of logits")
+            header, data = connection.receive("logits", most=size, wait_s=WAIT_S)
+            if len(data) != size or (header.get("model"), header.get("program")) != (model, offered.digest):
+                raise PeerError(f"{connection.role} sent no logits of the model that it offered")
+            cost = header.get("cost")
+            if not isinstance(cost, dict) or not all(type(value) in (int, float) for value in cost.values()):
+                raise PeerError(f"{connection.role} sent no costs")
             replies.append((header, np.frombuffer(data, np.uint32).reshape(batch, -1)))
-    finally:
-        for connection in connections:
-            connection.close()
     logits = decode(replies[0][1] + replies[1][1], offered.logit_fraction)
-    costs = tuple(header.get("cost") or {} for header, _ in replies)
-    return Diagnosis(logits[: len(film)], replies[0][0].get("key"), costs)
+    return Diagnosis(logits[: len(film)], replies[0][0].get("key"), tuple(header["cost"] for header, _ in replies))
 
 
-def _common(*told: object) -> list[int]:
-    """How many films a key serves, of keys that both servers hold."""
-    sizes = [{n for n in t if type(n) is int and n > 0} if isinstance(t, list) else set() for t in told]
-    if not (both := sorted(set.intersection(*sizes))):
-        raise PeerError("the servers hold no keys: the dealer must deal first")
-    return both
+def _batches(header: dict) -> set[int]:
+    """How many films at a time a server's keys serve."""
+    found = header.get("batches")
+    if not isinstance(found, list) or not all(type(n) is int and 0 < n <= MAX_BATCH for n in found):
+        raise PeerError("a server's offer isn't one")
+    return set(found)
 
 
 def check_film(film: np.ndarray, program: Program, batch: int) -> None:

@@ -14,12 +14,13 @@ from torch.nn import functional as F
 
 from primia_lite.config import UserError
 from primia_lite.models.networks import Copy, FixedNorm
-from primia_lite.smpc.engines import Plain, Wire
+from primia_lite.smpc.engines import Engine, Plain, Wire
 from primia_lite.smpc.program import ACTIVATION, CAP, Program, Shapes, Step, Weights, run
+from primia_lite.smpc.ring import Factor, decode, encode, product
 
 LAST_CAP, FEWEST = 17, 6  # bits of the last layer's weights, whose products aren't cut, at most; of any layer at least
-SAME = 1e-3  # of the largest logit: what rounding may move
 LIMIT, MARGIN = 2**30, 2  # a gate's range, and how far calibration stays below it
+SAME, DEVIATION, FEW = 1e-3, 0.05, 8  # logits of program and network; in fixed point, of the largest; on how many films
 WIDEST = 9216  # products summed: beyond, float64 would lose more than a last bit
 NORMS = (nn.BatchNorm2d, FixedNorm)
 PASSED = (nn.Identity, nn.Dropout, Copy)
@@ -37,23 +38,30 @@ def compile(network: nn.Module, films: torch.Tensor, description: dict | None = 
     ----------
     films
         Public films in the form that the network takes, float32 [N, C, H, W]. They calibrate: a film whose values go
-        beyond twice the largest that they reach at some layer may be diagnosed wrongly, and nobody would see it.
+        beyond twice the largest that they reach at some layer may be diagnosed wrongly, and nobody would see it. The
+        first of them are also computed in fixed point.
     description
         Shown to whoever wants a diagnosis: how films are prepared, and what logits mean.
 
     Raises
     ------
     UserError
-        A layer has no gate (it is named), or its values leave no room for its weights' bits.
+        A layer has no gate (it is named), or its values leave no room for its weights' bits; the program makes other
+        logits of the films than the network, or in fixed point such that are off by more than ``DEVIATION``.
     """
     steps, weights = _Tracing(network).result()
-    if not steps or steps[-1].op != "conv":
-        raise UserError("the network must end in a dense layer")
     shapes = {name: weight.shape for name, (weight, _) in weights.items()}
     bound = MARGIN * float(films.abs().max())
     n_classes = shapes[steps[-1].settings["name"]][0]
     draft = Program(tuple(films.shape[1:]), n_classes, steps, shapes, {}, bound, description or {})
-    _average(draft, weights)
+    try:
+        with torch.no_grad():
+            wanted = network(films).double().numpy()
+        _average(draft, weights)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a network raises of films that it doesn't take
+        raise UserError(f"the network doesn't take films {draft.in_shape}: {error}") from error
     seen: dict[str, float] = {}
 
     def watch(step: Step, wire: Wire) -> None:
@@ -63,11 +71,44 @@ def compile(network: nn.Module, films: torch.Tensor, description: dict | None = 
 
     with torch.no_grad():
         logits = run(draft, Plain(weights), Wire(films.shape, films.double().numpy()), watch).share
-        right = network(films).double().numpy()
-    if logits.shape != right.shape or np.abs(logits - right).max() > SAME * max(1.0, np.abs(right).max()):
-        raise UserError("the network has something that no step stands for: the program's logits differ from its own")
-    scales = _Scales(steps, seen)
-    return replace(draft, steps=tuple(scales.steps), fractions=scales.fractions), weights
+        scale = np.abs(wanted).max()
+        if wanted.shape != logits.shape or not np.abs(logits - wanted).max() <= SAME * scale:
+            raise UserError("a program of the network's layers makes other logits than the network: write it plainly")
+        scales = _Scales(steps, seen)
+        program = replace(draft, steps=tuple(scales.steps), fractions=scales.fractions)
+        few = films[:FEW].numpy()
+        rounded = run(program, _Rounded(program, weights), Wire(few.shape, encode(few, ACTIVATION))).share
+    off = np.abs(decode(rounded, program.logit_fraction) - logits[:FEW]).max()
+    if off > DEVIATION * max(1, scale):
+        raise UserError(
+            f"in fixed point the logits are off by {off:.2g} on the calibration films, more than {DEVIATION} of the "
+            "largest: values of very different sizes in one layer leave its weights few bits"
+        )
+    return Program.from_json(program.to_json()), weights
+
+
+class _Rounded(Engine):
+    """What two servers make of a film, with the errors of cuts and comparisons, computed by one in the clear."""
+
+    def __init__(self, program: Program, weights: Weights) -> None:
+        self.random, self.weights = np.random.default_rng(0), {}
+        for name, bits in program.fractions.items():
+            weight, bias = weights[name]
+            self.weights[name] = Factor(encode(weight, bits)), encode(bias, ACTIVATION + bits)
+
+    def conv(self, x, name, stride=1, padding=0, groups=1):
+        weight, bias = self.weights[name]
+        out = product(x.share, weight, stride, padding, groups)
+        out += bias.reshape((1, -1) + (1,) * (out.ndim - 2))
+        return Wire(out.shape, out)
+
+    def select(self, y, gate):
+        value = (y.share.view(np.int32).astype(np.int64) + ((1 << gate.shift) >> 1)) >> gate.shift
+        terms, error = [], self.random.integers(-gate.half, gate.half or 1, y.shape)
+        for threshold in gate.thresholds:
+            terms.append(np.where(value - threshold + error >= 0, value - threshold, 0))
+        out = terms[0] - sum(terms[1:]) if terms else value
+        return Wire(y.shape, out.astype(np.uint32))
 
 
 class _Tracer(fx.Tracer):
@@ -91,19 +132,27 @@ class _Tracing:
 
     def result(self) -> tuple[tuple[Step, ...], Weights]:
         for node in self.graph.nodes:
-            if node.op == "placeholder":
-                self.wires[node] = "film"
-            elif node.op == "call_module":
-                self._module(node, self.modules[node.target], str(node.target))
-            elif node.op in ("call_function", "call_method"):
-                self._function(node)
-            elif node.op == "output" and self.wires.get(node.args[0]) != self.steps[-1].out:
-                raise UserError("the network must end in a dense layer, whose logits are all that it gives")
+            try:
+                self._node(node)
+            except UserError:
+                raise
+            except Exception as error:  # a number or a tuple where a tensor belongs, an argument by name
+                raise UserError(f"layer {str(node.target)!r} can't be computed on shares: {error!r}") from error
+        if not self.steps or self.steps[-1].op != "conv" or self.wires[node] != self.steps[-1].out:
+            raise UserError("the network must end in a dense layer, and return what it makes")
         return tuple(_pool_first(self.steps)), self.weights
 
+    def _node(self, node: fx.Node) -> None:
+        if node.op == "placeholder":
+            self.wires[node] = "film"
+        elif node.op == "call_module":
+            self._module(node, self.modules[node.target], str(node.target))
+        elif node.op in ("call_function", "call_method"):
+            self._function(node)
+        elif node.op == "output":
+            self._same(node)
+
     def _add(self, node: fx.Node, op: str, *inputs: fx.Node, **settings) -> None:
-        if not all(isinstance(i, fx.Node) and i in self.wires for i in inputs):
-            self._refuse(node.name, "a constant where a layer's output belongs")
         self.steps.append(Step(op, node.name, tuple(self.wires[i] for i in inputs), settings))
         self.wires[node] = node.name
 
@@ -242,10 +291,7 @@ def _average(program: Program, weights: Weights) -> None:
         if step.op == "sum_pool":
             pixels[step.out] = math.prod(shapes[step.inputs[0]][1:])
 
-    try:
-        run(program, Shapes(program), Wire((1, *program.in_shape)), watch)
-    except (ValueError, IndexError) as error:
-        raise UserError(f"the network doesn't take films {program.in_shape}: {error}") from error
+    run(program, Shapes(program), Wire((1, *program.in_shape)), watch)
     for step in program.steps:
         for name in set(step.inputs) & set(pixels):
             if step.op != "conv":

@@ -15,17 +15,18 @@ import socket
 import ssl
 import struct
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from primia_lite.config import UserError
 from primia_lite.runtime import write_atomic
 
 ROLES = ("server0", "server1", "dealer", "model", "film")
-TURN_S = 300.0  # for a film's turn
 DEADLINE_S = 60.0  # for a message to come or go as a whole
-MAX_HEADER, MAX_PAYLOAD = 1 << 20, 1 << 31
+WAIT_S = 300.0  # for a film's turn
+HANDSHAKE_S = 5.0  # for a stranger to show who it is
+MAX_HEADER = 1 << 20
 PIECE = 1 << 17
 _LATER = (ssl.SSLWantReadError, ssl.SSLWantWriteError, BlockingIOError)
 _HEAD = struct.Struct("<II")
@@ -52,7 +53,7 @@ def make_identity(folder: Path, role: str) -> Path:
         x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
         .not_valid_before(now - datetime.timedelta(days=1))
         .not_valid_after(now + datetime.timedelta(days=365))
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .sign(key, hashes.SHA256())
         .public_bytes(serialization.Encoding.PEM)
     )
@@ -91,7 +92,9 @@ class Party:
         return context
 
     def accept(self, raw: socket.socket, deadline_s: float = DEADLINE_S) -> Connection:
-        return self._secured(raw, True, deadline_s)
+        connection = self._secured(raw, True, min(HANDSHAKE_S, deadline_s))
+        connection.deadline_s = deadline_s
+        return connection
 
     def connect(self, address: tuple[str, int], role: str, deadline_s: float = DEADLINE_S) -> Connection:
         """To the party that must be ``role``."""
@@ -114,9 +117,9 @@ class Party:
         except (OSError, ValueError) as error:
             raw.close()
             raise PeerError(f"no TLS connection to somebody known: {error}") from error
-        if seen not in self._known:  # signed by somebody known is not enough
+        if seen not in self._known:  # signed by a known party's key, but no party itself
             secured.close()
-            raise PeerError("no TLS connection to somebody known: this certificate is nobody's here")
+            raise PeerError("a certificate that isn't among those in peers/")
         return Connection(secured, self._known[seen], deadline_s)
 
 
@@ -143,17 +146,29 @@ class Connection:
         if size:
             self._move(memoryview(payload).cast("B"), memoryview(b""))
 
-    def receive(self, *kinds: str, most: int = 0) -> tuple[dict, bytearray]:
-        """The next message, which must be of one of these kinds and bring at most ``most`` bytes.
+    def gone(self) -> bool:
+        """Whether the other party, which has nothing to say now, closed the connection (or speaks)."""
+        try:
+            self._socket.setblocking(False)
+            self._socket.recv(1)
+        except _LATER:
+            return False
+        except (OSError, ValueError):
+            pass
+        return True
+
+    def receive(self, kind: str, most: int = 0, wait_s: float = 0.0) -> tuple[dict, bytearray]:
+        """The next message, which must be of this kind and bring at most ``most`` bytes. It may start ``wait_s`` later
+        than others.
 
         Raises
         ------
         PeerError
             It is another; or an ``error`` that the other party reports.
         """
-        head, payload = _HEAD.unpack(self._read(_HEAD.size))
-        if head > MAX_HEADER or payload > min(most, MAX_PAYLOAD):
-            raise PeerError(f"{self.role} sends more than {' or '.join(kinds)} may have: {head + payload:,} bytes")
+        head, payload = _HEAD.unpack(self._read(_HEAD.size, wait_s))
+        if head > MAX_HEADER or payload > most:
+            raise PeerError(f"{self.role} sends more than {kind} may have: {head + payload:,} bytes")
         try:
             header = json.loads(self._read(head))
             got = header["kind"]
@@ -164,8 +179,8 @@ class Connection:
             raise PeerError(f"{self.role} sent something that is no message")
         if got == "error":
             raise PeerError(f"{self.role} says: {str(header.get('text'))[:500]}")
-        if got not in kinds:
-            raise PeerError(f"{self.role} sent {str(got)[:40]!r} where {' or '.join(kinds)} belongs")
+        if got != kind:
+            raise PeerError(f"{self.role} sent {got[:40]!r} where {kind} belongs")
         return header, self._read(payload)
 
     def exchange(self, data: bytes) -> bytearray:
@@ -175,14 +190,14 @@ class Connection:
         self.sent, self.rounds = self.sent + len(data), self.rounds + 1
         return got
 
-    def _read(self, n: int) -> bytearray:
+    def _read(self, n: int, wait_s: float = 0.0) -> bytearray:
         got = bytearray(n)
-        self._move(memoryview(b""), memoryview(got))
+        self._move(memoryview(b""), memoryview(got), wait_s)
         return got
 
-    def _move(self, out: memoryview, into: memoryview) -> None:
+    def _move(self, out: memoryview, into: memoryview, wait_s: float = 0.0) -> None:
         """In one thread, as a TLS connection must not be read and written by two at once."""
-        last = time.monotonic() + self.deadline_s
+        last = time.monotonic() + self.deadline_s + wait_s
         try:
             self._socket.setblocking(False)
             while out or into:
@@ -198,22 +213,11 @@ class Connection:
                         into, waiting = into[n:], False
                 left = last - time.monotonic()
                 if left <= 0 and (out or into):
-                    raise PeerError(f"{self.role} took longer than {self.deadline_s:.0f} s")
+                    raise PeerError(f"{self.role} took longer than {self.deadline_s + wait_s:.0f} s")
                 if waiting:
                     select.select([self._socket] if into else [], [self._socket] if out else [], [], left)
-        except (OSError, ValueError) as error:  # ValueError: closed in this process
+        except (OSError, ValueError) as error:  # ValueError: closed by another thread
             raise PeerError(f"the connection to {self.role} broke: {error}") from error
-
-    def gone(self) -> bool:
-        """Whether the other party has closed the connection, where nothing is to come from it."""
-        try:
-            self._socket.setblocking(False)
-            self._socket.recv(1)
-        except _LATER:
-            return False
-        except (OSError, ValueError):
-            pass
-        return True
 
 
 def address_of(text: str) -> tuple[str, int]:
@@ -223,18 +227,18 @@ def address_of(text: str) -> tuple[str, int]:
     return host, int(port)
 
 
+@contextmanager
 def connect_both(
     party: Party, addresses: Sequence[tuple[str, int]], deadline_s: float = DEADLINE_S
-) -> list[Connection]:
+) -> Iterator[tuple[Connection, Connection]]:
     """To server 0 and server 1."""
     if len(addresses) != 2:
         raise UserError(f"two servers are needed, {len(addresses)} addresses are given")
-    first = party.connect(addresses[0], "server0", deadline_s)
-    try:
-        return [first, party.connect(addresses[1], "server1", deadline_s)]
-    except BaseException:
-        first.close()
-        raise
+    with (
+        party.connect(addresses[0], "server0", deadline_s) as first,
+        party.connect(addresses[1], "server1", deadline_s) as second,
+    ):
+        yield first, second
 
 
 def sync(folder: Path) -> None:

@@ -7,11 +7,12 @@ a film's shares. What a server sees of the other is a share plus a mask that nob
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,15 +22,10 @@ from primia_lite.smpc import dcf
 from primia_lite.smpc.gates import Gate
 from primia_lite.smpc.ring import Factor, Stream, pack, packed_bits, product, unpack
 
+if TYPE_CHECKING:
+    from primia_lite.smpc.keys import Key
+
 Exchange = Callable[[bytes], bytes]  # sends to the other server, and returns as many bytes from it
-
-
-class Keys(Protocol):
-    """Where a server reads its keys from, in their order: now, or where they are and when they are needed."""
-
-    def read(self, shape: tuple[int, ...], dtype: type) -> np.ndarray: ...
-
-    def later(self, shape: tuple[int, ...], dtype: type) -> Callable[[], np.ndarray]: ...
 
 
 class Wire:
@@ -41,7 +37,7 @@ class Wire:
 
     @property
     def size(self) -> int:
-        return int(np.prod(self.shape))
+        return math.prod(self.shape)
 
 
 class Engine:
@@ -194,12 +190,12 @@ class Preparation(Engine):
     """At a server, before a film comes: keys are read, streams drawn, and what doesn't depend on the film computed.
     ``ready`` holds the result, in the program's order."""
 
-    def __init__(self, server: int, seed: bytes, weights: Mapping[str, SharedWeight], keys: Keys) -> None:
-        self.server, self.stream, self.weights, self.keys = server, Stream(seed), weights, keys
+    def __init__(self, server: int, weights: Mapping[str, SharedWeight], key: Key) -> None:
+        self.server, self.stream, self.weights, self.key = server, Stream(key.seed), weights, key
         self.ready: list[ReadyProduct | ReadyGate] = []
 
     def _share(self, shape) -> np.ndarray:
-        return self.keys.read(shape, np.uint32) if self.server else self.stream.draw(shape)
+        return self.key.read(shape, np.uint32) if self.server else self.stream.draw(shape)
 
     def conv(self, x, name, stride=1, padding=0, groups=1):
         first, weight = x.mask is None, self.weights[name]
@@ -215,7 +211,7 @@ class Preparation(Engine):
         mask, seeds, words = self.stream.draw(y.size), None, None
         if gate.thresholds:
             seeds = self.stream.draw((y.size, 2), np.uint64)
-            words = self.keys.later((dcf.depth(gate.bits) + 1, y.size, 2), np.uint64)
+            words = self.key.later((dcf.depth(gate.bits) + 1, y.size, 2), np.uint64)
         flips = [self.stream.bits(y.size) for _ in gate.thresholds]
         self.ready.append(ReadyGate(mask, seeds, words, flips, self._share((gate.columns, y.size))))
         return Wire(y.shape)

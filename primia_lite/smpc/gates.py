@@ -44,6 +44,11 @@ class Gate:
         return min(COMPARED, self.ring - 1)
 
     @property
+    def half(self) -> int:
+        """What a comparison may err by."""
+        return (1 << (self.ring - 1 - self.bits)) >> 1
+
+    @property
     def rows(self) -> int:
         """Of a table: without a wrap and, after a cut, with one."""
         return 2 if self.shift else 1
@@ -63,8 +68,7 @@ class Gate:
 
     def points(self, value: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
         """:meth:`parts` of a masked value's distance to each threshold, rounded to what is compared."""
-        half = (1 << (self.ring - 1 - self.bits)) >> 1
-        return [self.parts(self.wrapped(value - np.uint32(t + half))) for t in self.thresholds]
+        return [self.parts(self.wrapped(value - np.uint32(t + self.half))) for t in self.thresholds]
 
     def table(self, mask: np.ndarray, flips: list[np.ndarray]) -> np.ndarray:
         """What the dealer shares, uint32 [columns, values]: products of secrets, one of which the opened bits pick.

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import secrets
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -16,15 +15,19 @@ import numpy as np
 
 from primia_lite.config import UserError
 from primia_lite.runtime import write_atomic
-from primia_lite.smpc.connection import Connection, Party, PeerError, connect_both, sync
+from primia_lite.smpc.connection import Connection, Party, connect_both, sync
 from primia_lite.smpc.engines import Dealer, Wire, weight_masks
 from primia_lite.smpc.program import Program, run
 
 ID = re.compile(r"[0-9a-f]{32}")
 MAX_KEYS, MAX_BATCH = 100_000, 64
 CHECK = 32  # bytes of the SHA-256 that ends a key's file
-PART_BYTES = 1 << 24  # of one message: what a slow line carries well before the deadline
-TOLD = 1000  # numbers of a dealing that servers tell one another of
+PART_BYTES = 1 << 23  # of one message, which has a deadline; a layer's keys come in several
+
+
+def is_id(value: object) -> bool:
+    """Whether it is a name (or a seed) that parties draw, and nothing else in JSON that looks like one."""
+    return isinstance(value, str) and ID.fullmatch(value) is not None
 
 
 def deal(
@@ -38,8 +41,7 @@ def deal(
     if not (0 < n_films <= MAX_KEYS and 0 < batch <= MAX_BATCH):
         raise UserError(f"make 1 to {MAX_KEYS:,} keys, for 1 to {MAX_BATCH} films each: asked were {n_films}, {batch}")
     dealing, model_seeds = secrets.token_hex(16), (secrets.token_bytes(16), secrets.token_bytes(16))
-    connections = connect_both(party, servers)
-    try:
+    with connect_both(party, servers) as connections:
         masks = weight_masks(program.shapes, model_seeds)
         for number in range(n_films):
             seeds = secrets.token_bytes(16), secrets.token_bytes(16)
@@ -62,9 +64,6 @@ def deal(
             for connection in connections:
                 connection.receive("kept")
             progress(number + 1)
-    finally:
-        for connection in connections:
-            connection.close()
     return dealing
 
 
@@ -123,9 +122,15 @@ class KeyStore:
                 for data in (len(first).to_bytes(4, "little"), first):
                     file.write(data)
                     check.update(data)
-                while (data := self._part(connection)) is not None:
+                left = program.key_bytes[self.server] * header["batch"]
+                while left:
+                    _, data = connection.receive("part", most=min(left, PART_BYTES))
+                    if not data:
+                        raise UserError(f"key {number} has an empty part")
                     file.write(data)
                     check.update(data)
+                    left -= len(data)
+                connection.receive("end")
                 file.write(check.digest())
                 file.flush()
                 os.fsync(file.fileno())
@@ -137,19 +142,12 @@ class KeyStore:
             part.unlink(missing_ok=True)
         connection.send({"kind": "kept", "number": number})
 
-    @staticmethod
-    def _part(connection: Connection) -> bytearray | None:
-        header, data = connection.receive("part", "end", most=PART_BYTES)
-        if header["kind"] == "part" and not data:
-            raise PeerError("the dealer sent an empty part")
-        return data if header["kind"] == "part" else None
-
     def _checked(self, header: dict, program: Program) -> tuple[str, int]:
         number, batch = header.get("number"), header.get("batch")
-        names = [header.get(name) for name in ("dealing", "seed", "model_seed")]
-        sound = all(isinstance(name, str) and ID.fullmatch(name) for name in names)
-        sound = sound and type(number) is int and 0 <= number < MAX_KEYS
-        sound = sound and type(batch) is int and 0 < batch <= MAX_BATCH
+        sound = (
+            all(is_id(header.get(name)) for name in ("dealing", "seed", "model_seed"))
+            and type(number) is int and 0 <= number < MAX_KEYS and type(batch) is int and 0 < batch <= MAX_BATCH
+        )  # fmt: skip
         if not sound:
             raise UserError("this is no key's header")
         if header.get("server") != self.server:
@@ -164,7 +162,7 @@ class KeyStore:
         return int(path.read_text("utf-8")) if path.exists() else 0
 
     def held(self, model: str, program: str) -> dict[str, list[int]]:
-        """Numbers that may be used with a model of a program (its digest), by dealing; the first :data:`TOLD`."""
+        """Numbers that may be used with a model and its program (the digest), by dealing."""
         found = {}
         for folder in sorted(self.folder.iterdir()):
             if self._bound(folder.name) not in (None, model) or self.card(folder.name)["program"] != program:
@@ -172,7 +170,7 @@ class KeyStore:
             first = self.first(folder.name)
             numbers = sorted(int(path.stem) for path in folder.glob("*.key") if int(path.stem) >= first)
             if numbers:
-                found[folder.name] = numbers[:TOLD]
+                found[folder.name] = numbers
         return found
 
     def card(self, dealing: str) -> dict:
@@ -189,31 +187,39 @@ class KeyStore:
         path = self.folder / dealing / "model"
         return path.read_text("utf-8") if path.exists() else None
 
-    def take(self, dealing: str, number: int) -> Key:
-        """Marks the key as used, also should this process be killed now, then deletes and returns it.
+    def drop(self, dealing: str, number: int) -> None:
+        """Marks a key and those before it as used, also should this process be killed now, then deletes them."""
+        folder = self.folder / dealing
+        write_atomic(folder / "next", str(number + 1).encode())
+        sync(folder)
+        for old in folder.glob("*.key"):
+            if int(old.stem) <= number:
+                old.unlink()
+
+    def take(self, dealing: str, number: int, program: str) -> Key:
+        """:meth:`drop` the key, and return it.
 
         Raises
         ------
         UserError
-            It was used before or isn't here; or its file is truncated, altered, of another server or program. It is
-            lost then.
+            It was used before, isn't here or is for another program; or its file is truncated, altered, of another
+            server or dealing. It is lost then.
         """
-        folder = self.folder / dealing
-        path, first = folder / f"{number:06}.key", self.first(dealing)
-        if number < first or not path.exists():
+        path = self.folder / dealing / f"{number:06}.key"
+        if number < self.first(dealing) or not path.exists():
             raise UserError(f"key {number} was used or never came")
-        write_atomic(folder / "next", str(number + 1).encode())
-        sync(folder)
-        for old in folder.glob("*.key"):
-            if int(old.stem) < number:
-                old.unlink()
-        file = open(path, "rb")  # noqa: SIM115  # its name goes, the content lives as long as the key
-        path.unlink()
+        card = self.card(dealing)
+        if card["program"] != program:
+            raise UserError(f"key {number} is for another program")
+        try:
+            file = open(path, "rb")  # noqa: SIM115  # its name goes, the content lives as long as the key
+        finally:
+            self.drop(dealing, number)
         try:
             header, start, end = self._header(file)
-            wanted = {"server": self.server, "number": number, **self.card(dealing)}
-            if {name: header.get(name) for name in wanted} != wanted:
-                raise UserError(f"key {number} is of another server, number, dealing or program")
+            wanted = {"server": self.server, "number": number, "seed": header["seed"], **card}
+            if header != wanted:
+                raise UserError(f"key {number} is of another server, number or dealing")
         except (ValueError, KeyError, UserError) as error:
             file.close()
             raise UserError(f"key {number} is broken, and lost: {error}") from error
@@ -236,6 +242,3 @@ class KeyStore:
         file.seek(0)
         length = int.from_bytes(file.read(4), "little")
         return json.loads(file.read(length)), 4 + length, end
-
-    def forget(self, dealing: str) -> None:
-        shutil.rmtree(self.folder / dealing, ignore_errors=True)

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from primia_lite.config import UserError
+from primia_lite.smpc import dcf
 from primia_lite.smpc.engines import Engine, Wire, product_shape
 from primia_lite.smpc.gates import Gate
+from primia_lite.smpc.ring import RING_BITS
 
 ACTIVATION = 10  # bits behind the point of activations; products have those of the weights more
-MOST = 2**24  # of numbers in a film, and of a weight's side
 CAP = 14  # bits of weights, at most
+MAX_VALUES, MAX_WEIGHTS, MAX_STEPS = 1 << 24, 1 << 28, 2000  # of a film between layers; of a model
 
 
 @dataclass(frozen=True)
@@ -60,24 +64,40 @@ class Program:
             steps = tuple(
                 Step(s["op"], s["out"], tuple(s["inputs"]), dict(s["settings"])) for s in content.pop("steps")
             )
-            shapes = {name: tuple(map(int, shape)) for name, shape in content.pop("shapes").items()}
+            shapes = {name: tuple(shape) for name, shape in content.pop("shapes").items()}
             program = cls(tuple(content.pop("in_shape")), steps=steps, shapes=shapes, **content)
-            program.check_numbers()
-            run(program, Shapes(program), Wire((1, *program.in_shape)))
-        except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+            program._check()
+        except Exception as error:  # anybody may have written it
             raise UserError(f"not a program: {type(error).__name__}: {error}") from error
         return program
 
-    def check_numbers(self) -> None:
-        """ValueError for numbers that would take all memory, or that no gate has."""
-        settings = [value for step in self.steps for value in step.settings.values() if type(value) is int]
-        numbers = [*self.in_shape, self.n_classes, *(n for shape in self.shapes.values() for n in shape)]
-        if not all(type(n) is int and 0 < n <= MOST for n in numbers) or np.prod(self.in_shape, dtype=float) > MOST:
-            raise ValueError("a shape is out of bounds")
-        if not all(0 <= value <= 512 for value in settings) or not all(0 <= f <= 20 for f in self.fractions.values()):
-            raise ValueError("a setting is out of bounds")
+    def _check(self) -> None:
+        """Raises something unless engines can run it within bounds."""
+        sides = [self.n_classes, *self.in_shape, *(side for shape in self.shapes.values() for side in shape)]
+        numbers = [value for step in self.steps for name, value in step.settings.items() if name != "name"]
+        sound = (
+            all(type(n) is int and 0 < n <= MAX_VALUES for n in sides)
+            and all(type(n) is int and 0 <= n < 1 << 10 for n in numbers)
+            and all(type(n) is int and 0 <= n < RING_BITS for n in self.fractions.values())
+            and len(self.in_shape) == 3 and math.prod(self.in_shape) <= MAX_VALUES and len(self.steps) <= MAX_STEPS
+            and all(len(shape) in (2, 4) for shape in self.shapes.values()) and set(self.shapes) == set(self.fractions)
+            and sum(map(math.prod, self.shapes.values())) <= MAX_WEIGHTS
+            and 0 < self.input_bound < 1 << 20 and isinstance(self.description, dict)
+            and self.steps[-1].op == "conv" and self.key_bytes and self.digest
+        )  # fmt: skip
+        if not sound:
+            raise ValueError("a number in it is out of bounds")
 
-    @property
+    @cached_property
+    def key_bytes(self) -> tuple[int, int]:
+        """Of a key for one film, by server, without its header."""
+        engine = Shapes(self)
+        out = run(self, engine, Wire((1, *self.in_shape)), engine.check)
+        if out.shape != (1, self.n_classes):
+            raise ValueError(f"it makes {out.shape} of a film, not logits")
+        return engine.key_bytes[0], engine.key_bytes[1]
+
+    @cached_property
     def digest(self) -> str:
         """Names the program: parties that differ in it refuse one another."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
@@ -119,19 +139,38 @@ def run(
 
 
 class Shapes(Engine):
-    """Runs a program on shapes alone, and checks that they fit."""
+    """Runs a program on shapes alone, checks that they fit, and counts the bytes of a key for each server."""
 
     def __init__(self, program: Program) -> None:
-        self.shapes = program.shapes
+        self.shapes, self.key_bytes = program.shapes, [0, 0]
 
     def conv(self, x, name, stride=1, padding=0, groups=1):
         weight = self.shapes[name]
-        if x.shape[1] != weight[1] * groups or (len(weight) == 2) != (len(x.shape) == 2):
+        if x.shape[1] != weight[1] * groups or weight[0] % groups or len(weight) != len(x.shape):
             raise ValueError(f"layer {name} has a weight {weight} for an input {x.shape}")
-        return Wire(product_shape(x.shape, weight, stride, padding))
+        out = Wire(product_shape(x.shape, weight, stride, padding))
+        self.key_bytes[1] += 4 * out.size
+        return out
 
     def select(self, y, gate):
+        if gate.shift > 16:
+            raise ValueError(f"a gate can't cut {gate.shift} bits")
+        words = dcf.key_bytes(gate.bits) * y.size if gate.thresholds else 0
+        self.key_bytes = [self.key_bytes[0] + words, self.key_bytes[1] + words + 4 * gate.columns * y.size]
         return Wire(y.shape)
+
+    def add(self, a, b):
+        if a.shape != b.shape:
+            raise ValueError(f"{a.shape} can't be added to {b.shape}")
+        return Wire(a.shape)
+
+    def pad(self, x, left, right, top, bottom):
+        return Wire((*x.shape[:2], x.shape[2] + top + bottom, x.shape[3] + left + right))
+
+    @staticmethod
+    def check(step: Step, wire: Wire) -> None:
+        if min(wire.shape) < 1 or math.prod(wire.shape) > MAX_VALUES:
+            raise ValueError(f"step {step.out!r} makes values {wire.shape}")
 
 
 Weights = dict[str, tuple[np.ndarray, np.ndarray]]

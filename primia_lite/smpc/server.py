@@ -8,38 +8,41 @@ and one that lies can move a logit by what it likes, unseen.
 
 from __future__ import annotations
 
+import math
 import queue
+import secrets
 import socket
 import threading
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from primia_lite.config import UserError
 from primia_lite.runtime import write_atomic
-from primia_lite.smpc.connection import DEADLINE_S, TURN_S, Connection, Party, PeerError
+from primia_lite.smpc.connection import DEADLINE_S, MAX_HEADER, ROLES, WAIT_S, Connection, Party, PeerError
 from primia_lite.smpc.engines import Online, Preparation, SharedWeight, Wire, open_weights
-from primia_lite.smpc.keys import ID, KeyStore
+from primia_lite.smpc.keys import KeyStore, is_id
 from primia_lite.smpc.program import Program, run
+from primia_lite.smpc.ring import Stream
 
-MAX_CONNECTIONS = 32
-MAX_WEIGHT_BYTES = 1 << 30
-HELLO = 1 << 16
+SLOTS = 32  # connections of one role, or of strangers
 
 
 @dataclass
 class Asked:
-    """A film's share, the connection that waits for the logits', and the model that its owner was offered."""
+    """A film's share for the model that its owner was offered, and the connection that waits for the logits'.
+
+    ``taken`` is held by the thread that alone may answer now."""
 
     session: str
     connection: Connection
+    model: Model
     share: np.ndarray
-    model: str
-    done: threading.Event
-    started: bool = False
+    taken: threading.Lock = field(default_factory=threading.Lock)
+    done: threading.Event = field(default_factory=threading.Event)
 
 
 class Model:
@@ -76,26 +79,23 @@ class Server:
         self._ahead: tuple[str, int, list] | None = None  # prepared: dealing, number, gates
         self._listener: socket.socket | None = None
         self._ended = threading.Event()
-        self.costs: list[dict] = []
+        self._slots = {role: threading.Semaphore(SLOTS) for role in (*ROLES, "stranger")}
 
     def listen(self, address: tuple[str, int]) -> tuple[str, int]:
         """Start to serve in threads; returns the address, whose port the system chooses where 0 is given."""
         try:
-            self._listener = socket.create_server(address, backlog=MAX_CONNECTIONS)
+            self._listener = socket.create_server(address, backlog=SLOTS)
         except OSError as error:
             raise UserError(f"can't listen at {address[0]}:{address[1]}: {error.strerror}") from error
-        free = threading.Semaphore(MAX_CONNECTIONS)
 
         def accept() -> None:
             while not self._ended.is_set():
+                self._slots["stranger"].acquire()  # each is let go after a handshake, or without one soon
                 try:
                     raw, _ = self._listener.accept()
                 except OSError:
                     return
-                if free.acquire(blocking=False):
-                    threading.Thread(target=self._serve, args=(raw, free), daemon=True).start()
-                else:
-                    raw.close()
+                threading.Thread(target=self._serve, args=(raw,), daemon=True).start()
 
         threading.Thread(target=accept, daemon=True).start()
         if self.number == 0:
@@ -109,22 +109,33 @@ class Server:
                 self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
             self._listener.close()
 
-    def _serve(self, raw: socket.socket, free: threading.Semaphore) -> None:
+    def _serve(self, raw: socket.socket) -> None:
         try:
-            with self.party.accept(raw, self.deadline_s) as connection:
-                try:
-                    self.answer(connection)
-                except UserError as error:
-                    self._say(connection, error)
-        except PeerError as error:
+            connection = self.party.accept(raw, self.deadline_s)
+        except Exception as error:
             print(f"server {self.number}: {error}", flush=True)
+            return
         finally:
-            free.release()
+            self._slots["stranger"].release()
+        slot = self._slots[connection.role]
+        with connection:
+            if not slot.acquire(blocking=False):
+                self._say(connection, PeerError(f"too many connections of {connection.role}: try again"))
+                return
+            try:
+                self.answer(connection)
+            except Exception as error:
+                self._say(connection, error)
+            finally:
+                slot.release()
 
     def _say(self, connection: Connection, error: Exception) -> None:
-        print(f"server {self.number}: {connection.role}: {error}", flush=True)
-        with suppress(Exception):  # it may have gone
-            connection.send({"kind": "error", "text": str(error)})
+        """Never raises: threads that go on call it."""
+        if not isinstance(error, UserError):
+            error = PeerError(f"server {self.number} failed ({type(error).__name__}): a film's key is lost")
+        with suppress(Exception):
+            print(f"server {self.number}: {connection.role}: {error}", flush=True)
+            connection.send({"kind": "error", "text": str(error)})  # the other may have gone
 
     def answer(self, connection: Connection) -> None:
         """One party's request, by its role: a model, keys, a film, or the other server."""
@@ -150,16 +161,14 @@ class Server:
         return self.model
 
     def _receive_model(self, connection: Connection) -> None:
-        header, text = connection.receive("model", most=HELLO * 16)
+        header, text = connection.receive("model", most=MAX_HEADER)
         program = Program.from_json(text.decode("utf-8", "replace"))
-        name, shares = str(header.get("name")), {}
-        if not ID.fullmatch(name):
+        name, shares = header.get("name"), {}
+        if not is_id(name):
             raise PeerError("this is no model's header")
-        if not all(0 < 4 * int(np.prod(shape)) <= MAX_WEIGHT_BYTES for shape in program.shapes.values()):
-            raise PeerError("a layer is larger than a server takes")
         connection.send({"kind": "go"})
         for layer, shape in program.shapes.items():
-            n, outputs = int(np.prod(shape)), shape[0]
+            n, outputs = math.prod(shape), shape[0]
             _, data = connection.receive("layer", most=4 * (n + outputs))
             if len(data) != 4 * (n + outputs):
                 raise PeerError(f"layer {layer!r} has another size than its program says")
@@ -170,27 +179,26 @@ class Server:
         arrays = {
             f"{i}{kind}": part for i, pair in enumerate(shares.values()) for kind, part in zip("wb", pair, strict=True)
         }
-        (folder / "name").unlink(missing_ok=True)  # a model that arrived in part isn't one
-        write_atomic(folder / "program.json", program.to_json().encode())
-        write_atomic(folder / "shares.npz", lambda file: np.savez(file, **arrays), private=True)
-        write_atomic(folder / "name", name.encode())
         with self._computing:
+            (folder / "name").unlink(missing_ok=True)  # a model that arrived in part isn't one
+            write_atomic(folder / "program.json", program.to_json().encode())
+            write_atomic(folder / "shares.npz", lambda file: np.savez(file, **arrays), private=True)
+            write_atomic(folder / "name", name.encode())
             self.model, self._opened, self._ahead, self._next = Model(folder), None, None, None
         connection.send({"kind": "kept", "name": name})
 
     def _receive_film(self, connection: Connection) -> None:
         """Give the program; wait for the film's share; answer when it has had its turn."""
         model = self._known()
-        batches = sorted({self.keys.card(dealing)["batch"] for dealing in self._held()})
-        offer = {"kind": "program", "model": model.name, "batches": batches}
-        connection.send(offer, model.program.to_json().encode())
-        one = 4 * int(np.prod(model.program.in_shape))
-        header, data = connection.receive("film", most=one * max(batches, default=0))
-        session = str(header.get("session"))
-        if not ID.fullmatch(session) or len(data) % one or len(data) // one not in batches:
+        batches = sorted({self.keys.card(dealing)["batch"] for dealing in self._held(model)})
+        connection.send({"kind": "program", "model": model.name, "batches": batches}, model.program.to_json().encode())
+        size = 4 * math.prod(model.program.in_shape)
+        header, data = connection.receive("film", most=size * max(batches, default=0))
+        session, batch = header.get("session"), header.get("batch")
+        if not is_id(session) or batch not in batches or len(data) != size * batch:
             raise PeerError("this is no film of the program's size")
-        share = np.frombuffer(data, np.uint32).reshape(-1, *model.program.in_shape)
-        asked = Asked(session, connection, share, model.name, threading.Event())
+        share = np.frombuffer(data, np.uint32).reshape(batch, *model.program.in_shape)
+        asked = Asked(session, connection, model, share)
         if self.number == 0:
             self._turn.put(asked)
         else:
@@ -198,12 +206,10 @@ class Server:
                 self._waiting[session] = asked
                 self._came.notify_all()
         try:
-            if not asked.done.wait(TURN_S):
-                if not asked.started:
-                    raise PeerError("the film had no turn in time: try again")
-                asked.done.wait()  # who computes also answers, and has deadlines
+            if not asked.done.wait(WAIT_S) and asked.taken.acquire(blocking=False):
+                raise PeerError("the film had no turn in time: try again")
+            asked.done.wait()  # the thread that took it answers, by deadlines of its own
         finally:
-            asked.done.set()  # who leaves is passed over
             with self._came:
                 self._waiting.pop(session, None)
 
@@ -213,70 +219,71 @@ class Server:
                 asked = self._turn.get(timeout=1)
             except queue.Empty:
                 continue
-            if asked.done.is_set() or asked.connection.gone():
+            if not asked.taken.acquire(blocking=False):
                 continue
-            asked.started = True
             try:
                 with self.party.connect(self.other, "server1", self.deadline_s) as peer:
                     self._compute(asked, peer)
-            except UserError as error:
-                self._say(asked.connection, error)
             except Exception as error:  # the next film may still be read
-                self._say(
-                    asked.connection, PeerError(f"server 0 failed ({type(error).__name__}): the film's key is lost")
-                )
-            finally:
-                asked.done.set()
+                self._say(asked.connection, error)
+            asked.done.set()
             self._prepare_ahead()
 
     def _follow(self, peer: Connection) -> None:
         header, _ = peer.receive("film")
-        session = str(header.get("session"))
+        session = header.get("session")
         with self._came:
             if not self._came.wait_for(lambda: session in self._waiting, timeout=self.deadline_s):
                 raise PeerError("the film's owner has sent no share to server 1")
             asked = self._waiting.pop(session)
-        asked.started = True
+        if not asked.taken.acquire(blocking=False):
+            raise PeerError("the film had no turn in time")
         try:
             self._compute(asked, peer)
-        except UserError as error:
-            self._say(asked.connection, error)
-            raise
-        finally:
-            asked.done.set()
-            self._prepare_ahead()
+        except Exception as error:
+            for connection in (asked.connection, peer):
+                self._say(connection, error)
+        asked.done.set()
+        self._prepare_ahead()
 
     def _compute(self, asked: Asked, peer: Connection) -> None:
         """Both servers: agree on model and key, then from the film's share to that of its logits."""
         with self._computing:
-            model = self._known()
-            if model.name != asked.model:
-                raise UserError("the model was replaced while the film waited: ask again")
+            model = asked.model
             if self.number == 0:
                 peer.send({"kind": "film", "session": asked.session})
+            if asked.connection.gone():
+                raise PeerError("the film's owner has left")
+            if self.model is not model:
+                raise UserError("another model came while the film waited: try again")
             dealing, number, other = self._agree(peer, model, len(asked.share))
             started = time.thread_time(), time.perf_counter()
             self._open(peer, model, dealing, other)
             ready = self._prepared(model, dealing, number)
             prepared = time.thread_time(), time.perf_counter()
-            peer.send({"kind": "ready"})
-            peer.receive("ready")
+            seed = secrets.token_hex(16)
+            peer.send({"kind": "ready", "seed": seed})
+            header, _ = peer.receive("ready")
+            if not is_id(header.get("seed")):
+                raise PeerError(f"{peer.role} sent no seed")
             peer.sent = peer.rounds = 0
             online = time.thread_time(), time.perf_counter()
             engine = Online(self.number, self._opened[1], ready, peer.exchange)
             logits = run(model.program, engine, Wire(asked.share.shape, asked.share)).share
+            # Else the film's owner, who sees both shares, and the dealer could take the last layer's masks off.
+            blind = Stream(bytes.fromhex(header["seed"] if self.number else seed)).draw(logits.shape)
+            logits = logits - blind if self.number else logits + blind
             ended = time.thread_time(), time.perf_counter()
         cost = {
             "prepare_cpu_s": prepared[0] - started[0], "online_cpu_s": ended[0] - online[0],
             "online_wall_s": ended[1] - online[1], "sent_bytes": peer.sent, "rounds": peer.rounds, **engine.seconds,
         }  # fmt: skip
-        self.costs.append(cost)
-        reply = {"kind": "logits", "model": model.name, "dealing": dealing, "key": number, "cost": cost}
-        asked.connection.send(reply, logits.tobytes())
+        offer = {"model": model.name, "program": model.program.digest}
+        asked.connection.send({"kind": "logits", **offer, "key": number, "cost": cost}, logits.tobytes())
 
-    def _held(self) -> dict[str, list[int]]:
+    def _held(self, model: Model) -> dict[str, list[int]]:
         """Numbers of keys not used so far, the one that is prepared among them, by dealing."""
-        model, ahead = self._known(), self._next  # read once: a thread may be about to take it
+        ahead = self._next  # before the folder is read, and once: another thread changes it
         held = self.keys.held(model.name, model.program.digest)
         if ahead is not None and ahead[1] not in held.get(ahead[0], []):
             held.setdefault(ahead[0], []).append(ahead[1])
@@ -284,21 +291,30 @@ class Server:
 
     def _agree(self, peer: Connection, model: Model, batch: int) -> tuple[str, int, bool]:
         """The dealing and number of a key that both hold, and whether the other has its weights open."""
-        held = {dealing: n for dealing, n in self._held().items() if self.keys.card(dealing)["batch"] == batch}
+        held = {
+            dealing: sum(1 << number for number in numbers)  # as bits, so that many numbers are a short message
+            for dealing, numbers in self._held(model).items()
+            if self.keys.card(dealing)["batch"] == batch
+        }
         peer.send({
-            "kind": "state", "program": model.program.digest, "model": model.name, "held": held,
+            "kind": "state", "program": model.program.digest, "model": model.name,
+            "held": {dealing: f"{bits:x}" for dealing, bits in held.items()},
             "opened": self._opened[0] if self._opened else None,
         })  # fmt: skip
         state, _ = peer.receive("state")
         if (state.get("program"), state.get("model")) != (model.program.digest, model.name):
             raise PeerError("the two servers hold different models: their owner sends one to both")
-        theirs = state.get("held")
-        if not isinstance(theirs, dict):
-            raise PeerError(f"{peer.role} sent no list of keys")
+        try:
+            theirs = {dealing: int(bits, 16) for dealing, bits in state["held"].items()}
+        except (KeyError, AttributeError, TypeError, ValueError) as error:
+            raise PeerError(f"{peer.role} sent no list of keys") from error
         for dealing in sorted(held):
-            both = set(held[dealing]) & {n for n in theirs.get(dealing, []) if type(n) is int}
-            if both:
-                return dealing, min(both), state.get("opened") == dealing
+            both = held[dealing] & theirs.get(dealing, 0)
+            if both > 0:
+                return dealing, (both & -both).bit_length() - 1, state.get("opened") == dealing
+        for dealing, bits in held.items():  # no use, and in the way of keys that both hold
+            self.keys.drop(dealing, bits.bit_length() - 1)
+        self._next = self._ahead = None
         raise UserError(f"no key is left that both servers hold (for {batch} films): the dealer must deal more")
 
     def _open(self, peer: Connection, model: Model, dealing: str, other_has: bool) -> None:
@@ -315,9 +331,9 @@ class Server:
             self._next = None
             if ahead[:2] == (dealing, number):
                 return ahead[2]
-        key = self.keys.take(dealing, number)
+        key = self.keys.take(dealing, number, model.program.digest)
         batch = self.keys.card(dealing)["batch"]
-        engine = Preparation(self.number, key.seed, self._opened[1], key)
+        engine = Preparation(self.number, self._opened[1], key)
         run(model.program, engine, Wire((batch, *model.program.in_shape)))
         return engine.ready
 
@@ -325,11 +341,13 @@ class Server:
         """The next key of the dealing whose weights are open, while nobody waits."""
         with self._computing:
             try:
-                dealing, model = self._opened[0] if self._opened else None, self._known()
+                if self._opened is None or self._ahead is not None:
+                    return
+                model, dealing = self._known(), self._opened[0]
                 numbers = self.keys.held(model.name, model.program.digest).get(dealing)
-                if self._ahead is None and numbers:
+                if numbers:
                     self._next = dealing, numbers[0]
                     self._ahead = *self._next, self._prepared(model, *self._next)
-            except Exception as error:  # the next film finds another key
+            except Exception as error:  # threads that go on call this
                 self._next = None
                 print(f"server {self.number}: {type(error).__name__}: {error}", flush=True)

@@ -12,24 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from primia_lite.smpc.engines import Dealer, Engine, Online, Preparation, Wire, open_weights, weight_masks
+from primia_lite.smpc.keys import Key
 from primia_lite.smpc.program import ACTIVATION, Program, Weights, run
 from primia_lite.smpc.ring import decode, encode, share
 
 Seeds = tuple[bytes, bytes]
-
-
-class MemoryKeys:
-    """A server's keys, in memory."""
-
-    def __init__(self, data: bytes) -> None:
-        self._file = io.BytesIO(data)
-
-    def read(self, shape: tuple[int, ...], dtype: type) -> np.ndarray:
-        return np.frombuffer(self._file.read(int(np.prod(shape)) * np.dtype(dtype).itemsize), dtype).reshape(shape)
-
-    def later(self, shape: tuple[int, ...], dtype: type) -> Callable[[], np.ndarray]:
-        words = self.read(shape, dtype)
-        return lambda: words
 
 
 def fresh_seeds() -> Seeds:
@@ -81,7 +68,9 @@ def simulate(
 
         own = open_weights(b, held[b], model_seeds[b], exchange)
         opened[b].clear()  # what a film makes them open comes now
-        engine = Preparation(b, seeds[b], own, MemoryKeys(keys[b].getvalue()))
+        end = keys[b].tell()
+        keys[b].seek(0)
+        engine = Preparation(b, own, Key(seeds[b], keys[b], end))
         work(engine, None)
         return work(Online(b, own, engine.ready, exchange), b)
 
